@@ -1,0 +1,163 @@
+"""Attach a repair operator to the attention of a Hugging Face model, for as long as a `with` block lasts.
+
+Repair sits inside attention, after the cache has joined past and new keys and values and before the logits. It enters
+through the attention interface of transformers: one attention function and its mask function are registered for the
+implementation that the model uses, and call on to it. No model class is patched, so that every decoder that uses the
+interface is served; models and layers that are not protected pass straight through.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from cachemedic.operators import Gates, RepairOperator
+
+PREFIX = "cachemedic_"
+
+
+@dataclass(eq=False)
+class Protection:
+    """One operator attached to one model; `gates` holds those of the last forward pass by layer, if recorded."""
+
+    operator: RepairOperator
+    record_gates: bool
+    gates: dict[int, Gates] = field(default_factory=dict)
+
+
+# The protections of an attention module, innermost last. Modules are not marked themselves: nothing to undo in them.
+_protections: dict[nn.Module, list[Protection]] = {}
+# For each configuration (by id) that runs through the registered function: it, its own implementation, and its users.
+_redirected: dict[int, tuple[Any, str, list[Protection]]] = {}
+
+
+def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """The implementation named "eager": not registered, because each modelling file of transformers has its own."""
+    for cls in type(module).__mro__:
+        if attention := getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None):
+            return attention(module, *args, **kwargs)
+    raise ValueError(f"{type(module).__name__} comes without an eager_attention_forward; choose 'sdpa' for this model")
+
+
+def _attend(
+    attention: Callable[..., tuple[Tensor, Tensor | None]],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The registered function: `attention`, repaired if the module is protected."""
+
+    def own(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        return attention(module, q, k, v, attention_mask, **kwargs)
+
+    repaired = own
+    for protection in _protections.get(module, ()):
+        repaired = partial(_repair, protection, module.layer_idx, repaired)
+    return repaired(query, key, value)
+
+
+def _repair(
+    protection: Protection, layer: int, attention: Callable, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    output, weights, gates = protection.operator.attend(layer, attention, query, key, value)
+    if protection.record_gates:
+        protection.gates[layer] = gates
+    return output, weights
+
+
+def _under_own_name(
+    implementation: str, attention: Callable, module: Any, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Call flash attention, which looks its kernel up by the name in the configuration, under that name."""
+    name = module.config._attn_implementation
+    module.config._attn_implementation_internal = implementation
+    try:
+        return attention(module, *args, **kwargs)
+    finally:
+        module.config._attn_implementation_internal = name
+
+
+def _register_repairing(implementation: str) -> str:
+    """Register the repairing form of an attention implementation; returns its name."""
+    name = PREFIX + implementation
+    attention = _eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+    if "flash" in implementation:
+        attention = partial(_under_own_name, implementation, attention)
+    AttentionInterface.register(name, partial(_attend, attention))
+    # Without a mask function of the same name the model would get no mask and lose padding and causality.
+    if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    return name
+
+
+def _attention_modules(model: PreTrainedModel, operator: RepairOperator) -> list[Any]:
+    """The self-attention modules of the protected layers."""
+    if not (isinstance(model, PreTrainedModel) and model._can_set_attn_implementation()):
+        raise ValueError(
+            f"{type(model).__name__} does not use the attention interface of transformers "
+            "(transformers.AttentionInterface), through which repair enters; choose a model that does"
+        )
+    operator.check_model(model.config)
+    modules = [
+        module
+        for module in model.modules()
+        if getattr(module, "layer_idx", None) in operator.layers
+        and hasattr(module, "config")
+        and not getattr(module, "is_cross_attention", False)
+    ]
+    if missing := set(operator.layers) - {module.layer_idx for module in modules}:
+        raise ValueError(f"{type(model).__name__} has no attention module numbered {sorted(missing)} by `layer_idx`")
+    device = next(operator.parameters()).device
+    for module in modules:
+        if (found := next(module.parameters()).device) != device:
+            raise ValueError(f"the operator is on {device}, layer {module.layer_idx} on {found}: move one of them")
+    return modules
+
+
+@contextmanager
+def protect(model: PreTrainedModel, operator: RepairOperator, record_gates: bool = False) -> Iterator[Protection]:
+    """Within, `model` reads its cache through `operator`: in a forward pass, a prefill, a decoding step, `generate()`.
+
+    On exit, also after an exception, the model is what it was before. Protections nest, and may end in any order; where
+    two protect one layer, the inner one repairs what the outer one returns. With `record_gates` the yielded protection
+    holds the gates of the last forward pass: `protection.gates[layer] == (a_k, a_v)`.
+
+    Raises:
+        ValueError: if the model does not use the attention interface, or the operator is for another model or device.
+    """
+    modules = _attention_modules(model, operator)
+    protection = Protection(operator, record_gates)
+    configs = {id(module.config): module.config for module in modules}
+    for key, config in configs.items():
+        if key not in _redirected:
+            implementation = config._attn_implementation
+            _redirected[key] = (config, implementation, [])
+            config._attn_implementation_internal = _register_repairing(implementation)
+        _redirected[key][2].append(protection)
+    for module in modules:
+        _protections.setdefault(module, []).append(protection)
+    try:
+        yield protection
+    finally:
+        for module in modules:
+            _protections[module].remove(protection)
+            if not _protections[module]:
+                del _protections[module]
+        for key in configs:
+            config, implementation, users = _redirected[key]
+            users.remove(protection)
+            if not users:
+                config._attn_implementation_internal = implementation
+                del _redirected[key]

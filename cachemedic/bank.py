@@ -1,0 +1,127 @@
+"""The clean-cache bank: what the teacher knows, computed once for a base, a text and a length.
+
+The teacher and the clean cache depend neither on phi nor on the seed or the sweep, so they are computed once, kept in
+memory-mapped files, and read by every run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from cachemedic.cache import stack_cache
+from cachemedic.models import Base, decoder_layers
+from cachemedic.text import CACHE_DIR, documentation, text_hash, write_atomically
+
+FIELDS = ("keys", "values", "logits", "hidden", "ids")
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class BankConfig:
+    """`samples` texts of one documentation split: prefixes of `prefix` tokens, then `decoded` teacher-forced tokens."""
+
+    split: str = "operator_train"
+    samples: int = 1280
+    prefix: int = 96
+    decoded: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Bank:
+    """N texts. All tensors are read-only maps of files, float32 (ids int64).
+
+    keys, values [N, L, G, T, d]: the clean cache of the prefix; ids [N, T + M]; logits [N, M, V]: the teacher's, of the
+    tokens T .. T+M-1 decoded on the clean cache; hidden [N, L, M, width]: the input of every layer at those tokens.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    logits: torch.Tensor
+    hidden: torch.Tensor
+    ids: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def prefix(self) -> int:
+        return self.keys.shape[3]
+
+
+def sample_windows(base: Base, documents: tuple[str, ...], count: int, length: int, seed: int) -> torch.Tensor:
+    """`count` windows of `length` tokens from different places of a text, each begun by end-of-text: ids [count, length].
+
+    Raises `ValueError` if the window passes the model's context, or if the text is too short for `count` windows.
+    """
+    if length > base.context:
+        raise ValueError(f"prefix and continuation take {length} tokens; the context of {base.name} is {base.context}")
+    order = np.random.default_rng([seed, 11]).permutation(len(documents))
+    needed = count * (length - 1)
+    stream: list[int] = []
+    for i in order:
+        stream += [*base.tokenizer(documents[i], add_special_tokens=False)["input_ids"], base.tokenizer.eos_token_id]
+        if len(stream) >= needed:
+            break
+    if len(stream) < needed:
+        raise ValueError(f"the text has {len(stream)} tokens; {count} windows of {length} take {needed}")
+    windows = torch.tensor(stream[:needed]).view(count, length - 1)
+    start = base.tokenizer.bos_token_id
+    return torch.cat([torch.full((count, 1), base.tokenizer.eos_token_id if start is None else start), windows], 1)
+
+
+def open_bank(base: Base, config: BankConfig, folder: Path = CACHE_DIR / "bank") -> Bank:
+    """The bank of `config`, computed on first use and kept under `folder`."""
+    documents = documentation(config.split)
+    key = json.dumps([asdict(config), base.name, _weights_digest(base), text_hash(documents)])
+    target = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if not (target / "complete").exists():
+        target.mkdir(parents=True, exist_ok=True)
+        ids = sample_windows(base, documents, config.samples, config.prefix + config.decoded, config.seed)
+        _compute(base, ids, config.prefix, target)
+        write_atomically(target / "complete", key.encode())
+    fields = {name: torch.from_numpy(np.load(target / f"{name}.npy", mmap_mode="c")) for name in FIELDS}
+    return Bank(**fields)
+
+
+def _weights_digest(base: Base) -> str:
+    digest = hashlib.sha256()
+    for parameter in base.model.parameters():
+        digest.update(parameter.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def _compute(base: Base, ids: torch.Tensor, prefix: int, target: Path) -> None:
+    parent, name = decoder_layers(base.model)
+    inputs: list[torch.Tensor] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0])) for layer in getattr(parent, name)
+    ]
+    maps: dict[str, np.memmap] = {}
+    try:
+        for start in tqdm(range(0, len(ids), BATCH), desc=f"clean-cache bank of {base.name}"):
+            rows = ids[start : start + BATCH].to(base.model.device)
+            cache = base.model(rows[:, :prefix], use_cache=True, logits_to_keep=1).past_key_values
+            keys, values = stack_cache(cache)
+            inputs.clear()
+            logits = base.model(rows[:, prefix:], past_key_values=cache).logits
+            batch = dict(zip(FIELDS, (keys, values, logits, torch.stack(inputs, 1), rows), strict=True))
+            for field, tensor in batch.items():
+                array = (tensor if field == "ids" else tensor.float()).cpu().numpy()
+                if field not in maps:
+                    shape = (len(ids), *array.shape[1:])
+                    maps[field] = np.lib.format.open_memmap(target / f"{field}.npy", "w+", array.dtype, shape)
+                maps[field][start : start + BATCH] = array
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for array in maps.values():
+        array.flush()

@@ -1,0 +1,127 @@
+"""Training rows of the base models: documentation, reviews, needle documents and repeated random spans.
+
+Every row is [T] token ids with a [T] loss weight. Retrieval does not emerge from plain mixing at this size, so answer
+tokens weigh more, spans of random tokens are repeated (copying), and context and distractors grow step by step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cachemedic import text
+
+ANSWER_WEIGHT = 10.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the curriculum: it holds until the share `until` of all steps; shares of rows by kind."""
+
+    until: float
+    length: int  # tokens per row
+    copying: float
+    needle: float
+    review: float
+    max_pairs: int  # name-value pairs hidden in one needle row
+
+    @property
+    def documentation(self) -> float:
+        return 1.0 - self.copying - self.needle - self.review
+
+
+CURRICULUM = (
+    Stage(0.20, 128, copying=0.20, needle=0.25, review=0.06, max_pairs=2),
+    Stage(0.70, 256, copying=0.08, needle=0.20, review=0.06, max_pairs=4),
+    Stage(1.00, 576, copying=0.04, needle=0.20, review=0.06, max_pairs=6),
+)
+
+
+class RowSampler:
+    """Draws training rows; the same generator state gives the same rows.
+
+    `stream` is the tokenised documentation [N] with end-of-text between documents.
+    """
+
+    def __init__(self, tokenizer, stream: np.ndarray) -> None:
+        self.stream = stream
+        self.tokenizer = tokenizer
+        self.end_of_text: int = tokenizer.eos_token_id
+        self.vocabulary = len(tokenizer)
+        self._encoded: dict[str, list[int]] = {}
+
+    def batch(self, rng: np.random.Generator, stage: Stage, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """`rows` rows: ids [rows, T] int64 and weights [rows, T] float32 (the weight of predicting that token)."""
+        kinds = (self._copying, self._needle, self._review, self._documentation)
+        shares = (stage.copying, stage.needle, stage.review, stage.documentation)
+        drawn = [kinds[k](rng, stage) for k in rng.choice(4, size=rows, p=shares)]
+        return np.stack([ids for ids, _ in drawn]), np.stack([weights for _, weights in drawn])
+
+    def _encode(self, string: str) -> list[int]:
+        """Ids of a short template string, remembered: the same few hundred recur in every row."""
+        if string not in self._encoded:
+            self._encoded[string] = self.tokenizer(string)["input_ids"]
+        return self._encoded[string]
+
+    def _filler(self, rng: np.random.Generator, length: int) -> list[int]:
+        start = int(rng.integers(0, len(self.stream) - length))
+        return self.stream[start : start + length].tolist()
+
+    def _documentation(self, rng: np.random.Generator, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.array([self.end_of_text, *self._filler(rng, stage.length - 1)])
+        return ids, np.ones(stage.length, np.float32)
+
+    def _copying(self, rng: np.random.Generator, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
+        span = int(rng.integers(4, 33))
+        count = (stage.length - 1) // (2 * span)
+        spans = rng.integers(1, self.vocabulary, (count, span))
+        again = spans[rng.permutation(count)]
+        ids = np.concatenate([[self.end_of_text], spans.ravel(), again.ravel()])
+        weights = np.zeros(len(ids), np.float32)
+        repeated = weights[1 + count * span :].reshape(count, span)
+        repeated[:, 1:] = 1.0  # the first token of a span cannot be known
+        pad = stage.length - len(ids)
+        ids = np.concatenate([ids, np.full(pad, self.end_of_text)])
+        return ids, np.concatenate([weights, np.zeros(pad, np.float32)])
+
+    def _review(self, rng: np.random.Generator, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
+        ids, weights = [self.end_of_text], [0.0]
+        while len(ids) < stage.length:
+            review, label = text.sentiment_review(rng)
+            prompt = self.tokenizer(text.sentiment_prompt(review))["input_ids"]
+            answer = self._encode(f" {text.LABELS[label]}")
+            ids += [*prompt, *answer, self.end_of_text]
+            weights += [0.3] * len(prompt) + [ANSWER_WEIGHT] * len(answer) + [0.3]
+        return np.array(ids[: stage.length]), np.array(weights[: stage.length], np.float32)
+
+    def _needle(self, rng: np.random.Generator, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
+        pairs = int(rng.integers(1, stage.max_pairs + 1))
+        names = rng.choice(text.NAMES, pairs, replace=False)
+        values = [text.needle_value(rng) for _ in names]
+        facts = [self._encode_fact(n, v) for n, v in zip(names, values, strict=True)]
+        asked = rng.permutation(pairs)
+        questions: list[int] = []
+        question_weights: list[float] = []
+        for i in asked:
+            question = self._encode(text.needle_question(names[i]))
+            answer = [*self._encode_words(values[i]), *self._encode(".")]
+            questions += question + answer
+            question_weights += [0.3] * len(question) + [ANSWER_WEIGHT] * len(answer)
+        room = stage.length - 1 - len(questions) - sum(map(len, facts))
+        if room < 0:  # cannot happen at the lengths of the curriculum
+            raise ValueError(f"{pairs} pairs do not fit into {stage.length} tokens")
+        cuts = np.sort(rng.integers(0, room + 1, pairs))
+        filler = self._filler(rng, room)
+        ids, weights = [self.end_of_text], [0.0]
+        for start, stop, fact in zip([0, *cuts], [*cuts, room], [*facts, []], strict=True):
+            ids += filler[start:stop] + fact
+            weights += [1.0] * (stop - start) + [0.0] * len(fact)
+        return np.array(ids + questions), np.array(weights + question_weights, np.float32)
+
+    def _encode_words(self, words: str) -> list[int]:
+        return [i for word in words.split() for i in self._encode(f" {word}")]
+
+    def _encode_fact(self, name: str, value: str) -> list[int]:
+        before, _, _ = text.needle_fact(name, "|").partition(" |")
+        return self._encode(before) + self._encode_words(value) + self._encode(".")

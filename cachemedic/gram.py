@@ -1,0 +1,88 @@
+"""Identity loss and contraction ratio from Gram matrices: the repaired cache is never formed.
+
+For X_rep = X_corr (I + M) with M = W diag(a) U^T and D = X_corr - X_clean,
+    ||X_rep - X_clean||^2 = ||D||^2 + 2 tr(M^T X_corr^T D) + tr(M^T X_corr^T X_corr M),
+and both traces need only d x d matrices per sample and head, shared by all runs that see the sample. The gate a differs
+per query head and query; squared norms are summed over query heads and averaged over the M queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cachemedic.objective import EPS
+
+Factors = tuple[torch.Tensor, torch.Tensor]  # W, U: [R, d, r] each
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Second moments of one tensor (K or V) of one layer, S seeds x B samples x G heads."""
+
+    second: torch.Tensor  # X_corr^T X_corr [S, B, G, d, d]
+    cross: torch.Tensor  # X_corr^T D [S, B, G, d, d]
+    found: torch.Tensor  # ||D||^2 summed over heads [S, B]
+    clean: torch.Tensor  # ||X_clean||^2 summed over heads [S, B]
+
+    @classmethod
+    def of(cls, clean: torch.Tensor, corrupted: torch.Tensor) -> Gram:
+        """From the clean and the corrupted tensor, [S, B, G, T, d] each."""
+        delta = corrupted - clean
+        transposed = corrupted.mT
+        return cls(
+            transposed @ corrupted, transposed @ delta, delta.square().sum((2, 3, 4)), clean.square().sum((2, 3, 4))
+        )
+
+    def deviation(self, factors: Factors, gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two traces 2 tr(M^T X^T D) and tr(M^T X^T X M), per query head, mean over queries.
+
+        `gate` [R, B, H, M, r] with R = S * C runs, seed-major. Returns two tensors [R, B], means over the H query heads.
+        """
+        w, u = factors
+        seeds, samples, groups, dim, _ = self.second.shape
+        runs, rank = w.shape[0], w.shape[-1]
+        conditions = runs // seeds
+
+        def times_w(matrix: torch.Tensor) -> torch.Tensor:  # [S, B, G, d, d] -> matrix @ W: [R, B, G, d, r]
+            flat = matrix.reshape(seeds, -1, dim) @ w.view(seeds, conditions, dim, rank).transpose(1, 2).flatten(2)
+            flat = flat.view(seeds, samples, groups, dim, conditions, rank).permute(0, 4, 1, 2, 3, 5)
+            return flat.reshape(runs, samples, groups, dim, rank)
+
+        linear = (times_w(self.cross.mT) * u[:, None, None]).sum(3)  # [R, B, G, r]
+        inner = w.mT[:, None, None] @ times_w(self.second)  # W^T X^T X W: [R, B, G, r, r]
+        quadratic = inner * (u.mT @ u)[:, None, None]
+        per_group = gate.reshape(runs, samples, groups, -1, rank)  # query heads of a group and their queries
+        first = 2 * (per_group * linear[:, :, :, None]).sum(-1)
+        second = ((per_group @ quadratic) * per_group).sum(-1)
+        # sum over groups and mean within a group: the same scale as norms over the G stored heads
+        return first.mean(-1).sum(-1), second.mean(-1).sum(-1)
+
+
+def layer_terms(
+    keys: Gram, values: Gram, factors: dict[str, Factors | None], gates: tuple[torch.Tensor | None, torch.Tensor | None]
+) -> dict[str, torch.Tensor]:
+    """`identity`, `rho`, `rho_k` and `rho_v` of one layer, each [R, B]."""
+    conditions = 1
+    for gate in gates:
+        if gate is not None:
+            conditions = gate.shape[0] // keys.found.shape[0]
+    left, moved = {}, {}
+    for name, gram, gate in (("k", keys, gates[0]), ("v", values, gates[1])):
+        found = gram.found.repeat_interleave(conditions, 0)
+        if gate is None:
+            left[name], moved[name] = found, torch.zeros_like(found)
+        else:
+            first, second = gram.deviation(factors[name], gate)
+            left[name], moved[name] = found + first + second, second
+    clean = (keys.clean + values.clean).repeat_interleave(conditions, 0)
+    found_k, found_v = (g.found.repeat_interleave(conditions, 0).sqrt() for g in (keys, values))
+    # a floor under the root: its gradient at zero is infinite
+    left_k, left_v = (left[name].clamp_min(1e-12).sqrt() for name in "kv")
+    return {
+        "identity": (moved["k"] + moved["v"]) / (clean + EPS),
+        "rho": (left_k + left_v) / (found_k + found_v + EPS),
+        "rho_k": left_k / (found_k + EPS),
+        "rho_v": left_v / (found_v + EPS),
+    }

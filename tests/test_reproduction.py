@@ -1,0 +1,153 @@
+"""The mechanism behind `make reproduce`, on a tiny project in a temporary folder."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+import nbformat
+import pytest
+from toy_project import FIGURE, Project, run_make
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project in which everything has been made, by two jobs at once."""
+    project = Project(tmp_path_factory.mktemp("project"))
+    assert project.ran("-j2", "reproduce") == {"10_map", "20_figure", "30_apart"}
+    return project
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+def test_everything_is_published_and_recorded(made: Project) -> None:
+    for output in ("results/map.csv", "results/map.json", "figures/damage.png", "results/apart.csv"):
+        assert (made.root / output).is_file()
+    assert (made.root / "build/notebooks/paper/20_figure.ipynb").is_file()
+    assert not list((made.root / "build/staging/paper").iterdir())
+
+
+def test_touching_files_reruns_nothing(made: Project) -> None:
+    for path in [*made.root.glob("notebooks/*"), *made.root.glob("cachemedic/*"), *made.root.glob("tools/*.py")]:
+        path.touch()
+    (made.root / "requirements.txt").touch()
+    assert made.ran("reproduce") == set()
+
+
+def test_outputs_saved_in_a_notebook_and_unused_modules_do_not_count(made: Project) -> None:
+    path = made.root / "notebooks/10_map.ipynb"
+    notebook = nbformat.read(path, 4)
+    notebook.cells[1].outputs = [nbformat.v4.new_output("stream", text="seen in the lab")]
+    notebook.cells[1].execution_count = 7
+    nbformat.write(notebook, path)
+    made.write("cachemedic/unused.py", "changed = True\n")
+    assert made.ran("reproduce") == set()
+
+
+def test_deleting_a_figure_reruns_its_notebook_only(made: Project) -> None:
+    (made.root / "figures/damage.pdf").unlink()
+    assert made.ran("figures/damage.pdf") == {"20_figure"}
+    assert (made.root / "figures/damage.pdf").exists()
+
+
+def test_editing_a_notebook_reruns_it_and_what_depends_on_it(made: Project) -> None:
+    made.notebook("10_map", "# edited\nfrom cachemedic import write\nwrite('results/map.csv')")
+    assert made.ran("reproduce") == {"10_map", "20_figure"}
+
+
+def test_reasons_to_run_are_named(made: Project) -> None:
+    assert made.stale("30_apart") is None
+    made.write("results/apart.csv", "forged\n")
+    assert made.stale("30_apart") == "results/apart.csv is not what was made"
+    made.write("results/apart.csv", "made\n")
+    made.write("data/text.txt", "other words")
+    assert made.stale("30_apart") == "changed: data/text.txt"
+    made.write("data/text.txt", "words")
+    made.notebook("20_figure", f"# edited\n{FIGURE}")
+    assert made.stale("20_figure") == "changed: notebooks/20_figure.ipynb"
+    assert made.stale("10_map") is None, "nothing flows back to what a notebook needs"
+    made.notebook("20_figure", FIGURE)
+
+
+def test_failing_cell_names_itself_and_leaves_old_outputs(made: Project) -> None:
+    made.notebook("30_apart", "from cachemedic import write\nwrite('results/apart.csv')\nraise ValueError('rank 99')")
+    message = made.make("30_apart", fails=True)
+    assert "30_apart, cell 2, failed: ValueError: rank 99" in message
+    assert (made.root / "results/apart.csv").read_text() == "made\n"
+    made.notebook("30_apart", "import cachemedic.toy\ncachemedic.toy.write('results/apart.csv')")
+    assert made.stale("30_apart") is None, "the old outputs are those of the old notebook"
+
+
+def test_unknown_parameters_fail_before_anything_runs(made: Project) -> None:
+    message = made.make("10_map", "BASE=gpt2", fails=True)
+    assert "unknown parameter of notebooks/10_map.ipynb 'base'" in message
+    assert "allowed: profile" in message
+    assert "unknown PROFILE=smok; allowed: paper, smoke" in made.make("10_map", "PROFILE=smok", fails=True)
+    assert "nearest: figures/damage.pdf" in made.make("figures/damages.pdf", fails=True)
+
+
+def test_figure_accepts_shipped_results_that_are_current(made: Project) -> None:
+    """As in a fresh clone: committed files, no records. What was not asked for is trusted if its hashes agree."""
+    shutil.rmtree(made.root / "build")
+    assert made.ran("figures/damage.pdf") == {"20_figure"}
+    assert made.stale("10_map", asked_for=False) is None
+    assert made.stale("10_map") == "not run here before"
+    made.write("results/map.csv", "forged\n")
+    assert made.stale("10_map", asked_for=False) == "not run here before"
+
+
+def test_smoke_and_other_parameters_are_published_apart(fresh: Project) -> None:
+    fresh.notebook("10_map", "import cachemedic\ncachemedic.write('results/map.csv')", 'profile = "paper"\nbase = "a"')
+    assert fresh.ran("10_map", "PROFILE=smoke", "BASE=some/model") == {"10_map"}
+    assert (fresh.root / "build/smoke,base=some_model/results/map.csv").is_file()
+    assert not (fresh.root / "results").exists()
+
+
+def test_undeclared_outputs_are_refused(fresh: Project) -> None:
+    fresh.notebook("10_map", "import cachemedic\ncachemedic.write('results/other.csv')")
+    message = fresh.make("10_map", fails=True)
+    assert "missing: results/map.csv" in message
+    assert "not in the table: results/other.csv" in message
+
+
+def test_parameters_cell_is_required(fresh: Project) -> None:
+    fresh.notebook("10_map", "1", tag="other")
+    assert "needs one cell with the tag `parameters`, it has 0" in fresh.make("10_map", fails=True)
+
+
+def test_retraining_runs_again_once(made: Project) -> None:
+    assert made.stale("20_figure", retrain=True) == "operators are to be trained anew"
+    assert made.ran("30_apart", "RETRAIN=1") == {"30_apart"}
+    assert made.stale("30_apart", retrain=True) is None
+
+
+def test_set_up_is_repeated_until_it_succeeds(fresh: Project) -> None:
+    """`make test` with a python that only notes what is asked of pip; its first installation is interrupted."""
+    installer = fresh.root / "installer"
+    fresh.write("installer", textwrap.dedent(f"""\
+        #!/bin/sh
+        case "$*" in
+        "-m venv "*) mkdir -p "$3/bin"; ln -sf {installer} "$3/bin/python" ;;
+        *pip*) echo "$@" >> {fresh.root}/log; test -e {fresh.root}/net ;;
+        tools/*) exec {sys.executable} "$@" ;;
+        esac
+    """))  # fmt: skip
+    installer.chmod(0o755)
+
+    def installations(fails: bool = False) -> int:
+        (fresh.root / "log").write_text("")
+        run_make(fresh.root, "test", f"PYTHON={installer}", fails=fails)
+        return (fresh.root / "log").read_text().count("requirements.txt")
+
+    assert installations(fails=True) == 1
+    fresh.write("net", "")
+    assert installations() == 1
+    (fresh.root / "requirements.txt").touch()
+    assert installations() == 0
+    fresh.write("requirements.txt", "numpy==2.4.6\n")
+    assert installations() == 1

@@ -1,0 +1,91 @@
+"""What has been made: where a profile publishes, which inputs its files were made from, and why to run again."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graph import Graph, GraphError, sha256
+
+PROFILES = ("paper", "smoke")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A profile with the parameters that replace the notebooks' own. Only the plain paper profile is committed."""
+
+    graph: Graph
+    profile: str
+    parameters: Mapping[str, Any]  # without the profile, and without the device, which says how, not what
+
+    def __post_init__(self) -> None:
+        if self.profile not in PROFILES:
+            raise GraphError(f"unknown profile {self.profile!r}; allowed: {', '.join(PROFILES)}")
+
+    @property
+    def label(self) -> str:
+        changed = "".join(f",{name}={value}" for name, value in sorted(self.parameters.items()))
+        return self.profile + re.sub(r"[^\w.,=-]+", "_", changed)
+
+    @property
+    def published(self) -> Path:
+        """The folder that holds results/, figures/ and paper/tables/ of this variant."""
+        return self.graph.root if self.label == "paper" else self.graph.root / "build" / self.label
+
+    def work(self, name: str) -> Path:
+        """Where the outputs of a running notebook wait until all of them are there."""
+        return self.graph.root / "build" / "staging" / self.label / name
+
+    def record_path(self, name: str) -> Path:
+        return self.graph.root / "build" / "stamps" / self.label / f"{name}.json"
+
+    def record(self, name: str) -> dict[str, Any]:
+        """What is known of the last complete run on this machine; empty if there was none."""
+        try:
+            return json.loads(self.record_path(name).read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def stale(self, name: str, asked_for: bool = True, retrain: bool = False) -> str | None:
+        """Why a notebook has to run, or None if what it would make is there, made on this machine from these inputs.
+
+        A notebook that is merely needed by what was asked for need not have run here: shipped files will do.
+        """
+        if not asked_for and self.shipped(name):
+            return None
+        record, inputs = self.record(name), self.graph.inputs(name)
+        if not record:
+            return "not run here before"
+        if record["inputs"] != inputs or record["parameters"] != dict(self.parameters):
+            changed = sorted(k for k in record["inputs"] | inputs if record["inputs"].get(k) != inputs.get(k))
+            return f"changed: {', '.join(changed) or 'parameters'}"
+        if retrain and not record["retrained"]:
+            return "operators are to be trained anew"
+        outputs = self.graph[name].outputs
+        for output in outputs:
+            if not (self.published / output).is_file():
+                return f"{output} is missing"
+            if record["outputs"].get(output) != sha256((self.published / output).read_bytes()):
+                return f"{output} is not what was made"
+        return None
+
+    def shipped(self, name: str) -> bool:
+        """Whether the files that came with the repository were made from exactly these inputs."""
+        root, notebook = self.graph.root, self.graph[name]
+        if self.label != "paper" or not notebook.csv or not all((root / path).is_file() for path in notebook.outputs):
+            return False
+        sidecars = (json.loads((root / path).read_text()) for path in notebook.sidecars)
+        return all(
+            sidecar["inputs"] == self.graph.inputs(name)
+            and sidecar["sha256"] == sha256((root / sidecar["file"]).read_bytes())
+            for sidecar in sidecars
+        )
+
+    def minutes(self, name: str) -> float:
+        """How long a notebook takes: as long as last time, else as long as the table says."""
+        seconds = self.record(name).get("seconds")
+        return seconds / 60 if seconds else self.graph[name].minutes.get(self.profile, 1.0)

@@ -1,0 +1,200 @@
+"""Runs one notebook by papermill if what it makes is out of date; make calls this once per notebook.
+
+    python tools/run_notebook.py 03_main_results --profile smoke
+
+Outputs are written to a folder apart and published together when the last cell has succeeded: a failing notebook leaves
+the old files in place. The executed copy goes to build/notebooks/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import fcntl
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from graph import Graph, GraphError, sha256, unknown
+from records import PROFILES, Variant
+
+FREE_DISK = 1 << 30  # bytes; a run writes far less, but torch and Jupyter write temporary files too
+THREADS = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
+
+
+class NotebookFailed(RuntimeError):
+    """A cell raised, the kernel died, or the notebook made other files than the table says."""
+
+
+def parameter_names(graph: Graph, name: str) -> list[str]:
+    """The names assigned in the cell tagged `parameters`; `GraphError` if there is not exactly one such cell."""
+    tagged = [c for c in graph.cells(name) if "parameters" in c["metadata"].get("tags", [])]
+    if len(tagged) != 1:
+        raise GraphError(f"notebooks/{name}.ipynb needs one cell with the tag `parameters`, it has {len(tagged)}")
+    body = ast.parse("".join(tagged[0]["source"])).body
+    targets = [t for node in body if isinstance(node, ast.Assign) for t in node.targets]
+    targets += [node.target for node in body if isinstance(node, ast.AnnAssign)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Two makes in one checkout take turns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def execute(variant: Variant, name: str, parameters: dict[str, Any], threads: int, retrain: bool) -> None:
+    """Runs all cells in a fresh kernel; the outputs end up in `variant.work(name)`."""
+    import papermill  # slow, and not needed to find that nothing is to be done
+
+    root, work = variant.graph.root, variant.work(name)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    context = {
+        "notebook": name,
+        "work": str(work),
+        "published": str(variant.published),
+        "inputs": variant.graph.inputs(name),
+        "threads": threads,
+        "retrain": retrain,
+    }
+    (work / "run.json").write_text(json.dumps(context))
+    os.environ |= dict.fromkeys(THREADS, str(threads))  # sums depend on the number of threads in the last bit
+    os.environ |= {
+        "CACHEMEDIC_RUN": str(work / "run.json"),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, (str(root), os.environ.get("PYTHONPATH")))
+        ),  # this checkout's package
+        "PYTHONHASHSEED": "0",
+        "JUPYTER_PREFER_ENV_PATH": "1",  # the kernel of this environment, not one of the user's
+        "TQDM_MININTERVAL": "15",
+    }
+    copy = root / "build" / "notebooks" / variant.label / f"{name}.ipynb"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            variant.graph.path(name), copy, parameters=parameters, kernel_name="python3", language="python", cwd=root,
+            log_output=True, progress_bar=False, start_timeout=300,
+        )  # fmt: skip
+    except papermill.PapermillExecutionError as error:
+        # papermill adds cells: count in the notebook as it is
+        sources = ["".join(cell["source"]) for cell in variant.graph.cells(name)]
+        place = f"{name}, cell {sources.index(error.source) + 1}, failed: {error.ename}: {error.evalue}"
+        raise NotebookFailed(f"{place}\n  executed copy: {copy.relative_to(root)}") from None
+    except RuntimeError as error:  # from nbclient: the kernel did not start, or was ended, mostly for want of memory
+        raise NotebookFailed(f"{name} stopped: {error}\n  executed copy: {copy.relative_to(root)}") from None
+
+
+def publish(variant: Variant, name: str) -> dict[str, str]:
+    """Moves the outputs of a complete run to where they belong; returns the sha256 of each."""
+    work, expected = variant.work(name), set(variant.graph[name].outputs)
+    made = {p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file()} - {"run.json"}
+    if made != expected:
+        differences = [f"missing: {path}" for path in sorted(expected - made)]
+        differences += [f"not in the table: {path}" for path in sorted(made - expected)]
+        raise NotebookFailed(f"{name} made other files than notebooks/graph.toml says; {'; '.join(differences)}")
+    variant.record_path(name).unlink(missing_ok=True)
+    waiting = {}
+    for output in sorted(expected):
+        target = variant.published / output
+        target.parent.mkdir(parents=True, exist_ok=True)
+        waiting[target] = target.with_name(f".{target.name}.new")
+        shutil.copyfile(work / output, waiting[target])
+    for target, temporary in waiting.items():
+        temporary.replace(target)
+    hashes = {output: sha256((work / output).read_bytes()) for output in expected}
+    shutil.rmtree(work)
+    return hashes
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(record, indent=1))
+    temporary.replace(path)
+
+
+def check_parameters(graph: Graph, name: str, given: Iterable[str]) -> None:
+    """papermill only warns of a parameter that the notebook does not know; here it is an error."""
+    known = parameter_names(graph, name)
+    for parameter in given:
+        if parameter not in known:
+            raise unknown(f"parameter of notebooks/{name}.ipynb", parameter, known)
+
+
+def say(line: str) -> None:
+    """Prints in one piece, so that lines of parallel notebooks stay whole."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def announcement(variant: Variant, name: str, reason: str, goals: list[str]) -> str:
+    """One line: what runs, why, about how long, and what is left after it."""
+    others = [other for other in variant.graph.upstream(goals) if other != name]
+    left = [other for other in others if variant.stale(other, other in goals)]
+    after = f"; then {len(left)} more, about {sum(map(variant.minutes, left)):.0f} min" if left else ""
+    return f"running ({reason}), about {variant.minutes(name):.0f} min{after}"
+
+
+def bring_up_to_date(variant: Variant, name: str, options: argparse.Namespace) -> None:
+    """Runs notebook `name` of `variant` unless what it makes is there already."""
+    graph, goals = variant.graph, variant.graph.goals(options.goals or [name])
+    parameters = {"profile": variant.profile, **variant.parameters}
+    parameters |= {"device": options.device} if options.device else {}
+    check_parameters(graph, name, parameters)
+    title = f"{name} [{variant.label}]:"
+    with locked(variant.record_path(name).with_suffix(".lock")):
+        reason = variant.stale(name, name in goals, options.retrain)
+        if reason is None:
+            say(f"{title} up to date")
+            return
+        free = shutil.disk_usage(graph.root).free
+        if free < FREE_DISK:
+            raise GraphError(f"{free >> 20} MB of disk space are free, {FREE_DISK >> 20} MB are needed")
+        say(f"{title} {announcement(variant, name, reason, goals)}")
+        inputs, started = graph.inputs(name), time.monotonic()
+        execute(variant, name, parameters, options.threads, options.retrain)
+        hashes, seconds = publish(variant, name), round(time.monotonic() - started, 1)
+        record = {"inputs": inputs, "parameters": dict(variant.parameters), "retrained": options.retrain}
+        write_record(variant.record_path(name), record | {"outputs": hashes, "seconds": seconds})
+        say(f"{title} done in {seconds / 60:.1f} min")
+
+
+def parameter(assignment: str) -> tuple[str, Any]:
+    """`NAME=VALUE` from the command line; a value that is not JSON is text."""
+    name, _, value = assignment.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("name", help="a notebook, without folder and suffix")
+    option("--profile", default="paper", choices=PROFILES)
+    option("--parameter", action="append", default=[], type=parameter, metavar="NAME=VALUE", help="in JSON or text")
+    option("--device", help="cpu or cuda; where to compute, not part of what is computed")
+    option("--threads", type=int, default=2, help="fixed, as sums depend on it in the last bit")
+    option("--retrain", action="store_true", help="train operators that the repository ships, too")
+    option("--goals", nargs="*", help="the targets given to make: notebooks that these only need may stay as shipped")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format=f"[{options.name}] %(message)s", stream=sys.stdout)
+    bring_up_to_date(Variant(Graph(), options.profile, dict(options.parameter)), options.name, options)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (GraphError, NotebookFailed) as failure:
+        sys.exit(f"error: {failure}")
