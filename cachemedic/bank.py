@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from cachemedic.cache import stack_cache
 from cachemedic.models import Base, decoder_layers
@@ -80,7 +80,7 @@ def sample_windows(base: Base, documents: tuple[str, ...], count: int, length: i
 def open_bank(base: Base, config: BankConfig, folder: Path = CACHE_DIR / "bank") -> Bank:
     """The bank of `config`, computed on first use and kept under `folder`."""
     documents = documentation(config.split)
-    key = json.dumps([asdict(config), base.name, _weights_digest(base), text_hash(documents)])
+    key = json.dumps([asdict(config), base.name, weights_digest(base), text_hash(documents)])
     target = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not (target / "complete").exists():
         target.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,8 @@ def open_bank(base: Base, config: BankConfig, folder: Path = CACHE_DIR / "bank")
     return Bank(**fields)
 
 
-def _weights_digest(base: Base) -> str:
+def weights_digest(base: Base) -> str:
+    """sha256 of the parameters, as float32."""
     digest = hashlib.sha256()
     for parameter in base.model.parameters():
         digest.update(parameter.detach().cpu().float().numpy().tobytes())

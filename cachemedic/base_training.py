@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -158,8 +158,22 @@ def train(architecture: str, folder: Path, device: str = "cpu", compiled: bool =
     return model.eval()
 
 
-def export(model: PreTrainedModel, folder: Path, source: Path) -> None:
-    """Writes half-precision weights, tokenizer, and `card.json` with the sha256 of the weights and of the text."""
+CARD = """# embedded-{architecture}
+
+A small causal language model of the {architecture} architecture, trained by `python -m cachemedic.base_training
+{architecture}` for experiments on corrupted and repaired key/value caches. It is made to read its cache, not to be useful:
+it knows documentation English, generated reviews and generated needle documents, and nothing else.
+
+- {parameters:,} parameters: 12 layers of width 128, heads of 32; context of {context} tokens; vocabulary of {vocabulary}
+- trained for {steps} steps of {tokens_per_step} tokens on the docstrings of {packages}, and on generated rows
+  (`cachemedic/base_data.py`); two heads start as an induction circuit (`cachemedic/base_init.py`)
+- scores on unseen packages, sentiment and needle tasks: `results/base_models.csv`
+- weights in half precision, sha256 in `card.json`, checked by `load_base`; MIT licence, the CacheMedic++ contributors
+"""
+
+
+def export(model: PreTrainedModel, architecture: str, folder: Path, source: Path) -> None:
+    """Writes half-precision weights, tokenizer, model card, and `card.json` with the sha256 of weights and text."""
     model.half().save_pretrained(folder)
     PreTrainedTokenizerFast.from_pretrained(source).save_pretrained(folder)
     card = {
@@ -170,7 +184,12 @@ def export(model: PreTrainedModel, folder: Path, source: Path) -> None:
         "tokens": STEPS * TOKENS_PER_STEP,
         "licence": "MIT",
     }
-    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    text.write_atomically(folder / "card.json", (json.dumps(card, indent=2) + "\n").encode())
+    facts = {
+        "architecture": architecture, "parameters": model.num_parameters(), "context": CONTEXT, "steps": STEPS,
+        "vocabulary": VOCABULARY, "tokens_per_step": TOKENS_PER_STEP, "packages": ", ".join(card["training_packages"]),
+    }  # fmt: skip
+    text.write_atomically(folder / "README.md", CARD.format(**facts).encode())
 
 
 def main() -> None:
@@ -185,7 +204,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     source = options.build / options.architecture
     model = train(options.architecture, source, options.device, compiled=not options.no_compile)
-    export(model.cpu(), options.out / f"embedded-{options.architecture}", source)
+    export(model.cpu(), options.architecture, options.out / f"embedded-{options.architecture}", source)
 
 
 if __name__ == "__main__":

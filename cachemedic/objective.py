@@ -71,7 +71,7 @@ class StepOutputs:
     identity: torch.Tensor  # [R, B, P] identity loss of each layer, meaningful where `is_clean`
     rho: torch.Tensor  # [R, B, P] contraction ratio of each layer, meaningful where `is_corrupted`
     is_clean: torch.Tensor  # [R, B] bool: severity 0 or type none
-    is_corrupted: torch.Tensor  # [R, B] bool: the corruption changed something
+    is_corrupted: torch.Tensor  # [R, B, P] bool: the corruption changed something in that layer
     parameters: list[torch.Tensor] = field(default_factory=list)  # phi, [R, ...] each
 
 
@@ -110,7 +110,9 @@ class RepairObjective:
         kd = kd_per_token(step.z_clean, step.z_rep, self.temperature).mean(dim=(1, 2))
         identity = masked_mean(step.identity.sum(-1), step.is_clean)
         hinge = contraction_loss(step.rho, per_run(self.alpha_contr).view(-1, 1, 1))
-        contraction = masked_mean(hinge.sum(-1), step.is_corrupted)
+        # a layer that the corruption did not touch has no ratio; a sample counts if any of its layers has one
+        hinge = torch.where(step.is_corrupted, hinge, 0.0)
+        contraction = masked_mean(hinge.sum(-1), step.is_corrupted.any(-1))
         loss = kd + per_run(self.lambda_id) * identity + per_run(self.lambda_contr) * contraction
         if step.parameters:
             size = sum(p.flatten(1).square().sum(1) for p in step.parameters)

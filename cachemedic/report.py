@@ -115,6 +115,18 @@ class Run:
         """The folder of this profile's trained operators, which outlive a run; the paper profile's are committed."""
         return self.published / "trained"
 
+    @property
+    def work(self) -> Path:
+        """Checkpoints and logs of training in progress; they outlive an interrupted run."""
+        return ROOT / "build" / "training" / self.parameters["profile"]
+
+    @property
+    def partial(self) -> Path | None:
+        """Where finished parts of this run's grids are kept until it ends, named by everything they depend on."""
+        if self.inputs is None:
+            return None
+        return ROOT / "build" / "partial" / config_hash({"parameters": self.parameters, "inputs": self.inputs})
+
     def read_csv(self, name: str) -> pd.DataFrame:
         """A CSV of this notebook, or of one that it needs, in the same profile."""
         places = [folder / "results" / f"{name}.csv" for folder in (self.folder, self.published)]

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_DOCSTRING = 80  # characters; shorter docstrings are mostly one-line boilerplate
@@ -44,6 +44,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
+        os.chmod(temporary, 0o644)  # mkstemp gives 0600
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

@@ -11,23 +11,24 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from cachemedic.attention import protect
-from cachemedic.bank import Bank, BankConfig, open_bank
-from cachemedic.corruption import CorruptionEvent, Mixture, corrupt
+from cachemedic.bank import Bank, BankConfig, open_bank, weights_digest
+from cachemedic.corruption import Mixture, corrupt
+from cachemedic.corruption_spec import CorruptionEvent
+from cachemedic.corruption_types import NONE
 from cachemedic.gram import Gram, layer_terms
 from cachemedic.models import Base
 from cachemedic.objective import RepairObjective, StepOutputs
 from cachemedic.operators import RepairOperator
 from cachemedic.student import shared_prefix, starting_at
 
-TRAIN_ROTATION_SEED = 0  # evaluation uses another one
 Objective = Callable[[StepOutputs], dict[str, torch.Tensor]]
 
 
@@ -70,8 +71,8 @@ class TrainConfig:
 
     def key(self, base: Base) -> str:
         """The name of the trained operators: a hash of this configuration and of the base."""
-        text = json.dumps([asdict(self), base.name], sort_keys=True, default=str)
-        return f"{base.name}-{self.family}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        text = json.dumps([asdict(self), base.name, weights_digest(base)], sort_keys=True, default=str)
+        return f"{Path(base.name).name}-{self.family}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def generator(*name: int | str) -> torch.Generator:
@@ -117,23 +118,30 @@ class Trainer:
         # the student starts at the first layer that sees a corruption or a repair
         self.first = 0 if config.corrupted_layers == "all" else min(config.layers)
         self.step = 0
+        self.key = config.key(base)
 
     def draw(self, step: int) -> Draw:
         """Samples, events and corrupted caches of one step, for every seed by its own generator."""
         config, bank = self.config, self.bank
         share = len(bank) // len(config.seeds)
-        rows, keys, values, events = [], [], [], []
+        rows: list = []
+        keys: list = []
+        values: list = []
+        events: list = []
         hit = torch.zeros(bank.keys.shape[1], dtype=torch.bool)
         hit[list(config.layers) if config.corrupted_layers == "protected" else slice(None)] = True
         for position, seed in enumerate(config.seeds):
             draws = generator("train", seed, step)
             picked = position * share + torch.randint(share, (config.batch,), generator=draws)
             k, v = bank.keys[picked][:, self.first :], bank.values[picked][:, self.first :]
-            drawn = config.mixture.draw(draws, config.batch, tuple(bank.keys.shape[1:4]), base=self.base.name)
-            drawn = [event.on_layers(hit, self.first) for event in drawn]
+            drawn = config.mixture.draw(draws, config.batch, tuple(bank.keys.shape[1:4]))
+            drawn = [
+                replace(e, layers=(e.layers & hit)[self.first :], heads=e.heads[self.first :]) for e in drawn
+            ]
             donor_k, donor_v = k.roll(1, 0), v.roll(1, 0)  # another text of the same seed
-            k, v = corrupt(k, v, drawn, draws, donor_k, donor_v, rotation_seed=TRAIN_ROTATION_SEED)
-            rows.append(picked), keys.append(k), values.append(v), events.append(drawn)
+            k, v = corrupt(k, v, drawn, draws, donor_k, donor_v)
+            for collected, new in ((rows, picked), (keys, k), (values, v), (events, drawn)):
+                collected.append(new)
         return Draw(torch.stack(rows), torch.stack(keys), torch.stack(values), events)
 
     def forward(self, draw: Draw) -> tuple[StepOutputs, dict[str, torch.Tensor]]:
@@ -152,27 +160,27 @@ class Trainer:
             logits = model(ids, position_ids=positions, use_cache=False).logits
         clean = bank.keys[draw.rows], bank.values[draw.rows]
         terms: dict[str, list[torch.Tensor]] = {"identity": [], "rho": [], "rho_k": [], "rho_v": []}
-        found = torch.zeros(draw.rows.shape)
+        found: list[torch.Tensor] = []
         for layer in config.layers:
             grams = [
                 Gram.of(before[:, :, layer], after[:, :, layer - self.first])
                 for before, after in zip(clean, (draw.keys, draw.values), strict=True)
             ]
-            found = found + sum(g.found for g in grams)
-            gates = tuple(
-                None if g is None else g.unflatten(0, (config.runs, -1)) for g in protection.gates[layer]
+            found.append(grams[0].found + grams[1].found)
+            gate_k, gate_v = (
+                None if gate is None else gate.unflatten(0, (config.runs, -1)) for gate in protection.gates[layer]
             )
-            for name, value in layer_terms(*grams, self.operator.factors(layer), gates).items():
+            for name, value in layer_terms(grams[0], grams[1], self.operator.factors(layer), (gate_k, gate_v)).items():
                 terms[name].append(value)
         stacked = {name: torch.stack(values, -1) for name, values in terms.items()}
-        clean_event = torch.tensor([[e.is_clean for e in events] for events in draw.events])
+        clean_event = torch.tensor([[e.type == NONE for e in events] for events in draw.events])
         outputs = StepOutputs(
             z_clean=bank.logits[runs],
             z_rep=logits.unflatten(0, (config.runs, -1)),
             identity=stacked["identity"],
             rho=stacked["rho"],
             is_clean=clean_event.repeat_interleave(conditions, 0),
-            is_corrupted=(found > 0).repeat_interleave(conditions, 0),
+            is_corrupted=(torch.stack(found, -1) > 0).repeat_interleave(conditions, 0),
             parameters=list(self.operator.parameters()),
         )
         return outputs, stacked
@@ -210,7 +218,7 @@ class Trainer:
             rho = {name: stacked[name][run][hit].flatten() for name in ("rho", "rho_k", "rho_v")}
             none = rho["rho"].numel() == 0
             records.append({
-                "run_id": f"{self.config.key(self.base)}/seed{self.config.seeds[seed]}/condition{condition}",
+                "run_id": f"{self.key}/seed{self.config.seeds[seed]}/condition{condition}",
                 "phase": "train",
                 "timestamp_utc": now,
                 "step": self.step,
@@ -289,4 +297,5 @@ def load_or_train(base: Base, config: TrainConfig, trained: Path, work: Path, re
     trainer = Trainer(base, config, work / key)
     operator = trainer.run()
     operator.save_pretrained(trained / key)
+    (trainer.folder / "checkpoint.pt").unlink()  # the log stays
     return operator
