@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import DynamicCache
 
 from cachemedic.cache import stack_cache
 from cachemedic.models import Base, decoder_layers
-from cachemedic.text import CACHE_DIR, documentation, text_hash, write_atomically
+from cachemedic.operator_config import nearest_valid
+from cachemedic.text import CACHE_DIR, DOCUMENTATION_SPLITS, documentation, text_hash, write_atomically
 
 FIELDS = ("keys", "values", "logits", "hidden", "ids")
 BATCH = 32
@@ -32,6 +35,13 @@ class BankConfig:
     prefix: int = 96
     decoded: int = 1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.split not in DOCUMENTATION_SPLITS:
+            raise nearest_valid("documentation split", self.split, DOCUMENTATION_SPLITS)
+        for name in ("samples", "prefix", "decoded"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class Bank:
 
 
 def sample_windows(base: Base, documents: tuple[str, ...], count: int, length: int, seed: int) -> torch.Tensor:
-    """`count` windows of `length` tokens from different places of a text, each begun by end-of-text: ids [count, length].
+    """`count` windows of `length` tokens from different places of a text, begun by end-of-text each: [count, length].
 
     Raises `ValueError` if the window passes the model's context, or if the text is too short for `count` windows.
     """
@@ -78,9 +88,12 @@ def sample_windows(base: Base, documents: tuple[str, ...], count: int, length: i
 
 
 def open_bank(base: Base, config: BankConfig, folder: Path = CACHE_DIR / "bank") -> Bank:
-    """The bank of `config`, computed on first use and kept under `folder`."""
+    """The bank of `config`, computed on first use and kept under `folder`.
+
+    Raises `ValueError` if the windows pass the model's context or the text is too short, `OSError` if the disk is full.
+    """
     documents = documentation(config.split)
-    key = json.dumps([asdict(config), base.name, weights_digest(base), text_hash(documents)])
+    key = json.dumps([asdict(config), base.name, str(base.model.dtype), weights_digest(base), text_hash(documents)])
     target = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not (target / "complete").exists():
         target.mkdir(parents=True, exist_ok=True)
@@ -110,19 +123,31 @@ def _compute(base: Base, ids: torch.Tensor, prefix: int, target: Path) -> None:
     try:
         for start in tqdm(range(0, len(ids), BATCH), desc=f"clean-cache bank of {base.name}"):
             rows = ids[start : start + BATCH].to(base.model.device)
-            cache = base.model(rows[:, :prefix], use_cache=True, logits_to_keep=1).past_key_values
+            cache = DynamicCache()  # plain layers: sliding-window layers would drop old positions
+            base.model.base_model(rows[:, :prefix], past_key_values=cache, use_cache=True)
             keys, values = stack_cache(cache)
             inputs.clear()
             logits = base.model(rows[:, prefix:], past_key_values=cache).logits
             batch = dict(zip(FIELDS, (keys, values, logits, torch.stack(inputs, 1), rows), strict=True))
-            for field, tensor in batch.items():
-                array = (tensor if field == "ids" else tensor.float()).cpu().numpy()
-                if field not in maps:
-                    shape = (len(ids), *array.shape[1:])
-                    maps[field] = np.lib.format.open_memmap(target / f"{field}.npy", "w+", array.dtype, shape)
+            arrays = {f: (x if f == "ids" else x.float()).cpu().numpy() for f, x in batch.items()}
+            if not maps:
+                maps = _create(target, arrays, len(ids))
+            for field, array in arrays.items():
                 maps[field][start : start + BATCH] = array
     finally:
         for hook in hooks:
             hook.remove()
     for array in maps.values():
         array.flush()
+
+
+def _create(target: Path, first: dict[str, np.ndarray], count: int) -> dict[str, np.memmap]:
+    """Empty files for `count` rows like those of the `first` batch."""
+    needed = sum(array[0].nbytes for array in first.values()) * count
+    free = shutil.disk_usage(target).free
+    if needed > free:  # the files are sparse: without this check a full disk kills the process in the middle
+        raise OSError(f"the clean-cache bank takes {needed / 1e9:.1f} GB; {target} has {free / 1e9:.1f} GB free")
+    return {
+        field: np.lib.format.open_memmap(target / f"{field}.npy", "w+", array.dtype, (count, *array.shape[1:]))
+        for field, array in first.items()
+    }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from cachemedic import text
 
@@ -34,8 +35,10 @@ class Stage:
 CURRICULUM = (
     Stage(0.20, 128, copying=0.20, needle=0.25, review=0.06, max_pairs=2),
     Stage(0.70, 256, copying=0.08, needle=0.20, review=0.06, max_pairs=4),
-    Stage(1.00, 576, copying=0.04, needle=0.20, review=0.06, max_pairs=6),
+    Stage(0.80, 576, copying=0.04, needle=0.20, review=0.06, max_pairs=6),
+    Stage(1.00, 576, copying=0.03, needle=0.30, review=0.20, max_pairs=6),
 )
+FINISHING = Stage(1.00, 576, copying=0.08, needle=0.45, review=0.10, max_pairs=6)  # a second round, if there is one
 
 
 class RowSampler:
@@ -44,7 +47,7 @@ class RowSampler:
     `stream` is the tokenised documentation [N] with end-of-text between documents.
     """
 
-    def __init__(self, tokenizer, stream: np.ndarray) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stream: np.ndarray) -> None:
         self.stream = stream
         self.tokenizer = tokenizer
         self.end_of_text: int = tokenizer.eos_token_id

@@ -9,6 +9,7 @@ finds. Everything else keeps its random start, and training is free to change al
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
@@ -34,6 +35,7 @@ def add_induction_circuit(model: PreTrainedModel, generator: torch.Generator) ->
 
 def _gpt2(model: GPT2LMHeadModel, generator: torch.Generator) -> None:
     body, identity = model.transformer, torch.eye(HEAD)
+    layers: Any = body.h
     embeddings, positions = body.wte.weight, body.wpe.weight
     embeddings[:, : PREVIOUS.stop] = 0
     embeddings *= 2  # keeps the token's norm with half of the coordinates
@@ -45,12 +47,12 @@ def _gpt2(model: GPT2LMHeadModel, generator: torch.Generator) -> None:
     one_back = torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])  # position vector of m -> of m - 1
 
     def set_head(layer: int, query: torch.Tensor, key: torch.Tensor, reads: tuple[slice, slice, slice]) -> torch.Tensor:
-        weight, width = body.h[layer].attn.c_attn.weight, embeddings.shape[1]
+        weight, width = layers[layer].attn.c_attn.weight, embeddings.shape[1]
         for part, (matrix, rows) in enumerate(zip((query, key, identity), reads, strict=True)):
             columns = weight[:, part * width : part * width + HEAD]
             columns.zero_()
             columns[rows] = matrix
-        output = body.h[layer].attn.c_proj.weight[:HEAD]
+        output = layers[layer].attn.c_proj.weight[:HEAD]
         output.zero_()
         return output
 
@@ -61,11 +63,12 @@ def _gpt2(model: GPT2LMHeadModel, generator: torch.Generator) -> None:
 
 def _llama(model: LlamaForCausalLM) -> None:
     body, identity = model.model, torch.eye(HEAD)
+    rope: Any = model.config.rope_parameters
     embeddings = body.embed_tokens.weight
     embeddings[:, : PREVIOUS.stop] = 0
     embeddings *= 2
     embeddings[:, 0] = 0.1  # a constant, from which rotary attention makes a purely positional head
-    theta = model.config.rope_parameters["rope_theta"] ** (-torch.arange(HEAD // 2) / (HEAD // 2))
+    theta = rope["rope_theta"] ** (-torch.arange(HEAD // 2) / (HEAD // 2))
     fast = (torch.arange(HEAD // 2) < 6).float()
     zero = torch.zeros(HEAD // 2)
     key = 1.5 * torch.cat([fast, zero])

@@ -19,14 +19,15 @@ from cachemedic.corruption_spec import CorruptionSpec
 from cachemedic.corruption_types import NONE
 from cachemedic.decoding import clean_pass
 from cachemedic.defenses import NoDefence, Reset
-from cachemedic.evaluate import evaluate
+from cachemedic.evaluate import Reader, evaluate
 from cachemedic.experiments import standard_tasks
 from cachemedic.models import EMBEDDED, WEIGHTS, Base
 from cachemedic.stats import Interval, paired_interval, t_interval
 from cachemedic.task_data import TaskData
 from cachemedic.tasks import needle_task, perplexity_task
-from cachemedic.text import documentation
+from cachemedic.text import documentation, text_hash
 
+DIGITS = 16  # of a hash, for people to compare
 BATCH = 16  # windows per forward pass
 BLOCK = 64  # tokens; the short reading of a window sees the block before a token and what its own block has of it
 
@@ -64,7 +65,7 @@ def measure(base: Base, seeds: Sequence[int], effort: Effort) -> BaseReport:
     unigram = unigram_log_probabilities(base, documentation("train"), effort.unigram_tokens)
     tasks = standard_tasks(base, "test", seeds, {"perplexity": effort.perplexity, "sentiment": effort.sentiment})
     needle = retrieval(base, documents, seeds, effort.needle, effort.contexts)
-    scores = {name: t_interval(values) for name, values in language_scores(base, tasks["perplexity"], unigram).items()}
+    scores = language_scores(base, tasks["perplexity"], unigram)
     for reader, rows in read(base, tasks["sentiment"]).groupby("reader"):
         scores[f"sentiment accuracy, {reader}"] = proportion(int(rows["correct"].sum()), len(rows))
     for reader, rows in needle.groupby("reader"):
@@ -96,36 +97,35 @@ def facts(base: Base) -> dict[str, Any]:
         "context": base.context,
         "parameters": base.model.num_parameters(),
         "weights, MB": round(weights.stat().st_size / 1e6, 2) if weights.exists() else None,
-        "weights, sha256": card.get("weights_sha256"),
+        "weights, sha256": card.get("weights_sha256", "")[:DIGITS] or None,
         "trained on tokens": card.get("tokens"),
         "training packages": ", ".join(card.get("training_packages", [])) or None,
-        "training text, sha256": card.get("training_text_sha256"),
+        "training text, sha256": card.get("training_text_sha256", "")[:DIGITS] or None,
+        "training text on this machine": text_hash(documentation("train"))[:DIGITS],
         "licence": card.get("licence"),
     }
 
 
 def read(base: Base, task: TaskData) -> pd.DataFrame:
     """Scores of a task on its clean cache and with the prefix erased (readers "clean" and "erased"), as `evaluate`."""
-    readers = {"clean": NoDefence(), "erased": Reset()}
+    readers: dict[str, Reader] = {"clean": NoDefence(), "erased": Reset()}
     return evaluate(base.model, task, clean_pass(base.model, task), CorruptionSpec(NONE), readers)
 
 
 def unigram_log_probabilities(base: Base, documents: Sequence[str], tokens: int, seed: int = 0) -> torch.Tensor:
-    """Log-probabilities [V] of single tokens, add-one smoothed, from about `tokens` tokens of randomly drawn documents."""
-    counts = torch.ones(base.model.config.vocab_size, dtype=torch.double)
-    seen = 0
-    for part in np.array_split(np.random.default_rng(seed).permutation(len(documents)), max(1, len(documents) // 256)):
-        ids = [i for row in base.tokenizer([documents[i] for i in part], add_special_tokens=False)["input_ids"] for i in row]
-        counts += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=len(counts))
-        seen += len(ids)
-        if seen >= tokens:
+    """Log-probabilities [V] of single tokens, add-one smoothed, from `tokens` tokens of documents in random order."""
+    ids: list[int] = []
+    for i in np.random.default_rng(seed).permutation(len(documents)):
+        ids += base.tokenizer(documents[i], add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= tokens:
             break
+    counts = 1 + torch.bincount(torch.tensor(ids[:tokens]), minlength=base.model.config.vocab_size).double()
     return (counts / counts.sum()).log()
 
 
-def language_scores(base: Base, task: TaskData, unigram: torch.Tensor) -> dict[str, np.ndarray]:
-    """How well text is predicted, one value per seed [S]: perplexities (also of `unigram`, log-probabilities [V]), bits
-    per byte, and the value of the context, the nats per token that erasing the prefix costs.
+def language_scores(base: Base, task: TaskData, unigram: torch.Tensor) -> dict[str, Interval]:
+    """How well text is predicted, with t intervals over seeds: perplexities (also of `unigram`, log-probabilities [V]),
+    bits per byte, and the value of the context, the nats per token that erasing the prefix costs.
     """
     rows = pd.DataFrame({"seed": task.seeds.numpy(), "tokens": task.target_mask.sum(1).numpy()})
     for reader, scores in read(base, task).groupby("reader"):
@@ -133,26 +133,33 @@ def language_scores(base: Base, task: TaskData, unigram: torch.Tensor) -> dict[s
     rows["unigram"] = -(unigram[task.target_ids] * task.target_mask).sum(1).numpy()
     rows["bytes"] = scored_bytes(base, task)
     total = rows.groupby("seed").sum()
-    per_token = total[["clean", "erased", "unigram"]].div(total["tokens"], axis=0)
+    nll = {name: total[name] / total["tokens"] for name in ("clean", "erased", "unigram")}
     return {
-        "perplexity": np.exp(per_token["clean"]).to_numpy(),
-        "unigram perplexity": np.exp(per_token["unigram"]).to_numpy(),
-        "bits per byte": (total["clean"] / math.log(2) / total["bytes"]).to_numpy(),
-        "perplexity, prefix erased": np.exp(per_token["erased"]).to_numpy(),
-        "value of the context, nats per token": (per_token["erased"] - per_token["clean"]).to_numpy(),
+        "perplexity": _exponential(t_interval(nll["clean"])),
+        "perplexity of the unigram": _exponential(t_interval(nll["unigram"])),
+        "perplexity, prefix erased": _exponential(t_interval(nll["erased"])),
+        "value of the context, nats per token": paired_interval(nll["erased"], nll["clean"]),
+        "bits per byte": t_interval(total["clean"] / total["bytes"] / math.log(2)),
     }
+
+
+def _exponential(interval: Interval) -> Interval:
+    return Interval(math.exp(interval.estimate), math.exp(interval.low), math.exp(interval.high))
 
 
 def scored_bytes(base: Base, task: TaskData) -> list[int]:
     """The bytes of text that the scored tokens of each example spell [N]; its scored tokens must be its last ones."""
-    ids = torch.cat([task.prefix_ids, task.continuation_ids, task.target_ids[:, -1:]], 1)
     sizes = []
-    for row, valid, scored in zip(ids.tolist(), task.prefix_mask.sum(1), task.target_mask.sum(1), strict=True):
-        # decoded in their context: some tokenizers drop a leading space
-        real = row[task.prefix_ids.shape[1] - int(valid) :]
-        before, whole = (base.tokenizer.decode(part) for part in (real[: -int(scored)], real))
+    for ids, scored in zip(_all_ids(task), task.target_mask.sum(1), strict=True):
+        # decoded behind what comes before: some tokenizers drop a leading space
+        before, whole = (str(base.tokenizer.decode(part)) for part in (ids[: -int(scored)], ids))
         sizes.append(len(whole.encode()) - len(before.encode()))
     return sizes
+
+
+def _all_ids(task: TaskData) -> torch.Tensor:
+    """Prefix, continuation and the token after it: [N, T + M + 1]."""
+    return torch.cat([task.prefix_ids, task.continuation_ids, task.target_ids[:, -1:]], 1)
 
 
 def retrieval(
@@ -180,7 +187,7 @@ def token_nll(base: Base, ids: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood in nats of every token but the first: ids [N, T] -> [N, T - 1]."""
     losses = []
     for rows in ids.to(base.model.device).split(BATCH):
-        logits = base.model(rows, use_cache=False).logits[:, :-1]
+        logits = base.model(rows, attention_mask=torch.ones_like(rows), use_cache=False).logits[:, :-1]
         losses.append(F.cross_entropy(logits.float().transpose(1, 2), rows[:, 1:], reduction="none").cpu())
     return torch.cat(losses)
 
@@ -188,16 +195,16 @@ def token_nll(base: Base, ids: torch.Tensor) -> torch.Tensor:
 def nll_by_position(base: Base, documents: Sequence[str], n: int, window: int) -> pd.DataFrame:
     """NLL by position in `n` windows, each from one document, read whole and read short.
 
-    The short reading of a token sees at most two blocks of `BLOCK` tokens, its own included: the same tokens, so that the
-    difference is what the text further back tells. Columns position (of the block's middle), nll, nll_short, saved and
-    its 95% interval over windows, saved_low, saved_high; the first two blocks are not read short (NaN).
+    Read short, a token sees at most two blocks of `BLOCK` tokens, its own included. The tokens are the same, so that
+    the difference is what the text further back tells. Columns position (middle of the block), nll, nll_short, saved
+    and its 95% interval over windows, saved_low, saved_high; the first two blocks are not read short (NaN).
     Raises `ValueError` if `window` is no multiple of the block or the documents are too short.
     """
     if window % BLOCK or window <= 0:
         raise ValueError(f"window is {window}; allowed are multiples of {BLOCK}")
     task = perplexity_task(base.tokenizer, documents, n=n, prefix=1, scored=window - 1)
-    ids = torch.cat([task.prefix_ids, task.continuation_ids, task.target_ids[:, -1:]], 1)  # [n, 1 + window]
-    start, text = ids[:, :1], ids[:, 1:]
+    ids = _all_ids(task)
+    start, text = ids[:, :1], ids[:, 1:]  # [n, 1], [n, window]
     whole = token_nll(base, ids).unflatten(1, (-1, BLOCK)).mean(-1)  # [n, blocks]
     rows = []
     for block in range(window // BLOCK):
@@ -206,7 +213,7 @@ def nll_by_position(base: Base, documents: Sequence[str], n: int, window: int) -
         if block >= 2:
             short = token_nll(base, torch.cat([start, text[:, (block - 1) * BLOCK : (block + 1) * BLOCK]], 1))
             nll_short = short[:, -BLOCK:].mean(1).numpy()
-            saved = paired_interval(nll_short, nll)
+            saved = paired_interval(nll_short.tolist(), nll.tolist())
             row |= {"nll_short": float(nll_short.mean()), "saved": saved.estimate}
             row |= {"saved_low": saved.low, "saved_high": saved.high}
         rows.append(row)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from cachemedic import text
-from cachemedic.base_data import CURRICULUM, RowSampler, Stage
+from cachemedic.base_data import CURRICULUM, FINISHING, RowSampler, Stage
 from cachemedic.base_init import add_induction_circuit
 
 VOCABULARY = 2048
@@ -37,12 +38,16 @@ WARMUP = 60
 DECAY = 0.5  # share of the steps over which the learning rate falls linearly to zero, at the end
 PEAK_LR = 4e-3
 CHECKPOINT_EVERY = 100
+# Learned positions beyond 256 need a second round, at a lower rate, before facts far back are found; rotary ones do not.
+FINISHING_STEPS = {"gpt2": 300, "llama": 0}
+FINISHING_LR = 0.4  # share of the peak at its start, then linear decay
 
 
 def new_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     """An untrained model: 12 layers of width 128, 4 heads of 32 (`llama`: 2 key/value heads)."""
     torch.manual_seed(seed)  # transformers initialises from the global generator
-    shared = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    model: PreTrainedModel
+    shared: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if architecture == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(
             n_positions=CONTEXT, n_embd=128, n_layer=12, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
@@ -87,12 +92,14 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, documents: tuple[str, ...],
 
 
 def learning_rate(step: int) -> float:
-    """Linear warm-up, a plateau, linear decay to zero (a share of the peak)."""
+    """Linear warm-up, a plateau, linear decay to zero, and the decay of the finishing round (a share of the peak)."""
+    if step >= STEPS:
+        return FINISHING_LR * (1 - (step - STEPS) / max(FINISHING_STEPS.values()))
     return min((step + 1) / WARMUP, (STEPS - step) / (DECAY * STEPS), 1.0)
 
 
 def stage_at(step: int) -> Stage:
-    return next(stage for stage in CURRICULUM if step < stage.until * STEPS)
+    return next((stage for stage in CURRICULUM if step < stage.until * STEPS), FINISHING)
 
 
 def weighted_loss(model: PreTrainedModel, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -122,7 +129,7 @@ def train(architecture: str, folder: Path, device: str = "cpu", compiled: bool =
         train_tokenizer(documents).save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     sampler = RowSampler(tokenizer, token_stream(tokenizer, documents))
-    model = new_model(architecture).to(device).train()
+    model = new_model(architecture).to(device).train()  # type: ignore[arg-type]  # mypy sees `to` unbound
     steppers = optimizers(model)
     checkpoint, first = folder / "checkpoint.pt", 0
     if checkpoint.exists():
@@ -131,9 +138,10 @@ def train(architecture: str, folder: Path, device: str = "cpu", compiled: bool =
         for stepper, saved in zip(steppers, state["optimizers"], strict=True):
             stepper.load_state_dict(saved)
         first = state["step"]
+    total = STEPS + FINISHING_STEPS[architecture]
     loss_function = torch.compile(weighted_loss) if compiled else weighted_loss
     with open(folder / "log.jsonl", "a") as log:
-        for step in (bar := tqdm(range(first, STEPS), initial=first, total=STEPS, desc=f"base {architecture}")):
+        for step in (bar := tqdm(range(first, total), initial=first, total=total, desc=f"base {architecture}")):
             stage = stage_at(step)
             rng = np.random.default_rng([3, step])  # every step has its own generator: resuming needs no state
             ids, weights = sampler.batch(rng, stage, TOKENS_PER_STEP // stage.length)
@@ -149,9 +157,10 @@ def train(architecture: str, folder: Path, device: str = "cpu", compiled: bool =
                 raise FloatingPointError(f"loss is {float(loss)} at step {step}; the last checkpoint is kept")
             bar.set_postfix(loss=f"{float(loss):.3f}", T=stage.length)
             log.write(json.dumps({"step": step, "loss": float(loss), "grad_norm": float(norm)}) + "\n")
-            if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == STEPS:
+            if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == total:
                 log.flush()
-                state = {"model": model.state_dict(), "optimizers": [s.state_dict() for s in steppers], "step": step + 1}
+                stepped = [s.state_dict() for s in steppers]
+                state = {"model": model.state_dict(), "optimizers": stepped, "step": step + 1}
                 temporary = checkpoint.with_suffix(".tmp")
                 torch.save(state, temporary)
                 temporary.replace(checkpoint)
@@ -161,10 +170,11 @@ def train(architecture: str, folder: Path, device: str = "cpu", compiled: bool =
 CARD = """# embedded-{architecture}
 
 A small causal language model of the {architecture} architecture, trained by `python -m cachemedic.base_training
-{architecture}` for experiments on corrupted and repaired key/value caches. It is made to read its cache, not to be useful:
-it knows documentation English, generated reviews and generated needle documents, and nothing else.
+{architecture}` for experiments on corrupted and repaired key/value caches. It is made to read its cache, not to be
+useful: it knows documentation English, generated reviews and generated needle documents, and nothing else.
 
-- {parameters:,} parameters: 12 layers of width 128, heads of 32; context of {context} tokens; vocabulary of {vocabulary}
+- {parameters:,} parameters: 12 layers of width 128, heads of 32; context of {context} tokens; vocabulary of
+  {vocabulary}
 - trained for {steps} steps of {tokens_per_step} tokens on the docstrings of {packages}, and on generated rows
   (`cachemedic/base_data.py`); two heads start as an induction circuit (`cachemedic/base_init.py`)
 - scores on unseen packages, sentiment and needle tasks: `results/base_models.csv`
@@ -176,17 +186,17 @@ def export(model: PreTrainedModel, architecture: str, folder: Path, source: Path
     """Writes half-precision weights, tokenizer, model card, and `card.json` with the sha256 of weights and text."""
     model.half().save_pretrained(folder)
     PreTrainedTokenizerFast.from_pretrained(source).save_pretrained(folder)
-    card = {
+    card: dict[str, Any] = {
         "weights_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
         "training_text_sha256": text.text_hash(text.documentation("train")),
         "training_packages": text.DOCUMENTATION_SPLITS["train"],
-        "steps": STEPS,
-        "tokens": STEPS * TOKENS_PER_STEP,
+        "steps": STEPS + FINISHING_STEPS[architecture],
+        "tokens_per_step": TOKENS_PER_STEP,
         "licence": "MIT",
     }
     text.write_atomically(folder / "card.json", (json.dumps(card, indent=2) + "\n").encode())
     facts = {
-        "architecture": architecture, "parameters": model.num_parameters(), "context": CONTEXT, "steps": STEPS,
+        "architecture": architecture, "parameters": model.num_parameters(), "context": CONTEXT, "steps": card["steps"],
         "vocabulary": VOCABULARY, "tokens_per_step": TOKENS_PER_STEP, "packages": ", ".join(card["training_packages"]),
     }  # fmt: skip
     text.write_atomically(folder / "README.md", CARD.format(**facts).encode())

@@ -13,7 +13,7 @@ from cachemedic import stats
 from cachemedic.corruption import MIXTURE_WEIGHTS
 from cachemedic.corruption_spec import Axis, CorruptionSpec
 from cachemedic.corruption_types import NONE
-from cachemedic.decoding import clean_pass
+from cachemedic.decoding import CleanBank, clean_pass
 from cachemedic.evaluate import Reader, evaluate
 from cachemedic.models import Base
 from cachemedic.severity import GRID, reach
@@ -24,6 +24,7 @@ from cachemedic.text import documentation, write_atomically
 TYPES = tuple(MIXTURE_WEIGHTS)
 EXAMPLES = {"perplexity": 24, "sentiment": 32, "needle": 15}  # per seed, in the paper profile
 SCORES = {"perplexity": "1 / perplexity", "sentiment": "accuracy", "needle": "exact match"}
+SPLIT_OFFSET = {"test": 0, "validation": 1000, "calibration": 2000}
 ID_COLUMNS = ["task", "type", "severity", "reader", "seed"]
 
 
@@ -42,9 +43,6 @@ def standard_tasks(
     if n := examples.get("needle"):
         tasks["needle"] = needle_task(base.tokenizer, documents, drawn, n)
     return tasks
-
-
-SPLIT_OFFSET = {"test": 0, "validation": 1000, "calibration": 2000}
 
 
 def run_grid(
@@ -69,10 +67,11 @@ def run_grid(
             limit = reach(corruption, base.name, shape)
             for severity in sorted({min(s, limit) for s in severities}):
                 conditions.append((name, CorruptionSpec(corruption, severity, layers=layers, base=base.name)))
-    banks: dict[str, object] = {}
+    banks: dict[str, CleanBank] = {}
     frames = []
     for name, spec in tqdm(conditions, desc=f"grid on {base.name}"):
-        path = None if folder is None else folder / f"{base.name.replace('/', '_')}-{name}-{spec.type}-{spec.severity}.csv"
+        label = f"{Path(base.name).name}-{name}-{spec.type}-{spec.severity}.csv"
+        path = None if folder is None else folder / label
         if path is not None and path.exists():
             frames.append(pd.read_csv(path))
             continue
@@ -92,6 +91,7 @@ def _kv_heads(base: Base) -> int:
 
 def per_seed(scores: pd.DataFrame, task: str, spec: CorruptionSpec) -> pd.DataFrame:
     """Means over the examples of each seed, and the condition."""
+    scores = scores.astype({name: float for name in ("nll", "nll_clean", "kl", "correct")})  # sums in double precision
     grouped = scores.groupby(["reader", "seed"], sort=False)
     means = grouped.agg(
         parameter=("parameter", "mean"), share=("share", "mean"), nll=("nll", "mean"), nll_clean=("nll_clean", "mean"),

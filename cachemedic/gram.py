@@ -8,6 +8,7 @@ per query head and query; squared norms are summed over query heads and averaged
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,8 @@ class Gram:
     def deviation(self, factors: Factors, gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The two traces 2 tr(M^T X^T D) and tr(M^T X^T X M), per query head, mean over queries.
 
-        `gate` [R, B, H, M, r] with R = S * C runs, seed-major. Returns two tensors [R, B], means over the H query heads.
+        `gate` [R, B, H, M, r] with R = S * C runs, seed-major. Returns two tensors [R, B], scaled like norms over the G
+        stored heads.
         """
         w, u = factors
         seeds, samples, groups, dim, _ = self.second.shape
@@ -56,14 +58,16 @@ class Gram:
         per_group = gate.reshape(runs, samples, groups, -1, rank)  # query heads of a group and their queries
         first = 2 * (per_group * linear[:, :, :, None]).sum(-1)
         second = ((per_group @ quadratic) * per_group).sum(-1)
-        # sum over groups and mean within a group: the same scale as norms over the G stored heads
         return first.mean(-1).sum(-1), second.mean(-1).sum(-1)
 
 
 def layer_terms(
-    keys: Gram, values: Gram, factors: dict[str, Factors | None], gates: tuple[torch.Tensor | None, torch.Tensor | None]
+    keys: Gram,
+    values: Gram,
+    factors: Mapping[str, Factors],
+    gates: tuple[torch.Tensor | None, torch.Tensor | None],
 ) -> dict[str, torch.Tensor]:
-    """`identity`, `rho`, `rho_k` and `rho_v` of one layer, each [R, B]."""
+    """`identity`, `rho`, `rho_k`, `rho_v` of one layer, [R, B]; rho_k and rho_v are NaN where that tensor is sound."""
     conditions = 1
     for gate in gates:
         if gate is not None:
@@ -83,6 +87,6 @@ def layer_terms(
     return {
         "identity": (moved["k"] + moved["v"]) / (clean + EPS),
         "rho": (left_k + left_v) / (found_k + found_v + EPS),
-        "rho_k": left_k / (found_k + EPS),
-        "rho_v": left_v / (found_v + EPS),
+        "rho_k": torch.where(found_k > 0, left_k / (found_k + EPS), torch.nan),
+        "rho_v": torch.where(found_v > 0, left_v / (found_v + EPS), torch.nan),
     }

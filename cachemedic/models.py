@@ -29,19 +29,19 @@ class Base:
         return self.model.config.max_position_embeddings
 
 
-def load_base(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
+def load_base(name: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
     """Load `embedded-gpt2` or `embedded-llama`, or a Hugging Face causal LM by name or local path.
 
     The weights of an embedded base are checked against the sha256 of its card. All parameters are frozen.
     Raises `ValueError` for a name that is none of these, `OSError` for damaged embedded weights.
     """
-    source = str(name)
+    name = source = str(name)
+    near = difflib.get_close_matches(name, EMBEDDED, n=1, cutoff=0.8)
     if name in EMBEDDED:
         folder = WEIGHTS / name
         check_weights(folder)
         source = str(folder)
-    elif name.startswith("embedded-") or (not Path(name).exists() and ("\\" in name or name.count("/") > 1)):
-        near = difflib.get_close_matches(name, EMBEDDED, n=1)
+    elif not Path(name).exists() and (near or name.startswith("embedded-") or "\\" in name or name.count("/") > 1):
         raise ValueError(
             f"unknown base {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; allowed: "
             f"{', '.join(EMBEDDED)}, the name of a Hugging Face causal LM, or an existing local folder"
@@ -49,12 +49,13 @@ def load_base(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"base {name!r} is not embedded ({', '.join(EMBEDDED)}) and could not be loaded as a local folder or "
             f"from the Hugging Face hub: {error}"
         ) from error
-    return Base(model.to(device).eval().requires_grad_(False), tokenizer, name)
+    model = model.to(device)  # type: ignore[arg-type]  # mypy sees `to` unbound
+    return Base(model.eval().requires_grad_(False), tokenizer, name)
 
 
 def check_weights(folder: Path) -> None:

@@ -24,8 +24,8 @@ def kd_per_token(z_clean: torch.Tensor, z_rep: torch.Tensor, temperature: float 
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
 
 
-def _norm_squared(x: torch.Tensor) -> torch.Tensor:
-    return x.flatten(1).square().sum(1)
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(x.flatten(1), dim=1)  # unlike a root of squares, its gradient at zero is zero
 
 
 def identity_loss(
@@ -35,8 +35,8 @@ def identity_loss(
 
     (||K_rep - K||^2 + ||V_rep - V||^2) / (||K||^2 + ||V||^2 + 1e-8), Frobenius norms per sample.
     """
-    deviation = _norm_squared(k_rep - k_clean) + _norm_squared(v_rep - v_clean)
-    return deviation / (_norm_squared(k_clean) + _norm_squared(v_clean) + EPS)
+    deviation = _norm(k_rep - k_clean).square() + _norm(v_rep - v_clean).square()
+    return deviation / (_norm(k_clean).square() + _norm(v_clean).square() + EPS)
 
 
 def contraction_ratio(
@@ -52,8 +52,8 @@ def contraction_ratio(
     (||K_rep - K|| + ||V_rep - V||) / (||K_corr - K|| + ||V_corr - V|| + 1e-8); below 1 repair contracts. A sample whose
     corruption changed nothing has no ratio: mask it before averaging.
     """
-    left = _norm_squared(k_rep - k_clean).sqrt() + _norm_squared(v_rep - v_clean).sqrt()
-    found = _norm_squared(k_corr - k_clean).sqrt() + _norm_squared(v_corr - v_clean).sqrt()
+    left = _norm(k_rep - k_clean) + _norm(v_rep - v_clean)
+    found = _norm(k_corr - k_clean) + _norm(v_corr - v_clean)
     return left / (found + EPS)
 
 
@@ -84,7 +84,7 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 class RepairObjective:
     """L = L_KD + lambda_id L_id + lambda_contr L_contr + lambda_w ||phi||^2, one value a run.
 
-    Each weight is a number or one number a run (a sequence of R), so that a sweep trains in one loop.
+    Each weight is a number or one number a run (a tuple of R), so that a sweep trains in one loop.
     """
 
     temperature: float = 2.0
@@ -98,23 +98,27 @@ class RepairObjective:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
         for name in ("lambda_id", "lambda_contr", "alpha_contr", "lambda_w"):
             value = getattr(self, name)
-            if any(not number >= 0 for number in (value if isinstance(value, tuple) else (value,))):
-                raise ValueError(f"{name} must be zero or positive, not {value}")
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(isinstance(number, float | int) and number >= 0 for number in numbers):
+                raise ValueError(f"{name} must be a number from 0 upwards, or a tuple of them, not {value!r}")
 
     def __call__(self, step: StepOutputs) -> dict[str, torch.Tensor]:
         """`loss` and its parts `kd`, `identity`, `contraction`, each [R]."""
 
-        def per_run(weight: float | tuple[float, ...]) -> torch.Tensor:
-            return torch.as_tensor(weight, dtype=step.z_rep.dtype, device=step.z_rep.device)
+        def per_run(name: str) -> torch.Tensor:  # [R] or a single number
+            weight = torch.as_tensor(getattr(self, name), dtype=step.z_rep.dtype, device=step.z_rep.device)
+            if weight.numel() not in (1, len(step.z_rep)):
+                raise ValueError(f"{name} holds {weight.numel()} numbers for {len(step.z_rep)} runs; give one or all")
+            return weight
 
         kd = kd_per_token(step.z_clean, step.z_rep, self.temperature).mean(dim=(1, 2))
         identity = masked_mean(step.identity.sum(-1), step.is_clean)
-        hinge = contraction_loss(step.rho, per_run(self.alpha_contr).view(-1, 1, 1))
         # a layer that the corruption did not touch has no ratio; a sample counts if any of its layers has one
-        hinge = torch.where(step.is_corrupted, hinge, 0.0)
+        rho = torch.where(step.is_corrupted, step.rho, 0.0)
+        hinge = contraction_loss(rho, per_run("alpha_contr").view(-1, 1, 1))
         contraction = masked_mean(hinge.sum(-1), step.is_corrupted.any(-1))
-        loss = kd + per_run(self.lambda_id) * identity + per_run(self.lambda_contr) * contraction
+        loss = kd + per_run("lambda_id") * identity + per_run("lambda_contr") * contraction
         if step.parameters:
-            size = sum(p.flatten(1).square().sum(1) for p in step.parameters)
-            loss = loss + per_run(self.lambda_w) * size
+            size = torch.stack([p.flatten(1).square().sum(1) for p in step.parameters]).sum(0)
+            loss = loss + per_run("lambda_w") * size
         return {"loss": loss, "kd": kd, "identity": identity, "contraction": contraction}

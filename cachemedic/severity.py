@@ -1,8 +1,8 @@
 """The severity axis: damage as a share of the value of the context, and the calibrated map to each type's parameter.
 
-s = (NLL on the corrupted cache - NLL on the clean one) / (NLL with the prefix erased - NLL on the clean one), means over
-the scored tokens of the calibration split with all layers, heads and past positions exposed. s = 0 is the identity; at
-s = 1 the corrupted cache is worth as much as none.
+s = (NLL on the corrupted cache - NLL on the clean one) / (NLL with the prefix erased - NLL on the clean one), means
+over the scored tokens of the calibration split with all layers, heads and past positions exposed. s = 0 is the
+identity; at s = 1 the corrupted cache is worth as much as none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from cachemedic.corruption_spec import CorruptionSpec
+from cachemedic.corruption_spec import CALIBRATED_POSITIONS, CorruptionSpec
 from cachemedic.corruption_types import NONE, check_type
 from cachemedic.decoding import CleanBank
 from cachemedic.defenses import NoDefence, Reset
@@ -64,7 +64,10 @@ def calibrate(base: Base, task: TaskData, clean: CleanBank) -> tuple[pd.DataFram
     """The curves of all types (`damage_curve`) and the severity map read off them (columns `MAP_COLUMNS`).
 
     A type whose damage stays below a severity of the grid ends in a row at its reach.
+    Raises `ValueError` if the prefixes have not the length of calibration, or if the base makes no use of them.
     """
+    if clean.k.shape[3] != CALIBRATED_POSITIONS:
+        raise ValueError(f"calibrate on prefixes of {CALIBRATED_POSITIONS} tokens, not of {clean.k.shape[3]}")
     erased = context_value(base, task, clean)
     value = (erased["nll_erased"] - erased["nll_clean"]).mean()
     if not value > 0:
@@ -93,8 +96,8 @@ def _read_off(curve: pd.DataFrame) -> list[tuple[float, float, float, float]]:
         i = min(i, len(damage) - 1)
         if (curve["share"] < 1).any():  # discrete: this parameter on a share of the positions
             shares = curve[curve["parameter"] == parameters[i]]
-            known = np.maximum.accumulate(shares["damage"].to_numpy().clip(0))
-            share = float(np.interp(severity, [0.0, *known], [0.0, *shares["share"]]))
+            done = np.maximum.accumulate(shares["damage"].to_numpy().clip(0))
+            share = float(np.interp(severity, [0.0, *done], [0.0, *shares["share"]]))
             rows.append((severity, float(parameters[i]), share, min(reach, GRID[-1])))
         else:
             known = [0.0, *damage] if i == 0 else list(damage[i - 1 : i + 1])
@@ -107,7 +110,7 @@ _in_use: list[pd.DataFrame] = []  # the map set by `use_map`, if any
 
 
 def use_map(rows: pd.DataFrame) -> None:
-    """From now on, in this process, severities are read off `rows` (columns `MAP_COLUMNS`) instead of the shipped map."""
+    """From now on, in this process, severities are read off `rows` (columns `MAP_COLUMNS`), not off the shipped map."""
     _in_use[:] = [rows]
     reach.cache_clear()
     resolve.cache_clear()
@@ -151,8 +154,9 @@ def _rows(corruption: str, base: str | None, shape: tuple[int, int, int]) -> pd.
 
 @cache
 def reach(corruption: str, base: str | None, shape: tuple[int, int, int]) -> float:
-    """The largest severity up to 1 that a type reaches on a base (None: the one that has the cache's `shape` L, G, T)."""
-    return float(_rows(corruption, base, shape)["reach"].iloc[0])
+    """The largest severity up to 1 that a type reaches on a base (None: the one whose caches have `shape` L, G, T)."""
+    rows = _rows(corruption, base, shape)
+    return float(rows["reach"].iloc[0]) if len(rows) else 0.0
 
 
 @cache
@@ -164,7 +168,7 @@ def resolve(corruption: str, severity: float, base: str | None, shape: tuple[int
     rows = _rows(corruption, base, shape)
     limit = reach(corruption, base, shape)
     if not 0 < severity <= limit:
-        raise ValueError(f"severity {severity!r} of {corruption} is out of range: above 0, at most {limit} on this base")
+        raise ValueError(f"severity {severity!r} of {corruption} is out of range: from 0 to {limit} on this base")
     above = rows[rows["severity"] >= severity].iloc[0]
     if corruption == "quant_noise":
         return float(above["parameter"]), float(above["share"] * severity / above["severity"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
@@ -18,21 +19,30 @@ SHARED_PREFIX = "cachemedic_shared_prefix"
 
 
 def attend_shared_prefix(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
-    **_: object,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of query [S*C*B, H, M, d] over a shared prefix [S*B, G, T, d] and the M tokens' own key, value (causal).
+    """Causal attention of query [S*C*B, H, M, d] over a shared prefix and the tokens' own key, value [S*C*B, G, M, d].
 
-    The prefix of the layer is on the module, put there by `shared_prefix`. Returns ([S*C*B, M, H, d], None).
+    The prefix of the layer, [S, B, G, T, d], is on the module, put there by `shared_prefix`. Returns
+    ([S*C*B, M, H, d], None). Raises `ValueError` for attention with a soft cap, sinks or a window that cuts the prefix.
     """
     past_key, past_value, conditions = module.shared_prefix
     rows, heads, queries, dim = query.shape
     samples, groups, length, _ = past_key.shape[-4:]
+    limits = {name: options[name] for name in ("softcap", "s_aux") if options.get(name) is not None}
+    if (window := options.get("sliding_window")) is not None and window < length + queries:
+        limits["sliding_window"] = window
+    if limits:
+        raise ValueError(
+            f"training cannot reproduce the attention of {type(module).__name__} over {length} + {queries} tokens with "
+            f"{', '.join(f'{name}={value}' for name, value in limits.items())}"
+        )
     seeds = rows // (conditions * samples)
 
     def by_prefix(x: torch.Tensor) -> torch.Tensor:  # [rows, H, M, n] -> [S*B*G, C*(H/G)*M, n]
@@ -57,9 +67,10 @@ def attend_shared_prefix(
 def shared_prefix(
     model: PreTrainedModel, keys: torch.Tensor, values: torch.Tensor, first_layer: int, conditions: int
 ) -> Iterator[None]:
-    """Within, `model` attends to the prefix `keys`, `values` [S, B, L', G, T, d] of the layers from `first_layer` on."""
+    """Within, `model` attends to the prefix `keys`, `values` [S, B, L', G, T, d] of the layers `first_layer` and up."""
     AttentionInterface.register(SHARED_PREFIX, attend_shared_prefix)
-    attention = {m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")}
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")]
+    attention = {module.layer_idx: module for module in modules}
     before = model.config._attn_implementation
     model.config._attn_implementation = SHARED_PREFIX
     try:
@@ -74,22 +85,25 @@ def shared_prefix(
                 del module.shared_prefix
 
 
+class _Known(torch.nn.Module):
+    """Stands for a layer whose output is known."""
+
+    def __init__(self, output: torch.Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
+        return self.output
+
+
 @contextmanager
 def starting_at(model: PreTrainedModel, layer: int, hidden: torch.Tensor) -> Iterator[None]:
     """Within, a forward pass skips the layers below `layer`, whose output is `hidden` [rows, M, width]."""
-    if layer == 0:
-        yield
-        return
     parent, name = decoder_layers(model)
     layers = getattr(parent, name)
-
-    def replace(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return (hidden, *args[1:]), kwargs
-
-    hook = layers[layer].register_forward_pre_hook(replace, with_kwargs=True)
-    setattr(parent, name, layers[layer:])
+    # stand-ins, not a shorter list: some models look up what else a layer gets by its place in the list
+    setattr(parent, name, torch.nn.ModuleList([_Known(hidden)] * layer + [*layers[layer:]]))
     try:
         yield
     finally:
         setattr(parent, name, layers)
-        hook.remove()

@@ -1,8 +1,8 @@
 """Embedded text: documentation English read from the installed packages, and generated reviews.
 
 Nothing is downloaded and nothing is copied into the repository: the documentation corpus is the set of docstrings of
-the pinned environment, read with `ast`, split by package. Training text may come from any installed package; calibration,
-validation and test text come from pinned packages only, so that they are the same on every machine.
+the pinned environment, read with `ast`, split by package. Training text may come from any installed package;
+calibration, validation and test text come from pinned packages only, so that they are the same on every machine.
 """
 
 from __future__ import annotations
@@ -165,9 +165,9 @@ def sentiment_prompt(review: str) -> str:
 # --- generated needle documents ---------------------------------------------------------------------------------------
 
 NAMES = (
-    "falcon otter badger heron lynx raven tiger panda zebra camel goose moose robin whale shark eagle horse mouse snake "
-    "sheep koala llama bison crane finch gecko hyena lemur mole newt owl pony quail rabbit seal toad viper wolf yak bear "
-    "beetle cobra donkey ferret gibbon hamster iguana jaguar kitten lizard magpie ocelot parrot salmon turkey"
+    "falcon otter badger heron lynx raven tiger panda zebra camel goose moose robin whale shark eagle horse mouse "
+    "snake sheep koala llama bison crane finch gecko hyena lemur mole newt owl pony quail rabbit seal toad viper wolf "
+    "yak bear beetle cobra donkey ferret gibbon hamster iguana jaguar kitten lizard magpie ocelot parrot salmon turkey"
 ).split()
 VALUES = (
     "amber copper silver golden crimson violet indigo scarlet ivory ebony coral olive maple cedar willow birch acorn "

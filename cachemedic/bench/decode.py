@@ -67,8 +67,8 @@ def overhead(
     """One row for each cache length and reader: `ratio`, the time of its step over that of the plain model's.
 
     Readers are the families folded (A, B, C), A materialised, and the plain model a second time, which shows what the
-    method resolves. Columns positions, reader, family, milliseconds (medians), plain_milliseconds, ratio, low, high,
-    rounds; ratios are medians over rounds with a 95% interval.
+    method resolves. Columns positions, reader, family, milliseconds, plain_milliseconds, ratio, ratio_low, ratio_high,
+    rounds: medians over rounds, the ratio with a 95% interval.
     """
     rows = []
     readers: dict[str, RepairOperator | None] = {"again": None}
@@ -92,8 +92,8 @@ def overhead(
                 "milliseconds": 1e3 * times[name].median(),
                 "plain_milliseconds": 1e3 * times["plain"].median(),
                 "ratio": ratio.estimate,
-                "low": ratio.low,
-                "high": ratio.high,
+                "ratio_low": ratio.low,
+                "ratio_high": ratio.high,
                 "rounds": rounds,
             })  # fmt: skip
     return pd.DataFrame(rows)

@@ -5,6 +5,8 @@ Every rung computes the same loss for the same draw; a rung changes only how.
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,20 +14,17 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers.cache_utils import Cache
 
-from cachemedic.attention import protect
 from cachemedic.bank import Bank
-from cachemedic.bench.materialised import PresetLayer, materialised
+from cachemedic.bench.materialised_training import MaterialisedTrainer
 from cachemedic.bench.timing import interleave, median_ratio
 from cachemedic.cache import stack_cache
-from cachemedic.corruption_types import NONE
-from cachemedic.families import FoldedOperator
 from cachemedic.models import Base
-from cachemedic.objective import EPS, RepairObjective, StepOutputs
-from cachemedic.student import starting_at
-from cachemedic.train import Draw, Trainer, TrainConfig
+from cachemedic.objective import RepairObjective
+from cachemedic.train import Trainer
+from cachemedic.train_config import TrainConfig
 
+SETTINGS = {"standard": "all", "protected block": "protected"}  # name: corrupted layers
 MID_BLOCK = (4, 5, 6, 7)
 CONTRACTION_WEIGHTS = (0.0, 0.1, 0.5, 1.0)
 ROUNDS = 9
@@ -63,76 +62,15 @@ def teacher_pass(base: Base, ids: torch.Tensor, prefix: int) -> Bank:
     return Bank(keys, values, logits, hidden=torch.empty(len(ids), 1, 1, 0), ids=ids)
 
 
-class MaterialisedTrainer(Trainer):
-    """A trainer that forms the repaired cache of every run: the student reads it, and the regularisers measure it.
+def sweep(setting: str, base: Base) -> TrainConfig:
+    """The sweep that is timed: 5 seeds x 4 weights of the contraction term, family A of rank 8.
 
-    For M = 1 decoded token and models without grouped heads. Without `skip` the student passes through all layers.
+    "standard": faults on and repair of all layers; "protected block": both on four layers in the middle.
     """
-
-    def __init__(self, base: Base, config: TrainConfig, folder: Path, bank: Bank, skip: bool) -> None:
-        super().__init__(base, config, folder, bank)
-        assert isinstance(self.operator, FoldedOperator)
-        self.operator = materialised(self.operator)
-        self.optimizer = torch.optim.Adam(self.operator.parameters(), lr=config.lr)
-        if not skip:
-            self.first = 0
-
-    def forward(self, draw: Draw) -> tuple[StepOutputs, dict[str, torch.Tensor]]:
-        """See `Trainer.forward`."""
-        config, bank, model, operator = self.config, self.bank, self.base.model, self.operator
-        conditions = len(config.objectives)
-
-        def by_run(x: torch.Tensor) -> torch.Tensor:  # [S, B, ...] -> [R*B, ...]
-            return x.repeat_interleave(conditions, 0).flatten(0, 1)
-
-        rows = by_run(draw.rows)
-        keys, values = by_run(draw.keys), by_run(draw.values)
-        # layers below the first are skipped: any tensor of the prefix's length stands for theirs
-        stored = [max(layer - self.first, 0) for layer in range(model.config.num_hidden_layers)]
-        cache = Cache([PresetLayer(keys[:, i], values[:, i]) for i in stored])
-        positions = torch.full((len(rows), 1), bank.prefix)
-        with starting_at(model, self.first, bank.hidden[rows, self.first]), protect(model, operator):
-            logits = model(bank.ids[rows][:, bank.prefix :], past_key_values=cache, position_ids=positions).logits
-        terms = []
-        for layer in config.layers:
-            clean = [by_run(x[:, layer][draw.rows]) for x in (bank.keys, bank.values)]
-            corrupted = [x[:, layer - self.first] for x in (keys, values)]
-            read = [x[:, :, : bank.prefix] for x in operator.repaired[layer]]
-            terms.append(_layer_terms(clean, corrupted, read))
-        stacked = {name: torch.stack([t[name] for t in terms], -1).unflatten(0, (config.runs, -1)) for name in terms[0]}
-        clean_event = torch.tensor([[event.type == NONE for event in events] for events in draw.events])
-        outputs = StepOutputs(
-            z_clean=bank.logits[rows].unflatten(0, (config.runs, -1)),
-            z_rep=logits.unflatten(0, (config.runs, -1)),
-            identity=stacked["identity"],
-            rho=stacked["rho"],
-            is_clean=clean_event.repeat_interleave(conditions, 0),
-            is_corrupted=stacked["found"] > 0,
-            parameters=list(operator.parameters()),
-        )
-        return outputs, stacked
-
-
-def _layer_terms(
-    clean: list[torch.Tensor], corrupted: list[torch.Tensor], repaired: list[torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The terms of one layer, [R*B] each, from its keys and values [R*B, H, T, d] in three states."""
-
-    def squares(tensors: list[torch.Tensor], reference: list[torch.Tensor] | None = None) -> torch.Tensor:  # [2, R*B]
-        away = tensors if reference is None else [x - y for x, y in zip(tensors, reference, strict=True)]
-        return torch.stack([x.flatten(1).square().sum(1) for x in away])
-
-    left, found, size = squares(repaired, clean), squares(corrupted, clean), squares(clean)
-    # a floor under the root: its gradient at zero is infinite
-    left_root, found_root = left.clamp_min(1e-12).sqrt(), found.sqrt()
-    rho_k, rho_v = left_root / (found_root + EPS)
-    return {
-        "identity": left.sum(0) / (size.sum(0) + EPS),
-        "rho": left_root.sum(0) / (found_root.sum(0) + EPS),
-        "rho_k": rho_k,
-        "rho_v": rho_v,
-        "found": found.sum(0),
-    }
+    corrupted = SETTINGS[setting]
+    layers = tuple(range(base.model.config.num_hidden_layers)) if corrupted == "all" else MID_BLOCK
+    objectives = tuple(RepairObjective(lambda_contr=weight) for weight in CONTRACTION_WEIGHTS)
+    return TrainConfig(layers=layers, corrupted_layers=corrupted, objectives=objectives)
 
 
 def trainer_of(rung: Rung, base: Base, config: TrainConfig, bank: Bank) -> Trainer:
@@ -140,8 +78,10 @@ def trainer_of(rung: Rung, base: Base, config: TrainConfig, bank: Bank) -> Train
     config = replace(config, batch=rung.batch)
     if not rung.run_axis:
         config = replace(config, seeds=config.seeds[:1], objectives=config.objectives[:1])
-    folder = Path()  # steps alone write nothing
-    return Trainer(base, config, folder, bank) if rung.gram else MaterialisedTrainer(base, config, folder, bank, rung.skip)
+    folder = Path()  # a step writes nothing
+    if rung.gram:
+        return Trainer(base, config, folder, bank)
+    return MaterialisedTrainer(base, config, folder, bank, rung.skip)
 
 
 def _contender(rung: Rung, base: Base, config: TrainConfig, bank: Bank, seconds: float) -> Callable[[], float]:
@@ -151,7 +91,7 @@ def _contender(rung: Rung, base: Base, config: TrainConfig, bank: Bank, seconds:
 
     def steps() -> float:
         start, done = time.perf_counter(), 0
-        while time.perf_counter() < start + seconds:
+        while not done or time.perf_counter() < start + seconds:
             if not rung.bank:
                 first = trainer.step * samples % len(bank)
                 trainer.bank = teacher_pass(base, bank.ids[first : first + samples], bank.prefix)
@@ -162,19 +102,9 @@ def _contender(rung: Rung, base: Base, config: TrainConfig, bank: Bank, seconds:
     return steps
 
 
-def sweep(corrupted_layers: str, bank: Bank) -> TrainConfig:
-    """The sweep that is timed: 5 seeds x 4 weights of the contraction term, family A of rank 8.
-
-    "protected": faults and repair on a block of four layers in the middle; "all": both on all layers.
-    """
-    layers = MID_BLOCK if corrupted_layers == "protected" else tuple(range(bank.keys.shape[1]))
-    objectives = tuple(RepairObjective(lambda_contr=weight) for weight in CONTRACTION_WEIGHTS)
-    return TrainConfig(layers=layers, corrupted_layers=corrupted_layers, objectives=objectives)
-
-
 def ladder(base: Base, bank: Bank, config: TrainConfig, rounds: int = ROUNDS, seconds: float = SECONDS) -> pd.DataFrame:
-    """One row a rung, the samples of all its runs counted: columns setting, rung, runs, batch, samples_per_second
-    (median), gain over the rung before, total over the first; both with the limits of a 95% interval, rounds.
+    """One row a rung. Columns rung, runs, batch, samples_per_second (of all its runs together), gain over the rung
+    before, total gain over the first, both with the limits of a 95% interval, and rounds; all are medians over rounds.
     """
     rungs = [rung for rung in LADDER if rung.name != "first protected layer" or config.corrupted_layers == "protected"]
     contenders = {rung.name: _contender(rung, base, config, bank, seconds) for rung in rungs}
@@ -183,7 +113,6 @@ def ladder(base: Base, bank: Bank, config: TrainConfig, rounds: int = ROUNDS, se
     for before, rung in zip([rungs[0], *rungs], rungs, strict=False):
         gain, total = (median_ratio(times[slower.name], times[rung.name]) for slower in (before, rungs[0]))
         rows.append({
-            "setting": config.corrupted_layers,
             "rung": rung.name,
             "runs": config.runs if rung.run_axis else 1,
             "batch": rung.batch,
@@ -198,3 +127,36 @@ def ladder(base: Base, bank: Bank, config: TrainConfig, rounds: int = ROUNDS, se
         })  # fmt: skip
     return pd.DataFrame(rows)
 
+
+# What a step consists of, by the functions that do it.
+PARTS = {
+    "draw events": ("corruption.py", "draw"),
+    "corrupt": ("corruption.py", "corrupt"),
+    "student": ("modeling_gpt2.py", "forward"),
+    "Gram matrices": ("gram.py", "of"),
+    "Gram terms": ("gram.py", "layer_terms"),
+    "loss": ("objective.py", "__call__"),
+    "backward": ("_tensor.py", "backward"),
+    "update": ("adam.py", "step"),
+    "log records": ("train_log.py", "log_records"),
+}
+
+
+def step_parts(trainer: Trainer, steps: int = 20) -> pd.DataFrame:
+    """Where the time of a step goes, under the profiler: columns part, milliseconds, share; the last part is the rest."""
+    trainer.train_step()  # warms up
+    profiler = cProfile.Profile()
+    profiler.enable()
+    start = time.perf_counter()
+    for _ in range(steps):
+        trainer.train_step()
+    total = time.perf_counter() - start
+    profiler.disable()
+    spent: dict[tuple[str, str], float] = {}  # the model's forward is the longest of several of that name
+    for (file, _, name), (*_, cumulative, _) in pstats.Stats(profiler).stats.items():  # type: ignore[attr-defined]
+        function = Path(file).name, name
+        spent[function] = max(cumulative, spent.get(function, 0.0))
+    seconds = {part: spent.get(function, 0.0) for part, function in PARTS.items()}
+    seconds["copies and the rest"] = total - sum(seconds.values())
+    rows = [(part, 1e3 * s / steps, s / total) for part, s in seconds.items()]
+    return pd.DataFrame(rows, columns=["part", "milliseconds", "share"])

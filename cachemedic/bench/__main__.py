@@ -1,0 +1,34 @@
+"""Runs all benchmarks on the CPU, a few minutes, and writes results/bench_*.csv: `python -m cachemedic.bench`."""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+
+from cachemedic.bank import open_bank
+from cachemedic.bench import decode, training
+from cachemedic.models import load_base
+from cachemedic.report import ROOT, Run
+
+
+def main() -> None:
+    run = Run("paper", folder=ROOT, threads=torch.get_num_threads(), dtype="float32", device="cpu")
+    base = load_base("embedded-gpt2")
+    ladders, parts = [], []
+    for setting in training.SETTINGS:
+        config = training.sweep(setting, base)
+        bank = open_bank(base, config.bank)
+        ladders.append(training.ladder(base, bank, config).assign(setting=setting))
+        trainer = training.trainer_of(training.LADDER[-1], base, config, bank)
+        parts.append(training.step_parts(trainer).assign(setting=setting))
+    decoding = decode.overhead(decode.gpt2_medium(max(decode.POSITIONS) + 1))
+    for name, frame in (
+        ("bench_decode", decoding),
+        ("bench_training", pd.concat(ladders)),
+        ("bench_training_step", pd.concat(parts)),
+    ):
+        print(f"\n{name}\n{run.write_csv(frame, name).drop(columns='config_hash').to_string(index=False)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Fixtures of the training tests."""
+
+import pytest
+from tiny_training import CONFIG, linear_map, tiny_bank, tiny_base
+
+from cachemedic import severity
+from cachemedic.bank import Bank
+from cachemedic.models import Base
+
+
+@pytest.fixture(scope="session")
+def base() -> Base:
+    return tiny_base()
+
+
+@pytest.fixture(scope="session")
+def bank(base, tmp_path_factory) -> Bank:
+    return tiny_bank(base, CONFIG.bank, tmp_path_factory.mktemp("bank"))
+
+
+@pytest.fixture
+def _calibrated(monkeypatch):
+    """A severity map for tiny bases is in use."""
+    monkeypatch.setattr(severity, "_in_use", [])
+    severity.use_map(linear_map())
+    yield
+    severity.reach.cache_clear()
+    severity.resolve.cache_clear()
