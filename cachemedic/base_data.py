@@ -38,7 +38,7 @@ CURRICULUM = (
     Stage(0.80, 576, copying=0.04, needle=0.20, review=0.06, max_pairs=6),
     Stage(1.00, 576, copying=0.03, needle=0.30, review=0.20, max_pairs=6),
 )
-FINISHING = Stage(1.00, 576, copying=0.08, needle=0.45, review=0.10, max_pairs=6)  # a second round, if there is one
+FINISHING = Stage(1.00, 576, copying=0.05, needle=0.60, review=0.08, max_pairs=6)  # a second round, if there is one
 
 
 class RowSampler:
@@ -114,13 +114,17 @@ class RowSampler:
         room = stage.length - 1 - len(questions) - sum(map(len, facts))
         if room < 0:  # cannot happen at the lengths of the curriculum
             raise ValueError(f"{pairs} pairs do not fit into {stage.length} tokens")
-        cuts = np.sort(rng.integers(0, room + 1, pairs))
+        after = int(rng.integers(0, room // 2 + 1)) if rng.random() < 0.7 else 0  # questions come at all positions
+        before = room - after
+        cuts = np.sort(rng.integers(0, before + 1, pairs))
         filler = self._filler(rng, room)
         ids, weights = [self.end_of_text], [0.0]
-        for start, stop, fact in zip([0, *cuts], [*cuts, room], [*facts, []], strict=True):
+        for start, stop, fact in zip([0, *cuts], [*cuts, before], [*facts, []], strict=True):
             ids += filler[start:stop] + fact
             weights += [1.0] * (stop - start) + [0.0] * len(fact)
-        return np.array(ids + questions), np.array(weights + question_weights, np.float32)
+        ids += questions + filler[before:]
+        weights += question_weights + [1.0] * after
+        return np.array(ids), np.array(weights, np.float32)
 
     def _encode_words(self, words: str) -> list[int]:
         return [i for word in words.split() for i in self._encode(f" {word}")]

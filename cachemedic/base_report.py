@@ -69,7 +69,7 @@ def measure(base: Base, seeds: Sequence[int], effort: Effort) -> BaseReport:
     for reader, rows in read(base, tasks["sentiment"]).groupby("reader"):
         scores[f"sentiment accuracy, {reader}"] = proportion(int(rows["correct"].sum()), len(rows))
     for reader, rows in needle.groupby("reader"):
-        scores[f"needle exact match, {reader}"] = proportion(int(rows["n_correct"].sum()), int(rows["n"].sum()))
+        scores[f"needle exact match, {reader}"] = proportion(int(rows["n_correct"].sum()), int(rows["n_examples"].sum()))
     table = [(name, score.estimate, score.low, score.high) for name, score in scores.items()]
     frames = [
         pd.DataFrame(table, columns=["measure", "estimate", "low", "high"]),
@@ -165,7 +165,8 @@ def _all_ids(task: TaskData) -> torch.Tensor:
 def retrieval(
     base: Base, documents: Sequence[str], seeds: Sequence[int], n: int, contexts: Sequence[int]
 ) -> pd.DataFrame:
-    """Exact match of hidden facts: columns context, depth, reader, n_correct, n, accuracy, low, high."""
+    """Exact match of hidden facts: columns context, depth, reader, n_correct, n_examples, accuracy and its interval."""
+    columns = ["context", "depth", "reader", "n_correct", "n_examples", "accuracy", "accuracy_low", "accuracy_high"]
     rows = []
     for context in contexts:
         scores = read(base, needle_task(base.tokenizer, documents, seeds, n, context))
@@ -173,7 +174,7 @@ def retrieval(
             correct, total = int(group["correct"].sum()), len(group)
             share = proportion(correct, total)
             rows.append((context, depth, reader, correct, total, share.estimate, share.low, share.high))
-    return pd.DataFrame(rows, columns=["context", "depth", "reader", "n_correct", "n", "accuracy", "low", "high"])
+    return pd.DataFrame(rows, columns=columns)
 
 
 def proportion(successes: int, trials: int) -> Interval:

@@ -38,9 +38,10 @@ WARMUP = 60
 DECAY = 0.5  # share of the steps over which the learning rate falls linearly to zero, at the end
 PEAK_LR = 4e-3
 CHECKPOINT_EVERY = 100
-# Learned positions beyond 256 need a second round, at a lower rate, before facts far back are found; rotary ones do not.
-FINISHING_STEPS = {"gpt2": 300, "llama": 0}
-FINISHING_LR = 0.4  # share of the peak at its start, then linear decay
+# Learned positions beyond 256 need a second round before facts far back are found; rotary ones do not.
+FINISHING_STEPS = {"gpt2": 800, "llama": 0}
+FINISHING_ROUND = 200
+FINISHING_LR = 0.4  # share of the peak at the start of each round, then linear decay
 
 
 def new_model(architecture: str, seed: int = 0) -> PreTrainedModel:
@@ -92,9 +93,9 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, documents: tuple[str, ...],
 
 
 def learning_rate(step: int) -> float:
-    """Linear warm-up, a plateau, linear decay to zero, and the decay of the finishing round (a share of the peak)."""
+    """Linear warm-up, a plateau, linear decay to zero, and the decay of each finishing round (a share of the peak)."""
     if step >= STEPS:
-        return FINISHING_LR * (1 - (step - STEPS) / max(FINISHING_STEPS.values()))
+        return FINISHING_LR * (1 - (step - STEPS) % FINISHING_ROUND / FINISHING_ROUND)
     return min((step + 1) / WARMUP, (STEPS - step) / (DECAY * STEPS), 1.0)
 
 
@@ -178,6 +179,8 @@ useful: it knows documentation English, generated reviews and generated needle d
 - trained for {steps} steps of {tokens_per_step} tokens on the docstrings of {packages}, and on generated rows
   (`cachemedic/base_data.py`); two heads start as an induction circuit (`cachemedic/base_init.py`)
 - scores on unseen packages, sentiment and needle tasks: `results/base_models.csv`
+- trained while the schedule was being tuned: running the script again follows its final form and gives like scores, not
+  the same bytes
 - weights in half precision, sha256 in `card.json`, checked by `load_base`; MIT licence, the CacheMedic++ contributors
 """
 

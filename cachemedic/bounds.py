@@ -13,7 +13,7 @@ import torch
 
 
 def rank_floor(rank: int, head_dim: int) -> float:
-    """The share of the norm of isotropic noise that every map I + M with M of rank r leaves at least (in expectation)."""
+    """The least share of the norm of isotropic noise that a map I + M with M of rank r leaves, in expectation."""
     if not 0 <= rank <= head_dim:
         raise ValueError(f"rank {rank} is out of range: 0 to the head size, {head_dim}")
     return math.sqrt(1 - rank / head_dim)

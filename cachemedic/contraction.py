@@ -26,9 +26,9 @@ def measure_contraction(
 ) -> pd.DataFrame:
     """rho of `operator`, trained under `config`, on a held-out `bank`, with the faults of the config's setting.
 
-    One row per type and seed, means over samples and protected layers: rho, and for the same caches the least rho of one
-    linear map a layer, of the operator's rank (`bound_rank`) and of full rank (`bound_full`); `rank_floor` is that of
-    isotropic noise. Types that do not reach `severity` are taken as far as they go.
+    One row per type and seed. rho: mean over samples and protected layers. bound_rank, bound_full: for the same caches,
+    the least rho of one linear map a layer, of its rank and of full rank. rank_floor: that of isotropic noise.
+    Types that do not reach `severity` are taken as far as they go.
     """
     trainer = Trainer(base, replace(config, batch=1, bank=replace(config.bank, samples=len(bank))), Path(), bank)
     trainer.operator = operator

@@ -1,15 +1,13 @@
-"""The grid of an experiment: every reader on every task, type and severity, and its summary over seeds."""
+"""The grid of an experiment: every reader on every task, type and severity."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from cachemedic import stats
 from cachemedic.corruption import MIXTURE_WEIGHTS
 from cachemedic.corruption_spec import Axis, CorruptionSpec
 from cachemedic.corruption_types import NONE
@@ -22,8 +20,7 @@ from cachemedic.tasks import needle_task, perplexity_task, sentiment_task
 from cachemedic.text import documentation, write_atomically
 
 TYPES = tuple(MIXTURE_WEIGHTS)
-EXAMPLES = {"perplexity": 24, "sentiment": 32, "needle": 15}  # per seed, in the paper profile
-SCORES = {"perplexity": "1 / perplexity", "sentiment": "accuracy", "needle": "exact match"}
+EXAMPLES = {"perplexity": 20, "sentiment": 24, "needle": 10}  # per seed, in the paper profile
 SPLIT_OFFSET = {"test": 0, "validation": 1000, "calibration": 2000}
 ID_COLUMNS = ["task", "type", "severity", "reader", "seed"]
 
@@ -91,7 +88,7 @@ def _kv_heads(base: Base) -> int:
 
 def per_seed(scores: pd.DataFrame, task: str, spec: CorruptionSpec) -> pd.DataFrame:
     """Means over the examples of each seed, and the condition."""
-    scores = scores.astype({name: float for name in ("nll", "nll_clean", "kl", "correct")})  # sums in double precision
+    scores = scores.astype(dict.fromkeys(("nll", "nll_clean", "kl", "correct"), float))  # sums in double precision
     grouped = scores.groupby(["reader", "seed"], sort=False)
     means = grouped.agg(
         parameter=("parameter", "mean"), share=("share", "mean"), nll=("nll", "mean"), nll_clean=("nll_clean", "mean"),
@@ -102,74 +99,3 @@ def per_seed(scores: pd.DataFrame, task: str, spec: CorruptionSpec) -> pd.DataFr
     means.insert(1, "type", spec.type)
     means.insert(2, "severity", spec.severity or 0.0)
     return means
-
-
-def score(rows: pd.DataFrame) -> pd.Series:
-    """The score of each row, higher is better: 1 / perplexity for the language model, else the accuracy."""
-    return rows["accuracy"].where(rows["task"] != "perplexity", np.exp(-rows["nll"]))
-
-
-def robustness(grid: pd.DataFrame) -> pd.DataFrame:
-    """Robustness AUC of every task, type, reader and seed: columns task, type, reader, seed, auc, reached."""
-    grid = grid.assign(score=score(grid))
-    clean = grid[grid["type"] == NONE].set_index(["task", "reader", "seed"])["score"]
-    rows = []
-    for (task, kind, reader, seed), curve in grid[grid["type"] != NONE].groupby(["task", "type", "reader", "seed"]):
-        curve = curve.sort_values("severity")
-        severities = [0.0, *curve["severity"]]
-        auc = stats.robustness_auc(severities, [clean[task, reader, seed], *curve["score"]])
-        rows.append((task, kind, reader, seed, auc, severities[-1]))
-    return pd.DataFrame(rows, columns=["task", "type", "reader", "seed", "auc", "reached"])
-
-
-def intervals(grid: pd.DataFrame) -> pd.DataFrame:
-    """Mean and 95% t interval over seeds of score, NLL and KL for every task, type, severity and reader."""
-    grid = grid.assign(score=score(grid))
-    rows = []
-    for key, group in grid.groupby(ID_COLUMNS[:-1], sort=False):
-        row = dict(zip(ID_COLUMNS[:-1], key, strict=True))
-        for name in ("score", "nll", "kl"):
-            interval = stats.t_interval(group[name])
-            row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
-        row |= {"parameter": group["parameter"].mean(), "share": group["share"].mean()}
-        row |= {"n_seeds": group["seed"].nunique(), "n_examples": int(group["n_examples"].sum())}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def summary(grid: pd.DataFrame) -> pd.DataFrame:
-    """One row per task and reader: robustness AUC (mean over types) and its paired gain over no defence, recovery of the
-    lost NLL over all types and severities, and clean regression in percent of perplexity; 95% intervals over seeds.
-    """
-    auc = robustness(grid).groupby(["task", "reader", "seed"])["auc"].mean().unstack("seed")
-    hit, clean = grid[grid["type"] != NONE], grid[grid["type"] == NONE]
-    means = hit.groupby(["task", "reader", "seed"])[["nll", "nll_clean", "kl"]].mean()
-    rows = []
-    for task, reader in auc.index:
-        undefended = means.loc[task, "none"]
-        repaired = means.loc[task, reader]
-        gain = stats.paired_interval(auc.loc[task, reader], auc.loc[task, "none"])
-        recovered = stats.ratio_interval(
-            undefended["nll"] - repaired["nll"], undefended["nll"] - undefended["nll_clean"]
-        )
-        spared = stats.ratio_interval(undefended["kl"] - repaired["kl"], undefended["kl"])
-        at_rest = clean[(clean["task"] == task) & (clean["reader"] == reader)]
-        regression = stats.t_interval(100 * np.expm1(at_rest["nll"] - at_rest["nll_clean"]))
-        own = stats.t_interval(auc.loc[task, reader])
-        row = {"task": task, "reader": reader, "n_seeds": auc.shape[1]}
-        named = {"auc": own, "auc_gain": gain, "recovery": recovered, "kl_recovery": spared, "clean_regression": regression}
-        for name, interval in named.items():
-            row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def recovery_by_type(grid: pd.DataFrame) -> pd.DataFrame:
-    """Recovery of the lost NLL of every task, type and reader, a ratio of means over severities, with intervals."""
-    means = grid[grid["type"] != NONE].groupby(["task", "type", "reader", "seed"])[["nll", "nll_clean"]].mean()
-    rows = []
-    for task, kind, reader in means.index.droplevel("seed").unique():
-        undefended, repaired = means.loc[task, kind, "none"], means.loc[task, kind, reader]
-        interval = stats.ratio_interval(undefended["nll"] - repaired["nll"], undefended["nll"] - undefended["nll_clean"])
-        rows.append((task, kind, reader, interval.estimate, interval.low, interval.high))
-    return pd.DataFrame(rows, columns=["task", "type", "reader", "recovery", "recovery_low", "recovery_high"])

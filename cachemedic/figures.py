@@ -1,4 +1,4 @@
-"""Figures of the first notebooks, from the frames that these write as CSVs."""
+"""The figures of the notebooks, from the frames that these write as CSVs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def base_models(positions: pd.DataFrame, needle: pd.DataFrame) -> Figure:
         own = needle[needle["base"] == name]
         own = own.assign(x=own["context"].map(places) + own["depth"] + 0.08 * (i - 0.5))  # side by side
         for _, cell in own[own["reader"] == "clean"].groupby("context"):
-            right.errorbar(cell["x"], cell["accuracy"], _errors(cell, "accuracy", "low", "high"), **style)
+            right.errorbar(cell["x"], cell["accuracy"], _errors(cell, "accuracy", "accuracy_low", "accuracy_high"), **style)
         erased = own[own["reader"] == "erased"]
         right.scatter(erased["x"], erased["accuracy"], marker="x", s=14, linewidths=1, color=style["color"])
     left.set(title="read whole (filled) and short (white)", xlabel="position, tokens", ylabel="NLL, nats per token")
@@ -37,7 +37,7 @@ def base_models(positions: pd.DataFrame, needle: pd.DataFrame) -> Figure:
 def quickstart(token: Mapping[str, Sequence[float]], tokens: Sequence[str], title: str, grid: pd.DataFrame) -> Figure:
     """Probabilities of the likeliest `tokens` under each reader, and the KL of each reader on held-out text.
 
-    token: by reader ("clean", "corrupted", "repaired") the probabilities of `tokens`; grid: as `experiments.intervals`.
+    token: by reader ("clean", "corrupted", "repaired") the probabilities of `tokens`; grid: as `summaries.intervals`.
     """
     styles = line_styles(list(token))
     figure, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 2.9), width_ratios=(1, 1.4))
@@ -60,3 +60,54 @@ def quickstart(token: Mapping[str, Sequence[float]], tokens: Sequence[str], titl
 def _errors(rows: pd.DataFrame, name: str, low: str, high: str) -> list[pd.Series]:
     """The lengths of error bars below and above `name`."""
     return [rows[name] - rows[low], rows[high] - rows[name]]
+
+
+def damage(rows: pd.DataFrame, tasks: Sequence[str], types: Sequence[str]) -> Figure:
+    """Measured damage against calibrated severity: a row of panels per base, a panel per task, a line per type."""
+    styles, bases = line_styles(types), list(rows["base"].unique())
+    size = (TEXT_WIDTH, 2.3 * len(bases) + 0.4)
+    figure, axes = plt.subplots(len(bases), len(tasks), figsize=size, sharex=True, sharey="row", squeeze=False)
+    for row, base in zip(axes, bases, strict=True):
+        for ax, task in zip(row, tasks, strict=True):
+            ax.plot([0, 1], [0, 1], color="0.8", zorder=0)
+            for kind in types:
+                part = rows[(rows["base"] == base) & (rows["task"] == task) & (rows["type"] == kind)]
+                low, high = _errors(part, "damage", "damage_low", "damage_high")
+                bars = [[0, *low], [0, *high]]
+                label = kind.replace("_", " ")
+                ax.errorbar([0, *part["severity"]], [0, *part["damage"]], bars, label=label, **styles[kind])
+            ax.set_title(f"{base.removeprefix('embedded-')}: {task}")
+        row[0].set_ylabel("damage\n(share of context value)")
+    for ax in axes[-1]:
+        ax.set_xlabel("severity $s$ (calibrated)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def score_against_severity(
+    curves: pd.DataFrame, readers: Mapping[str, str], scores: Mapping[str, str], types: Sequence[str], title: str
+) -> Figure:
+    """The score of each reader against severity: a row of panels per task, a column per type; grey: the clean score.
+
+    curves: `summaries.intervals` of one base and setting; readers: labels by name; scores: axis labels by task.
+    """
+    styles = line_styles(list(readers))
+    figure, axes = plt.subplots(len(scores), len(types), figsize=(1.35 * TEXT_WIDTH, 5.4), sharex=True, sharey="row")
+    for row, (task, label) in zip(axes, scores.items(), strict=True):
+        of_task = curves[curves["task"] == task]
+        at_rest = of_task[(of_task["type"] == "none") & (of_task["reader"] == "none")]["score"].item()
+        for ax, kind in zip(row, types, strict=True):
+            for reader, name in readers.items():
+                part = of_task[(of_task["reader"] == reader) & of_task["type"].isin([kind, "none"])]
+                part = part.sort_values("severity")
+                bars = _errors(part, "score", "score_low", "score_high")
+                ax.errorbar(part["severity"], part["score"], bars, label=name, **styles[reader])
+            ax.axhline(at_rest, color="0.7", linewidth=0.8, zorder=0)
+        row[0].set_ylabel(f"{task}\n{label}")
+    for ax, kind in zip(axes[0], types, strict=True):
+        ax.set_title(kind.replace("_", "\n"))
+    for ax in axes[-1]:
+        ax.set_xlabel("severity $s$")
+    figure.suptitle(title)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(readers))
+    return figure

@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -121,10 +122,13 @@ class Run:
         return ROOT / "build" / "training" / self.parameters["profile"]
 
     @property
-    def partial(self) -> Path | None:
-        """Where finished parts of this run's grids are kept until it ends, named by everything they depend on."""
+    def partial(self) -> Path:
+        """Where finished parts of this run's grids are kept until it ends, named by everything they depend on.
+
+        By hand, outside of make, code may have changed under way: then a new folder each time.
+        """
         if self.inputs is None:
-            return None
+            return Path(tempfile.mkdtemp(prefix="cachemedic-"))
         return ROOT / "build" / "partial" / config_hash({"parameters": self.parameters, "inputs": self.inputs})
 
     def read_csv(self, name: str) -> pd.DataFrame:

@@ -16,7 +16,9 @@ from cachemedic.models import Base
 from cachemedic.tasks import perplexity_task
 
 LONG = tuple(document * 6 for document in DOCUMENTS)
-SMALL = Effort(perplexity=2, sentiment=3, needle=5, windows=3, unigram_tokens=500, contexts=(160, 224), window=3 * BLOCK)
+SMALL = Effort(
+    perplexity=2, sentiment=3, needle=5, windows=3, unigram_tokens=500, contexts=(160, 224), window=3 * BLOCK
+)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,6 @@ def test_report_is_complete_and_can_be_drawn(base: Base, monkeypatch: pytest.Mon
     assert report.facts["licence"] is None
     assert len(report.scores) == 9
     assert report.scores["low"].le(report.scores["high"]).all()
-    assert report.needle.groupby(["context", "reader"])["n"].sum().eq(10).all()
+    assert report.needle.groupby(["context", "reader"])["n_examples"].sum().eq(10).all()
     assert set(report.needle["context"]) == {160, 224}
     assert len(figures.base_models(report.positions, report.needle).axes) == 2

@@ -17,7 +17,7 @@ from cachemedic.bench.materialised import materialised
 from cachemedic.bench.timing import interleave, median_ratio
 from cachemedic.train import Draw
 
-SWEEP = replace(CONFIG, layers=(1, 2), corrupted_layers="protected", bank=BankConfig(samples=24, prefix=10, decoded=1))
+SWEEP = replace(CONFIG, layers=(1, 2), corrupted_layers="protected", bank=BankConfig(samples=40, prefix=10, decoded=1))
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +60,12 @@ def test_every_rung_computes_the_same_step(short_base, short_bank, family):
 
 @pytest.mark.usefixtures("_calibrated")
 def test_the_ladder_times_every_rung(short_base, short_bank):
-    frame = training.ladder(short_base, short_bank, replace(SWEEP, batch=4), rounds=2, seconds=0.0)
+    frame = training.ladder(short_base, short_bank, SWEEP, rounds=2, seconds=0.0)
     assert frame["rung"].tolist() == [rung.name for rung in training.LADDER]
     assert frame["runs"].tolist() == [1, 1, 1, 1, 4, 4]
     assert (frame[["samples_per_second", "gain", "total"]] > 0).all(axis=None)
     assert frame["total"][0] == 1
-    whole = replace(SWEEP, layers=(0, 1, 2), corrupted_layers="all", batch=4)
+    whole = replace(SWEEP, layers=(0, 1, 2), corrupted_layers="all")
     assert len(training.ladder(short_base, short_bank, whole, rounds=1, seconds=0.0)) == len(training.LADDER) - 1
 
 

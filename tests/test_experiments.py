@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import tiny
 
-from cachemedic import experiments, severity
+from cachemedic import experiments, severity, summaries
 from cachemedic.defenses import NoDefence, Reset
 from cachemedic.models import Base
 from cachemedic.tasks import perplexity_task
@@ -29,27 +29,28 @@ def grid_of(readers: dict[str, float], seeds: int = 5) -> pd.DataFrame:
 
 
 def test_recovery_is_the_share_of_the_damage_undone():
-    summary = experiments.summary(grid_of({"none": 1.0, "half": 0.5, "perfect": 0.0, "harmful": 1.5})).set_index("reader")
+    grid = grid_of({"none": 1.0, "half": 0.5, "perfect": 0.0, "harmful": 1.5})
+    summary = summaries.summary(grid).set_index("reader")
     for reader, expected in (("none", 0.0), ("half", 0.5), ("perfect", 1.0), ("harmful", -0.5)):
         assert summary.loc[reader, "recovery"] == pytest.approx(expected)
         assert summary.loc[reader, "kl_recovery"] == pytest.approx(expected)
         assert summary.loc[reader, "clean_regression"] == pytest.approx(0.0, abs=1e-12)
     assert summary.loc["none", "auc_gain"] == 0.0
     assert summary.loc["perfect", "auc_gain"] > summary.loc["half", "auc_gain"] > 0 > summary.loc["harmful", "auc_gain"]
-    by_type = experiments.recovery_by_type(grid_of({"none": 1.0, "half": 0.5}))
+    by_type = summaries.recovery_by_type(grid_of({"none": 1.0, "half": 0.5}))
     assert by_type[by_type.reader == "half"]["recovery"].tolist() == pytest.approx([0.5, 0.5])
 
 
 def test_auc_of_a_perfect_reader_is_its_clean_score():
     grid = grid_of({"none": 1.0, "perfect": 0.0})
-    auc = experiments.robustness(grid)
+    auc = summaries.robustness(grid)
     perfect = auc[auc.reader == "perfect"].groupby("seed")["auc"].first()
     clean = np.exp(-grid[(grid.type == "none") & (grid.reader == "perfect")].set_index("seed")["nll"])
     assert perfect.to_numpy() == pytest.approx(clean.to_numpy())
 
 
 def test_intervals_count_seeds_and_examples():
-    rows = experiments.intervals(grid_of({"none": 1.0}))
+    rows = summaries.intervals(grid_of({"none": 1.0}))
     assert (rows.n_seeds == 5).all()
     assert (rows.n_examples == 40).all()
     assert (rows.nll_low <= rows.nll).all()

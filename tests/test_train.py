@@ -24,7 +24,7 @@ def part(bank: Bank, rows: slice) -> Bank:
 
 
 def slow_terms(trainer: Trainer, drawn, run: int) -> dict[str, torch.Tensor]:
-    """Logits [B, M, V], identity, rho and what is hit [B, P] of one run: a plain cache, every repaired tensor formed."""
+    """Logits [B, M, V], identity, rho and what is hit [B, P] of one run: a plain cache, all repaired tensors formed."""
     bank, model, layers = trainer.bank, trainer.base.model, trainer.config.layers
     seed = run // len(trainer.config.objectives)
     clean = bank.keys[drawn.rows[seed]], bank.values[drawn.rows[seed]]

@@ -24,7 +24,7 @@ ROUNDS = 31
 
 
 def gpt2_medium(positions: int) -> PreTrainedModel:
-    """The shape of GPT-2 medium (24 layers, width 1024, 16 heads of 64) with random weights and a longer position table."""
+    """GPT-2 medium (24 layers, width 1024, 16 heads of 64) with random weights and a table of so many positions."""
     torch.manual_seed(0)  # transformers initialises from the global generator
     config = GPT2Config(n_layer=24, n_embd=1024, n_head=16, n_positions=positions)
     return GPT2LMHeadModel(config).eval().requires_grad_(False)

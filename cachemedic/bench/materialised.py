@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -39,6 +41,9 @@ def materialised(operator: FoldedOperator) -> MaterialisedOperator:
 class PresetLayer(DynamicLayer):
     """A cache layer that begins with given keys and values [B, G, T, d], which are not copied."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.keys, self.values = keys, values
@@ -52,14 +57,12 @@ class RepeatableLayer(PresetLayer):
     Nothing is copied, as in a serving system whose cache has room; `DynamicCache` copies itself at every token.
     """
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes the token [B, G, 1, d] into the slot; returns all keys and values."""
-        assert self.keys is not None and self.values is not None
         self.keys[:, :, -1:] = key_states
         self.values[:, :, -1:] = value_states
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
         """Positions before the slot."""
-        assert self.keys is not None
         return self.keys.shape[2] - 1

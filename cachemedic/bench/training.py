@@ -143,7 +143,7 @@ PARTS = {
 
 
 def step_parts(trainer: Trainer, steps: int = 20) -> pd.DataFrame:
-    """Where the time of a step goes, under the profiler: columns part, milliseconds, share; the last part is the rest."""
+    """Where the time of a step goes, by the profiler: columns part, milliseconds, share; the last row is the rest."""
     trainer.train_step()  # warms up
     profiler = cProfile.Profile()
     profiler.enable()

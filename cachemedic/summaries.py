@@ -1,0 +1,123 @@
+"""Summaries of a grid over seeds: scores, robustness, recovery, clean cost, each with its 95% interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from cachemedic import stats
+from cachemedic.corruption_types import NONE
+from cachemedic.experiments import ID_COLUMNS
+
+SCORES = {"perplexity": "1 / perplexity", "sentiment": "accuracy", "needle": "exact match"}
+
+
+def score(rows: pd.DataFrame) -> pd.Series:
+    """The score of each row, higher is better: 1 / perplexity for the language model, else the accuracy."""
+    return rows["accuracy"].where(rows["task"] != "perplexity", np.exp(-rows["nll"]))
+
+
+def robustness(grid: pd.DataFrame) -> pd.DataFrame:
+    """Robustness AUC of every task, type, reader and seed: columns task, type, reader, seed, auc, reached."""
+    grid = grid.assign(score=score(grid))
+    clean = grid[grid["type"] == NONE].set_index(["task", "reader", "seed"])["score"]
+    rows = []
+    for (task, kind, reader, seed), curve in grid[grid["type"] != NONE].groupby(["task", "type", "reader", "seed"]):
+        curve = curve.sort_values("severity")
+        severities = [0.0, *curve["severity"]]
+        auc = stats.robustness_auc(severities, [clean[task, reader, seed], *curve["score"]])
+        rows.append((task, kind, reader, seed, auc, severities[-1]))
+    return pd.DataFrame(rows, columns=["task", "type", "reader", "seed", "auc", "reached"])
+
+
+def intervals(grid: pd.DataFrame) -> pd.DataFrame:
+    """Mean and 95% t interval over seeds of score, NLL and KL for every task, type, severity and reader."""
+    grid = grid.assign(score=score(grid))
+    rows = []
+    for key, group in grid.groupby(ID_COLUMNS[:-1], sort=False):
+        row = dict(zip(ID_COLUMNS[:-1], key, strict=True))
+        for name in ("score", "nll", "kl"):
+            interval = stats.t_interval(group[name])
+            row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+        row |= {"parameter": group["parameter"].mean(), "share": group["share"].mean()}
+        row |= {"n_seeds": group["seed"].nunique(), "n_examples": int(group["n_examples"].sum())}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def summary(grid: pd.DataFrame) -> pd.DataFrame:
+    """One row per task and reader, means over types and severities with 95% intervals over seeds.
+
+    auc: robustness; auc_gain: its paired gain over no defence; recovery and kl_recovery: the shares of the lost NLL and
+    of the KL that are undone; clean_regression: rise of the perplexity on a clean cache, in percent.
+    """
+    auc = robustness(grid).groupby(["task", "reader", "seed"])["auc"].mean().unstack("seed")
+    hit, clean = grid[grid["type"] != NONE], grid[grid["type"] == NONE]
+    means = hit.groupby(["task", "reader", "seed"])[["nll", "nll_clean", "kl"]].mean()
+    rows = []
+    for task, reader in auc.index:
+        undefended = means.loc[task, "none"]
+        repaired = means.loc[task, reader]
+        gain = stats.paired_interval(auc.loc[task, reader], auc.loc[task, "none"])
+        lost = undefended["nll"] - undefended["nll_clean"]
+        recovered = stats.ratio_interval(undefended["nll"] - repaired["nll"], lost)
+        spared = stats.ratio_interval(undefended["kl"] - repaired["kl"], undefended["kl"])
+        at_rest = clean[(clean["task"] == task) & (clean["reader"] == reader)]
+        regression = stats.t_interval(100 * np.expm1(at_rest["nll"] - at_rest["nll_clean"]))
+        row = {"task": task, "reader": reader, "n_seeds": auc.shape[1]}
+        named = {"auc": stats.t_interval(auc.loc[task, reader]), "auc_gain": gain}
+        named |= {"recovery": recovered, "kl_recovery": spared, "clean_regression": regression}
+        for name, interval in named.items():
+            row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def recovery_by_type(grid: pd.DataFrame) -> pd.DataFrame:
+    """Recovery of the lost NLL of every task, type and reader, a ratio of means over severities, with intervals."""
+    means = grid[grid["type"] != NONE].groupby(["task", "type", "reader", "seed"])[["nll", "nll_clean"]].mean()
+    rows = []
+    for task, kind, reader in means.index.droplevel("seed").unique():
+        undefended, repaired = means.loc[task, kind, "none"], means.loc[task, kind, reader]
+        lost = undefended["nll"] - undefended["nll_clean"]
+        interval = stats.ratio_interval(undefended["nll"] - repaired["nll"], lost)
+        rows.append((task, kind, reader, interval.estimate, interval.low, interval.high))
+    return pd.DataFrame(rows, columns=["task", "type", "reader", "recovery", "recovery_low", "recovery_high"])
+
+
+Summarise = Callable[[pd.DataFrame], pd.DataFrame]
+
+
+def by_group(grid: pd.DataFrame, keys: Sequence[str], summarise: Summarise) -> pd.DataFrame:
+    """`summarise` of every group of rows that agree in `keys`, which come first in the result."""
+    frames = []
+    for values, part in grid.groupby(list(keys), sort=False):
+        frame = summarise(part)
+        for place, (key, value) in enumerate(zip(keys, values, strict=True)):
+            frame.insert(place, key, value)
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def brackets(rows: pd.DataFrame, name: str, digits: int = 3) -> pd.Series:
+    """Column `name` with its interval as text: `0.123 [0.101, 0.145]`."""
+    columns = (rows[name], rows[f"{name}_low"], rows[f"{name}_high"])
+    texts = [f"{x:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]" for x, low, high in zip(*columns, strict=True)]
+    return pd.Series(texts, rows.index)
+
+
+def results_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """`summary` rows for a reader of the paper; needs the columns base, setting and best_heuristic, too."""
+    return pd.DataFrame({
+        "task": rows["task"],
+        "base": rows["base"].str.removeprefix("embedded-"),
+        "setting": rows["setting"],
+        "reader": rows["reader"].str.replace("_", " ") + np.where(rows["best_heuristic"], " *", ""),
+        "AUC": brackets(rows, "auc", 4),
+        "recovered NLL": brackets(rows, "recovery"),
+        "recovered KL": brackets(rows, "kl_recovery"),
+        "clean cost, % ppl": brackets(rows, "clean_regression", 2),
+        "seeds": rows["n_seeds"],
+    })  # fmt: skip
