@@ -69,7 +69,8 @@ def measure(base: Base, seeds: Sequence[int], effort: Effort) -> BaseReport:
     for reader, rows in read(base, tasks["sentiment"]).groupby("reader"):
         scores[f"sentiment accuracy, {reader}"] = proportion(int(rows["correct"].sum()), len(rows))
     for reader, rows in needle.groupby("reader"):
-        scores[f"needle exact match, {reader}"] = proportion(int(rows["n_correct"].sum()), int(rows["n_examples"].sum()))
+        found, asked = rows["n_correct"].sum(), rows["n_examples"].sum()
+        scores[f"needle exact match, {reader}"] = proportion(int(found), int(asked))
     table = [(name, score.estimate, score.low, score.high) for name, score in scores.items()]
     frames = [
         pd.DataFrame(table, columns=["measure", "estimate", "low", "high"]),
@@ -98,7 +99,8 @@ def facts(base: Base) -> dict[str, Any]:
         "parameters": base.model.num_parameters(),
         "weights, MB": round(weights.stat().st_size / 1e6, 2) if weights.exists() else None,
         "weights, sha256": card.get("weights_sha256", "")[:DIGITS] or None,
-        "trained on tokens": card.get("tokens"),
+        "training steps": card.get("steps"),
+        "training tokens": card.get("steps", 0) * card.get("tokens_per_step", 0) or None,
         "training packages": ", ".join(card.get("training_packages", [])) or None,
         "training text, sha256": card.get("training_text_sha256", "")[:DIGITS] or None,
         "training text on this machine": text_hash(documentation("train"))[:DIGITS],

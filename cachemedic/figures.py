@@ -23,7 +23,7 @@ def base_models(positions: pd.DataFrame, needle: pd.DataFrame) -> Figure:
         own = needle[needle["base"] == name]
         own = own.assign(x=own["context"].map(places) + own["depth"] + 0.08 * (i - 0.5))  # side by side
         for _, cell in own[own["reader"] == "clean"].groupby("context"):
-            right.errorbar(cell["x"], cell["accuracy"], _errors(cell, "accuracy", "accuracy_low", "accuracy_high"), **style)
+            right.errorbar(cell["x"], cell["accuracy"], _errors(cell, "accuracy"), **style)
         erased = own[own["reader"] == "erased"]
         right.scatter(erased["x"], erased["accuracy"], marker="x", s=14, linewidths=1, color=style["color"])
     left.set(title="read whole (filled) and short (white)", xlabel="position, tokens", ylabel="NLL, nats per token")
@@ -50,16 +50,16 @@ def quickstart(token: Mapping[str, Sequence[float]], tokens: Sequence[str], titl
         rows = grid[grid["reader"] == name].set_index("type").loc[types]
         places = [i + shift for i in range(len(types))]
         style = styles[name] | {"linestyle": "none"}
-        right.errorbar(places, rows["kl"], _errors(rows, "kl", "kl_low", "kl_high"), **style)
+        right.errorbar(places, rows["kl"], _errors(rows, "kl"), **style)
     right.set_xticks(range(len(types)), types, rotation=40, ha="right", rotation_mode="anchor")
     right.set(title="held-out text", ylabel="KL, nats per token", ylim=(0, None))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(styles))
     return figure
 
 
-def _errors(rows: pd.DataFrame, name: str, low: str, high: str) -> list[pd.Series]:
-    """The lengths of error bars below and above `name`."""
-    return [rows[name] - rows[low], rows[high] - rows[name]]
+def _errors(rows: pd.DataFrame, name: str) -> list[pd.Series]:
+    """The lengths of error bars below and above column `name`, from its bounds."""
+    return [rows[name] - rows[f"{name}_low"], rows[f"{name}_high"] - rows[name]]
 
 
 def damage(rows: pd.DataFrame, tasks: Sequence[str], types: Sequence[str]) -> Figure:
@@ -72,7 +72,7 @@ def damage(rows: pd.DataFrame, tasks: Sequence[str], types: Sequence[str]) -> Fi
             ax.plot([0, 1], [0, 1], color="0.8", zorder=0)
             for kind in types:
                 part = rows[(rows["base"] == base) & (rows["task"] == task) & (rows["type"] == kind)]
-                low, high = _errors(part, "damage", "damage_low", "damage_high")
+                low, high = _errors(part, "damage")
                 bars = [[0, *low], [0, *high]]
                 label = kind.replace("_", " ")
                 ax.errorbar([0, *part["severity"]], [0, *part["damage"]], bars, label=label, **styles[kind])
@@ -100,7 +100,7 @@ def score_against_severity(
             for reader, name in readers.items():
                 part = of_task[(of_task["reader"] == reader) & of_task["type"].isin([kind, "none"])]
                 part = part.sort_values("severity")
-                bars = _errors(part, "score", "score_low", "score_high")
+                bars = _errors(part, "score")
                 ax.errorbar(part["severity"], part["score"], bars, label=name, **styles[reader])
             ax.axhline(at_rest, color="0.7", linewidth=0.8, zorder=0)
         row[0].set_ylabel(f"{task}\n{label}")

@@ -7,6 +7,7 @@ identity; at s = 1 the corrupted cache is worth as much as none.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 
@@ -33,7 +34,7 @@ PARAMETERS: dict[str, tuple[float, ...]] = {
     "quant_noise": (8, 6, 5, 4, 3, 2, 1),
     "contiguous_overwrite": (4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128),
 }
-SHARES = (0.25, 0.5, 0.75, 1.0)  # of the positions, where the parameter is discrete
+SHARES = (0.05, 0.15, 0.3, 0.6, 1.0)  # of the positions, where the parameter is discrete
 
 
 MAP_COLUMNS = ["base", "layers", "heads", "type", "severity", "parameter", "share", "reach"]
@@ -86,7 +87,7 @@ def _read_off(curve: pd.DataFrame) -> list[tuple[float, float, float, float]]:
     whole = curve[curve["share"] == 1.0]
     damage = np.maximum.accumulate(whole["damage"].to_numpy().clip(0))
     parameters = whole["parameter"].to_numpy()
-    reach = round(float(damage[-1]), 3)
+    reach = math.floor(damage[-1] * 1000) / 1000  # not above what was measured
     reached = [s for s in GRID if s <= reach]
     if len(reached) < len(GRID) and reach > (reached[-1] if reached else 0.0):
         reached.append(reach)

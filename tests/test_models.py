@@ -59,7 +59,7 @@ def test_damaged_weights_are_refused(weights, at):
     data = bytearray((weights / "model.safetensors").read_bytes())
     data[at] ^= 1
     (weights / "model.safetensors").write_bytes(data)
-    with pytest.raises(OSError, match=r"embedded-gpt2 are damaged: sha256 .* make base-models"):
+    with pytest.raises(OSError, match=r"embedded-gpt2 are damaged: sha256 .*make base-models"):
         load_base("embedded-gpt2")
 
 
@@ -112,12 +112,10 @@ def test_an_untrained_model_has_an_induction_circuit(architecture):
     with torch.inference_mode():
         weights = model(torch.cat([once, once])[None], output_attentions=True).attentions
     again = torch.arange(length, 2 * length - 1)
-    previous, induction = weights[PREVIOUS_LAYER][0, 0], weights[INDUCTION_LAYER][0, 0]
-    assert previous[again, again - 1].mean() > 0.4
-    assert induction[again, again - length + 1].mean() > 0.4
-    for other in range(1, 4):  # the other heads start at random
-        assert weights[PREVIOUS_LAYER][0, other][again, again - 1].mean() < 0.05
-        assert weights[INDUCTION_LAYER][0, other][again, again - length + 1].mean() < 0.05
+    for layer, read in ((PREVIOUS_LAYER, again - 1), (INDUCTION_LAYER, again - length + 1)):
+        by_head = weights[layer][0, :, again, read].mean(-1)
+        assert by_head[0] > 0.2
+        assert (by_head[1:] < 0.02).all()  # the other heads start at random
 
 
 def test_an_untrained_model_depends_on_its_seed_alone():

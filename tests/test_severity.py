@@ -26,7 +26,8 @@ pytestmark = pytest.mark.usefixtures("_calibrated")
 @pytest.fixture(scope="module")
 def task(base) -> TaskData:
     """Continuations in which the clean model is right, so that its context is worth something."""
-    task = perplexity_task(base.tokenizer, DOCUMENTS, n=6, prefix=128, scored=8)
+    documents = ["".join(DOCUMENTS[i:] + DOCUMENTS[:i]) for i in range(6)]
+    task = perplexity_task(base.tokenizer, documents, n=6, prefix=128, scored=8)
     return replace(task, target_ids=clean_pass(base.model, task).logits.argmax(-1))
 
 
@@ -89,8 +90,8 @@ def test_the_map_inverts_the_damage_curve(increments):
     if reach < 1 and reach > max(expected, default=0):
         expected.append(reach)
     assert rows["severity"].tolist() == expected
-    back = np.interp(rows["parameter"], [0, *parameters], [0, *most])
-    np.testing.assert_allclose(back, rows["severity"], atol=1e-3)
+    back = np.interp(rows["parameter"].astype(float), [0, *parameters], [0, *most])
+    np.testing.assert_allclose(back, rows["severity"].astype(float), atol=1e-3)
 
 
 class Named:
