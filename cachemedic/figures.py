@@ -35,25 +35,26 @@ def base_models(positions: pd.DataFrame, needle: pd.DataFrame) -> Figure:
 
 
 def quickstart(token: Mapping[str, Sequence[float]], tokens: Sequence[str], title: str, grid: pd.DataFrame) -> Figure:
-    """Probabilities of the likeliest `tokens` under each reader, and the KL of each reader on held-out text.
+    """Probabilities of some `tokens` under each reader, and the KL of each reader on held-out text.
 
     token: by reader ("clean", "corrupted", "repaired") the probabilities of `tokens`; grid: as `summaries.intervals`.
     """
     styles = line_styles(list(token))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 2.9), width_ratios=(1, 1.4))
-    for name, probabilities in token.items():
-        left.plot(probabilities, **styles[name], label=name)
-    left.set_xticks(range(len(tokens)), tokens, rotation=40, ha="right", rotation_mode="anchor")
-    left.set(title=title, ylabel="probability", ylim=(0, None))
     types = [kind for kind in grid["type"].unique() if kind != "none"]
-    for shift, name in ((-0.1, "corrupted"), (0.1, "repaired")):
-        rows = grid[grid["reader"] == name].set_index("type").loc[types]
-        places = [i + shift for i in range(len(types))]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 2.8))
+    for i, (name, probabilities) in enumerate(token.items()):
+        left.barh([y + 0.27 * (i - 1) for y in range(len(tokens))], probabilities, 0.27, color=styles[name]["color"])
+        rows = grid[grid["reader"] == name].set_index("type").reindex(types)  # none of the clean cache
+        places = [y + 0.27 * (i - 1.5) for y in range(len(types))]
         style = styles[name] | {"linestyle": "none"}
-        right.errorbar(places, rows["kl"], _errors(rows, "kl"), **style)
-    right.set_xticks(range(len(types)), types, rotation=40, ha="right", rotation_mode="anchor")
-    right.set(title="held-out text", ylabel="KL, nats per token", ylim=(0, None))
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(styles))
+        right.errorbar(rows["kl"], places, xerr=_errors(rows, "kl"), **style, label=name)
+    for ax, names in ((left, tokens), (right, [kind.replace("_", " ") for kind in types])):
+        ax.set_yticks(range(len(names)), names)
+        ax.invert_yaxis()
+        ax.grid(axis="y", visible=False)
+    left.set(title=title, xlabel="probability", xlim=(0, 1))
+    right.set(title="held-out text", xlabel="KL, nats per token", xlim=(0, None))
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(styles))
     return figure
 
 
