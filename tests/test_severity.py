@@ -1,5 +1,6 @@
 """The severity axis: calibration, the map, and what is read off it."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -36,6 +37,10 @@ def clean(base, task) -> CleanBank:
     return clean_pass(base.model, task)
 
 
+def thousandths(x: float) -> float:
+    return math.floor(x * 1000) / 1000
+
+
 def test_the_value_of_the_context_is_what_erasing_it_costs(base, task, clean):
     value = severity.context_value(base, task, clean)
     with torch.inference_mode():
@@ -57,13 +62,13 @@ def test_the_calibrated_parameters_do_the_damage_that_they_stand_for(base, task,
     assert set(rows["type"]) == set(coarse)
     assert (rows["base"] == base.name).all()
     assert (rows[["layers", "heads"]] == [3, 4]).all(axis=None)
-    assert len(curves) == 5 + 3 * 4 + 2
+    assert len(curves) == 5 + 3 * len(severity.SHARES) + 2
     worth = severity.context_value(base, task, clean)
     worth = (worth["nll_erased"] - worth["nll_clean"]).mean()
     whole = curves[curves["share"] == 1.0]
     for kind, curve in whole.groupby("type"):
         reach = rows[rows["type"] == kind]["reach"]
-        assert (reach == min(round(curve["damage"].max(), 3), 1.0)).all()
+        assert (reach == min(thousandths(curve["damage"].max()), 1.0)).all()
     for row in whole.itertuples():  # each entry of a curve is an evaluation of its own
         spec = CorruptionSpec(row.type, parameter=row.parameter)
         scores = evaluate(base.model, task, clean, spec, {"none": NoDefence()})
@@ -84,7 +89,7 @@ def test_the_map_inverts_the_damage_curve(increments):
         patch.setattr(severity, "damage_curve", lambda *_: curve)
         _, rows = severity.calibrate(Named("x"), None, clean)
     most = np.maximum.accumulate(damage.clip(0))
-    reach = min(round(most[-1], 3), 1.0)
+    reach = min(thousandths(most[-1]), 1.0)
     assert (rows["reach"] == reach).all()
     expected = [s for s in severity.GRID if s <= reach]
     if reach < 1 and reach > max(expected, default=0):
@@ -102,7 +107,7 @@ class Named:
 
 
 def test_bits_reach_a_severity_by_the_share_of_positions(monkeypatch):
-    shares, damage = np.tile(severity.SHARES, 2), [0.02, 0.05, 0.1, 0.2, 0.2, 0.4, 0.7, 1.2]
+    shares, damage = np.tile([0.25, 0.5, 0.75, 1.0], 2), [0.02, 0.05, 0.1, 0.2, 0.2, 0.4, 0.7, 1.2]
     curve = pd.DataFrame({"type": "quant_noise", "parameter": np.repeat([2, 1], 4), "share": shares, "damage": damage})
     clean = CleanBank(torch.empty(1, 3, 4, 128, 8), torch.empty(1, 3, 4, 128, 8), torch.empty(1, 1, 1))
     worth = pd.DataFrame({"nll_clean": [1.0], "nll_erased": [2.0]})
