@@ -23,7 +23,7 @@ class Gram:
     """Second moments of one tensor (K or V) of one layer, S seeds x B samples x G heads."""
 
     second: torch.Tensor  # X_corr^T X_corr [S, B, G, d, d]
-    cross: torch.Tensor  # X_corr^T D [S, B, G, d, d]
+    cross: torch.Tensor  # D^T X_corr [S, B, G, d, d]
     found: torch.Tensor  # ||D||^2 summed over heads [S, B]
     clean: torch.Tensor  # ||X_clean||^2 summed over heads [S, B]
 
@@ -31,10 +31,8 @@ class Gram:
     def of(cls, clean: torch.Tensor, corrupted: torch.Tensor) -> Gram:
         """From the clean and the corrupted tensor, [S, B, G, T, d] each."""
         delta = corrupted - clean
-        transposed = corrupted.mT
-        return cls(
-            transposed @ corrupted, transposed @ delta, delta.square().sum((2, 3, 4)), clean.square().sum((2, 3, 4))
-        )
+        found, size = (torch.linalg.vector_norm(x.flatten(2), dim=2).square() for x in (delta, clean))
+        return cls(corrupted.mT @ corrupted, delta.mT @ corrupted, found, size)
 
     def deviation(self, factors: Factors, gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The two traces 2 tr(M^T X^T D) and tr(M^T X^T X M), per query head, mean over queries.
@@ -45,18 +43,19 @@ class Gram:
         w, u = factors
         seeds, samples, groups, dim, _ = self.second.shape
         runs, rank = w.shape[0], w.shape[-1]
-        conditions = runs // seeds
 
-        def times_w(matrix: torch.Tensor) -> torch.Tensor:  # [S, B, G, d, d] -> matrix @ W: [R, B, G, d, r]
-            flat = matrix.reshape(seeds, -1, dim) @ w.view(seeds, conditions, dim, rank).transpose(1, 2).flatten(2)
-            flat = flat.view(seeds, samples, groups, dim, conditions, rank).permute(0, 4, 1, 2, 3, 5)
-            return flat.reshape(runs, samples, groups, dim, rank)
+        def by_seed(factor: torch.Tensor) -> torch.Tensor:  # [R, d, r] -> [S, d, C*r]
+            return factor.unflatten(0, (seeds, -1)).transpose(1, 2).flatten(2)
 
-        linear = (times_w(self.cross.mT) * u[:, None, None]).sum(3)  # [R, B, G, r]
-        inner = w.mT[:, None, None] @ times_w(self.second)  # W^T X^T X W: [R, B, G, r, r]
-        quadratic = inner * (u.mT @ u)[:, None, None]
+        pairs = (by_seed(u)[:, :, None] * by_seed(w)[:, None]).flatten(1, 2)  # u w^T of every column: [S, d*d, C*r]
+        linear = self.cross.reshape(seeds, samples * groups, -1) @ pairs  # diagonal of U^T D^T X W: [S, B*G, C*r]
+        linear = linear.unflatten(2, (-1, rank)).transpose(1, 2).reshape(runs, samples, groups, 1, rank)
+        times_w = (self.second.reshape(seeds, -1, dim) @ by_seed(w)).view(seeds, samples * groups, dim, -1, rank)
+        inner = w.mT @ times_w.permute(0, 3, 2, 1, 4).reshape(runs, dim, -1)  # W^T X^T X W: [R, r, B*G*r]
+        quadratic = inner.view(runs, rank, -1, rank) * (u.mT @ u)[:, :, None]
+        quadratic = quadratic.transpose(1, 2).reshape(runs, samples, groups, rank, rank)
         per_group = gate.reshape(runs, samples, groups, -1, rank)  # query heads of a group and their queries
-        first = 2 * (per_group * linear[:, :, :, None]).sum(-1)
+        first = 2 * (per_group * linear).sum(-1)
         second = ((per_group @ quadratic) * per_group).sum(-1)
         return first.mean(-1).sum(-1), second.mean(-1).sum(-1)
 

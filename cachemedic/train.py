@@ -79,8 +79,14 @@ class Trainer:
         """Samples, events and corrupted caches of one step, on the CPU, for every seed by its own generator."""
         config, bank = self.config, self.bank
         share = len(bank) // len(config.seeds)
-        rows, keys, values = [], [], []
+        rows = []
         events: list[list[CorruptionEvent]] = []
+        # a layer at a time in memory, as student and Gram matrices read them: without that they copy each layer first
+        shape = len(config.seeds), config.batch
+        keys, values = (
+            x.new_empty(x.shape[1] - self.first, *shape, *x.shape[2:]).permute(1, 2, 0, 3, 4, 5)
+            for x in (bank.keys, bank.values)
+        )
         layers, heads, length = bank.keys.shape[1:4]
         hit = torch.zeros(layers, dtype=torch.bool)
         hit[list(config.layers) if config.corrupted_layers == "protected" else slice(None)] = True
@@ -92,13 +98,14 @@ class Trainer:
             picked, donors = position * share + picked, position * share + donors % share
             drawn = config.mixture.draw(draws, config.batch, (layers, heads, length))
             drawn = [replace(e, layers=(e.layers & hit)[self.first :], heads=e.heads[self.first :]) for e in drawn]
-            stored = [x[at, self.first :] for at in (picked, donors) for x in (bank.keys, bank.values)]
-            k, v = corrupt(stored[0], stored[1], drawn, draws, stored[2], stored[3])
+            for sample, (row, donor, event) in enumerate(zip(picked.tolist(), donors.tolist(), drawn, strict=True)):
+                # one by one, from views of the bank: nothing but the result is copied
+                stored = [x[i : i + 1, self.first :] for i in (row, donor) for x in (bank.keys, bank.values)]
+                k, v = corrupt(stored[0], stored[1], [event], draws, stored[2], stored[3])
+                keys[position, sample], values[position, sample] = k[0], v[0]
             rows.append(picked)
-            keys.append(k)
-            values.append(v)
             events.append(drawn)
-        return Draw(torch.stack(rows), torch.stack(keys), torch.stack(values), events)
+        return Draw(torch.stack(rows), keys, values, events)
 
     def forward(self, draw: Draw) -> tuple[StepOutputs, dict[str, torch.Tensor]]:
         """Student pass and Gram terms of one step; also `rho_k` and `rho_v` [R, B, P] for inspection."""
