@@ -20,7 +20,7 @@ from cachemedic.operators import RepairOperator
 POSITIONS = (128, 1024, 4096, 16384)  # T, tokens in the cache
 LAYERS = (10, 11, 12, 13)
 RANK = 8
-ROUNDS = 15
+ROUNDS = 31
 
 
 def gpt2_medium(positions: int) -> PreTrainedModel:
