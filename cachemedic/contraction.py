@@ -32,7 +32,8 @@ def measure_contraction(
     """
     trainer = Trainer(base, replace(config, batch=1, bank=replace(config.bank, samples=len(bank))), Path(), bank)
     trainer.operator = operator
-    shape = tuple(bank.keys.shape[1:4])
+    depth, heads, length = bank.keys.shape[1:4]
+    shape = (depth, heads, length)
     share = len(bank) // len(config.seeds)
     layers = "all" if config.corrupted_layers == "all" else config.layers
     rows = torch.arange(share * len(config.seeds)).view(len(config.seeds), share)
