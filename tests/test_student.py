@@ -53,7 +53,7 @@ def by_run(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("queries", [1, 3])
-@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("first", [0, 2])
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "llama", "qwen2", "qwen3", "phi", "gemma3"])
 def test_student_is_a_plain_pass_over_each_damaged_cache(name, first, queries):
     model = model_named(name)
