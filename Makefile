@@ -12,6 +12,12 @@ READY := $(VENV)/ready-$(firstword $(shell cat requirements.txt pyproject.toml |
 RUN := $(VENV)/bin/python
 export CACHEMEDIC_CACHE ?= $(CURDIR)/build/cache
 
+# Also what .ci/run installs.
+TEX_PACKAGES := latexmk lmodern texlive-latex-recommended texlive-fonts-recommended
+TEX_STYLES := amsmath amssymb amsthm booktabs caption etoolbox fontenc geometry graphicx hyperref inputenc lmodern \
+	microtype natbib pdflscape xspace
+TEX_HINT := Debian and Ubuntu: apt-get install $(TEX_PACKAGES); macOS: MacTeX; or TeX Live from https://tug.org/texlive
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -20,7 +26,7 @@ $(if $(filter paper smoke,$(PROFILE)),,$(error unknown PROFILE=$(PROFILE); allow
 # Which notebook makes what: notebooks/graph.toml as rules (defines NOTEBOOKS).
 build/rules.mk: notebooks/graph.toml tools/graph.py tools/imports.py
 	@mkdir -p build
-	@$(PYTHON) tools/graph.py rules > $@.new && mv $@.new $@
+	@$(PYTHON) tools/graph.py rules > $@.$$$$.new && mv $@.$$$$.new $@
 include build/rules.mk
 
 .PHONY: help
@@ -31,7 +37,8 @@ help:  ## This list
 	@echo "notebooks: $(NOTEBOOKS)"
 
 .PHONY: reproduce
-reproduce: $(NOTEBOOKS)  ## Results, figures and tables from all notebooks (PROFILE=smoke: minutes, into build/smoke)
+reproduce: $(NOTEBOOKS)  ## Results, figures, tables and the paper's numbers (PROFILE=smoke: minutes, into build/smoke)
+	@$(if $(filter paper,$(PROFILE)),$(if $(BASE)$(SEEDS),,$(RUN) -m cachemedic.paper_numbers))
 
 # Always asked, seldom run: tools/run_notebook.py compares contents and leaves what is up to date alone.
 .PHONY: $(NOTEBOOKS)
@@ -44,6 +51,31 @@ figures/% results/% paper/tables/%:
 .PHONY: test
 test: $(READY)  ## Tests
 	$(RUN) -m pytest
+
+.PHONY: verify
+verify: $(READY)  ## Check the hashes of results, compute a sample of their rows again and compare (about 2 minutes)
+	@TQDM_DISABLE=1 $(RUN) -m cachemedic.verify
+
+# Without TeX nothing of this would succeed: say so before an environment is set up.
+.PHONY: paper
+paper: tex $(READY)  ## paper/main.pdf from the committed results (needs TeX: latexmk, pdflatex)
+	$(RUN) -m cachemedic.paper_numbers
+	@mkdir -p build/paper
+	SOURCE_DATE_EPOCH=0 FORCE_SOURCE_DATE=1 latexmk -cd -pdf -silent -halt-on-error -Werror \
+		-outdir=$(CURDIR)/build/paper paper/main.tex
+	cp build/paper/main.pdf paper/main.pdf
+
+.PHONY: tex
+tex:
+	@for program in latexmk pdflatex kpsewhich; do command -v $$program > /dev/null || { \
+		echo "error: make paper needs $$program of a TeX distribution. $(TEX_HINT)" >&2; exit 1; }; done
+	@for package in $(TEX_STYLES); do \
+		kpsewhich $$package.sty > /dev/null || { \
+		echo "error: make paper needs the TeX package $$package. $(TEX_HINT)" >&2; exit 1; }; done
+
+.PHONY: tex-packages
+tex-packages:
+	@echo $(TEX_PACKAGES)
 
 .PHONY: lint
 lint: $(READY)  ## Style and types

@@ -20,15 +20,26 @@ from transformers import DynamicCache
 from cachemedic.cache import stack_cache
 from cachemedic.models import Base, decoder_layers
 from cachemedic.operator_config import nearest_valid
-from cachemedic.text import CACHE_DIR, DOCUMENTATION_SPLITS, documentation, text_hash, write_atomically
+from cachemedic.text import (
+    CACHE_DIR,
+    DOCUMENTATION_SPLITS,
+    documentation,
+    sentiment_review,
+    text_hash,
+    write_atomically,
+)
 
 FIELDS = ("keys", "values", "logits", "hidden", "ids")
 BATCH = 32
+WITH_REVIEWS = "+reviews"  # after the name of a split: its documents, and as many generated reviews
 
 
 @dataclass(frozen=True)
 class BankConfig:
-    """`samples` texts of one documentation split: prefixes of `prefix` tokens, then `decoded` teacher-forced tokens."""
+    """`samples` texts of one documentation split: prefixes of `prefix` tokens, then `decoded` teacher-forced tokens.
+
+    A split named like "operator_train+reviews" holds as many generated reviews besides.
+    """
 
     split: str = "operator_train"
     samples: int = 1280
@@ -37,8 +48,9 @@ class BankConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.split not in DOCUMENTATION_SPLITS:
-            raise nearest_valid("documentation split", self.split, DOCUMENTATION_SPLITS)
+        if self.split.removesuffix(WITH_REVIEWS) not in DOCUMENTATION_SPLITS:
+            allowed = [*DOCUMENTATION_SPLITS, *(name + WITH_REVIEWS for name in DOCUMENTATION_SPLITS)]
+            raise nearest_valid("documentation split", self.split, allowed)
         for name in ("samples", "prefix", "decoded"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -92,7 +104,10 @@ def open_bank(base: Base, config: BankConfig, folder: Path = CACHE_DIR / "bank")
 
     Raises `ValueError` if the windows pass the model's context or the text is too short, `OSError` if the disk is full.
     """
-    documents = documentation(config.split)
+    documents = documentation(config.split.removesuffix(WITH_REVIEWS))
+    if config.split.endswith(WITH_REVIEWS):
+        rng = np.random.default_rng([*config.split.encode()])
+        documents += tuple(sentiment_review(rng)[0] for _ in documents)
     key = json.dumps([asdict(config), base.name, str(base.model.dtype), weights_digest(base), text_hash(documents)])
     target = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not (target / "complete").exists():

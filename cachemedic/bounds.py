@@ -38,3 +38,18 @@ def linear_bound(clean: torch.Tensor, corrupted: torch.Tensor, rank: int | None 
     fitted = torch.linalg.svd(x, full_matrices=False).U.T @ error
     explained = torch.linalg.svdvals(fitted).square()[:rank].sum()
     return float((1 - explained / total).clamp_min(0).sqrt())
+
+
+def best_linear_map(clean: torch.Tensor, corrupted: torch.Tensor, rank: int | None = None) -> torch.Tensor:
+    """The M [d, d] of `rank` (None: full) that makes ||X_corr (I + M) - X|| least: the map that attains `linear_bound`.
+
+    clean, corrupted [..., d] as there; weight rows by scaling both. In double precision.
+    """
+    dim = clean.shape[-1]
+    x = corrupted.reshape(-1, dim).double()
+    error = x - clean.reshape(-1, dim).double()
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    fitted = u.T @ error
+    right = torch.linalg.svd(fitted, full_matrices=False).Vh[:rank]
+    inverse = torch.where(s > s.max() * torch.finfo(s.dtype).eps * len(x), 1 / s, 0.0)
+    return -vh.T @ (inverse[:, None] * fitted @ right.T @ right)

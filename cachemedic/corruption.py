@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from transformers import Cache
 from transformers.cache_utils import BaseQuantizedLayer, DynamicLayer
 
-from cachemedic.corruption_spec import CorruptionEvent, CorruptionSpec, Shape, draw_event
+from cachemedic.corruption_spec import ALL_TYPES, CorruptionEvent, CorruptionSpec, Shape, draw_event
 from cachemedic.corruption_types import ROTATION_SEED_TEST, ROTATION_SEED_TRAIN, TYPES, Stored, check_type
 
 MIXTURE_WEIGHTS = {
@@ -39,8 +39,9 @@ def corrupt(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Corrupted copies of `k` and `v` [B, L, G, T, d], sample b by `events[b]`; what no mask hits keeps every bit.
 
-    Donors [B, L, G, T' >= T, d] are needed for contiguous_overwrite. An event drawn for fewer positions than T hits the
-    newest ones (left padding), one drawn for more keeps its newest part (a sliding window).
+    Donors [B, L, G, T' >= T, d] are needed for types that write another prompt's cache over this one. An event drawn
+    for fewer positions than T hits the newest ones (left padding), one drawn for more keeps its newest part (a sliding
+    window).
     Raises `ValueError` where events or donors do not fit the tensors.
     """
     _check(k, v, events, donor_k, donor_v)
@@ -50,12 +51,12 @@ def corrupt(
         if not event.is_active:
             continue
         hit = _hit(event, k.shape[3]).to(k.device)
-        for result, donor in zip(corrupted, (donor_k, donor_v), strict=True):
+        for result, donor, is_key in zip(corrupted, (donor_k, donor_v), (True, False), strict=True):
             x = result[row]
             given = None if donor is None else donor[row, ..., : k.shape[3], :]
             wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-            changed = TYPES[event.type].rule(Stored(wide, event.parameter, hit, generator, given, rotation_seed))
-            result[row] = torch.where(hit, changed.to(x), x)
+            stored = Stored(wide, event.parameter, hit, generator, given, rotation_seed, is_key, event.offset)
+            result[row] = torch.where(hit, ALL_TYPES[event.type].rule(stored).to(x), x)
     return corrupted
 
 
@@ -83,18 +84,19 @@ def _check(
                 f"an event drawn for {tuple(event.heads.shape)} layers and heads does not fit a cache of "
                 f"{tuple(k.shape[1:3])}"
             )
-    if any(event.type == "contiguous_overwrite" and event.is_active for event in events):
+    needy = [event.type for event in events if event.is_active and ALL_TYPES[event.type].needs_donor]
+    if needy:
         for tensor, donor in ((k, donor_k), (v, donor_v)):
             batch, layers, heads, positions, dim = tensor.shape
             if donor is None:
-                raise ValueError("contiguous_overwrite needs a donor cache, got none")
+                raise ValueError(f"{needy[0]} needs a donor cache, got none")
             if donor.dim() != 5 or donor.shape[:3] != tensor.shape[:3] or donor.shape[-1] != dim:
                 raise ValueError(
                     f"a donor for {tuple(tensor.shape)} must be [{batch}, {layers}, {heads}, >= {positions}, {dim}], "
                     f"got {tuple(donor.shape)}"
                 )
             if donor.shape[3] < positions:
-                raise ValueError(f"the donor holds {donor.shape[3]} positions, contiguous_overwrite needs {positions}")
+                raise ValueError(f"the donor holds {donor.shape[3]} positions, {needy[0]} needs {positions}")
 
 
 def corrupt_cache(cache: Cache, spec: CorruptionSpec, seed: int = 0, donor: Cache | None = None) -> Cache:

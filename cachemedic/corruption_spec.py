@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from cachemedic.corruption_types import NONE, TYPES, check_type
+from cachemedic.faults import FAULT_TYPES, page_mask, page_offset
 
+ALL_TYPES = TYPES | FAULT_TYPES
 CALIBRATED_POSITIONS = 128  # the prefix length at which severities were calibrated; overwrite lengths scale from it
 
 Axis = str | float | tuple[int, ...]  # "all", a Bernoulli probability, or indices
@@ -24,10 +26,10 @@ class CorruptionSpec:
 
     `severity` is damage as a share of the value of the context, turned into a parameter by the calibrated map of `base`
     (None: the embedded base that the cache's shape tells); `parameter` sets the type's own parameter directly. Type
-    "none" takes neither, every other type exactly one.
+    "none" takes neither, every other type exactly one; the types of `faults` have no severity but 0.
     `layers` and `heads` (key/value heads): "all", a float p (each is hit with probability p) or a list of indices.
     `time`: "all_past", ("old_only", n) spares the n newest positions, ("window", a, b) hits a <= t < b only.
-    `share` of the positions that `time` allows is hit, each independently.
+    `share` of the positions that `time` allows is hit, each independently; of types that hit pages, a share of pages.
     Raises `ValueError` for any value out of its range.
     """
 
@@ -41,7 +43,7 @@ class CorruptionSpec:
     base: str | None = None
 
     def __post_init__(self) -> None:
-        check_type(self.type)
+        check_type(self.type, (*ALL_TYPES, NONE))
         given = [name for name in ("severity", "parameter") if getattr(self, name) is not None]
         if self.type == NONE:
             if given:
@@ -53,13 +55,24 @@ class CorruptionSpec:
             )
         if self.severity is not None and not (self.severity >= 0 and math.isfinite(self.severity)):
             raise ValueError(f"severity {self.severity!r} is out of range: a number from 0 upwards")
+        if self.severity and self.type in FAULT_TYPES:
+            fault = FAULT_TYPES[self.type]
+            raise ValueError(
+                f"the severity of {self.type} is not calibrated, got severity={self.severity!r}; give parameter=..., "
+                f"{fault.parameter} from {fault.low:g} to {fault.high:g}"
+            )
         if self.parameter is not None:
-            TYPES[self.type].check(self.type, self.parameter)
+            ALL_TYPES[self.type].check(self.type, self.parameter)
         if not 0 <= self.share <= 1:
             raise ValueError(f"share {self.share!r} is out of range: a number from 0 to 1")
         for name in ("layers", "heads"):
             object.__setattr__(self, name, _checked_axis(name, getattr(self, name)))
         object.__setattr__(self, "time", _checked_time(self.time))
+
+    @property
+    def needs_donor(self) -> bool:
+        """Whether another prompt's cache is needed to draw it."""
+        return self.type != NONE and ALL_TYPES[self.type].needs_donor
 
 
 def targeted(
@@ -84,6 +97,7 @@ class CorruptionEvent:
     layers: torch.Tensor  # [L] bool
     heads: torch.Tensor  # [L, G] bool
     time: torch.Tensor  # [T] bool
+    offset: int  # positions between a page and the donor's page that a stale one holds
 
     @property
     def is_active(self) -> bool:
@@ -139,9 +153,13 @@ def draw_event(spec: CorruptionSpec, shape: Shape, generator: torch.Generator) -
         parameter = min(parameter, stop - start)
         start += int(u_start.item() * (stop - start - parameter + 1))
         stop = start + int(parameter)
-    positions = torch.arange(n_positions)
-    time = (positions >= start) & (positions < stop) & (u_time < share)
-    return CorruptionEvent(spec.type, float(severity), float(parameter), share, layers, heads, time)
+    if spec.type != NONE and ALL_TYPES[spec.type].paged:
+        time = page_mask(parameter * share, start, stop, u_time)
+    else:
+        positions = torch.arange(n_positions)
+        time = (positions >= start) & (positions < stop) & (u_time < share)
+    offset = page_offset(u_start.item(), n_positions)
+    return CorruptionEvent(spec.type, float(severity), float(parameter), share, layers, heads, time, offset)
 
 
 def _strength(spec: CorruptionSpec, shape: Shape) -> tuple[float, float, float]:

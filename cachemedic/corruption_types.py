@@ -30,6 +30,8 @@ class Stored:
     generator: torch.Generator
     donor: torch.Tensor | None  # [L, G, T, d]
     rotation_seed: int
+    is_key: bool
+    offset: int  # how many positions off a stale page was
 
     def draw(self, sampler: Callable[..., torch.Tensor]) -> torch.Tensor:
         """`torch.rand` or `torch.randn` in the shape of `x`, drawn where the generator lives."""
@@ -88,13 +90,18 @@ def contiguous_overwrite(stored: Stored) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class CorruptionType:
-    """A rule and what its parameter is: name, allowed range, and whether only whole numbers make sense."""
+    """A rule and what its parameter is: name, allowed range, and whether only whole numbers make sense.
+
+    A type may need another prompt's cache, and may hit whole pages instead of single positions.
+    """
 
     rule: Callable[[Stored], torch.Tensor]
     parameter: str
     low: float
     high: float
     whole: bool = False
+    needs_donor: bool = False
+    paged: bool = False
 
     def check(self, name: str, value: float) -> None:
         """Raise `ValueError` unless `value` is a parameter of this type."""
@@ -113,7 +120,9 @@ TYPES: dict[str, CorruptionType] = {
     "orthogonal_rotation": CorruptionType(orthogonal_rotation, "theta", 0.0, 1.0),
     "bitflip_sparse": CorruptionType(bitflip_sparse, "the probability p", 0.0, 1.0),
     "quant_noise": CorruptionType(quant_noise, "the number of bits", 1.0, 16.0, whole=True),
-    "contiguous_overwrite": CorruptionType(contiguous_overwrite, "the length in positions", 0.0, math.inf, whole=True),
+    "contiguous_overwrite": CorruptionType(
+        contiguous_overwrite, "the length in positions", 0.0, math.inf, whole=True, needs_donor=True
+    ),
 }
 
 

@@ -18,9 +18,10 @@ from cachemedic.corruption_types import ROTATION_SEED_TEST
 from cachemedic.decoding import CleanBank, batches, decode_logits
 from cachemedic.defenses import Defence, Oracle, Truth
 from cachemedic.operators import RepairOperator
+from cachemedic.safeguards import Safeguard
 from cachemedic.task_data import TaskData, score
 
-Reader = Defence | Oracle | RepairOperator
+Reader = Defence | Oracle | RepairOperator | Safeguard
 
 
 @torch.inference_mode()
@@ -35,7 +36,7 @@ def evaluate(
     """Scores every reader on the same corrupted caches: one row per reader and example.
 
     Each example draws its event and its noise from (its seed, its number, `draw`) alone: readers are paired, and so are
-    conditions and severities. An overwritten example receives the cache of the next example of its seed.
+    conditions and severities. What overwrites an example is the cache of the next example of its seed.
     An operator of R > 1 runs repairs with run i the i-th block of N / R examples (one block per seed).
 
     Columns: reader, seed, example, depth, nll, nll_clean, kl (of the clean model's next-token distribution from this
@@ -45,9 +46,9 @@ def evaluate(
     seeds = pd.Series(task.seeds.numpy())
     examples = seeds.groupby(seeds).cumcount().to_numpy()
     donors = seeds.groupby(seeds).transform(lambda rows: np.roll(rows.index, -1)).to_numpy()
-    told = any(isinstance(reader, Oracle) for reader in readers.values())
+    told = any(isinstance(reader, Oracle | Safeguard) for reader in readers.values())
     frames: dict[str, list[pd.DataFrame]] = {name: [] for name in readers}
-    for rows in batches(model, task, _common_runs(readers)):
+    for rows in batches(model, task, common_runs(readers)):
         part, clean_logits = task.select(rows), clean.logits[rows]
         index = np.arange(len(task))[rows]
         generators = [_generator(seeds[i], examples[i], draw) for i in index]
@@ -63,21 +64,25 @@ def evaluate(
         }
         common |= pd.DataFrame([event.as_record() | {"severity": event.severity} for event in events]).to_dict("list")
         for name, reader in readers.items():
-            logits = _read(model, k, v, part, reader, truth)
+            logits = read_logits(model, k, v, part, reader, truth)
             scores = score(part, logits) | {"kl": _divergence(part, clean_logits, logits)}
             frames[name].append(pd.DataFrame({"reader": name, **common, **scores}, index=index))
     return pd.concat([pd.concat(parts).sort_index() for parts in frames.values()], ignore_index=True)
 
 
-def _read(
+def read_logits(
     model: PreTrainedModel, k: torch.Tensor, v: torch.Tensor, task: TaskData, reader: Reader, truth: Truth | None
 ) -> torch.Tensor:
     """The logits [B, M, V] of one reader of the corrupted cache k, v [B, L, G, T, d]."""
     if isinstance(reader, RepairOperator):
         return decode_logits(model, k, v, task, operator=reader)
     if isinstance(reader, Oracle):
-        assert truth is not None  # computed wherever an oracle is among the readers
+        assert truth is not None  # computed wherever an oracle or a safeguard is among the readers
         defended = reader(k, v, task.prefix_mask, truth)
+    elif isinstance(reader, Safeguard):
+        assert truth is not None
+        kept = reader.write(truth.k, truth.v, task.prefix_ids, task.prefix_mask)  # all that it sees of the clean cache
+        defended = reader.read(k, v, task.prefix_ids, task.prefix_mask, kept)
     else:
         defended = reader(k, v, task.prefix_mask)
     return decode_logits(model, defended.k, defended.v, task, defended.keep)
@@ -100,7 +105,7 @@ def _corrupt(
     for i, (row, donor, generator) in enumerate(zip(rows, donors, generators, strict=True)):
         own_k, own_v = (x[i : i + 1, ..., -lengths[row] :, :] for x in (k, v))
         donor_k = donor_v = None
-        if spec.type == "contiguous_overwrite" and donor != row:
+        if spec.needs_donor and donor != row:
             donor_k = _donate(own_k, clean.k[donor, ..., -lengths[donor] :, :])
             donor_v = _donate(own_v, clean.v[donor, ..., -lengths[donor] :, :])
         event = draw_event(spec, (*own_k.shape[1:3], lengths[row]), generator)
@@ -137,8 +142,10 @@ def _divergence(task: TaskData, clean_logits: torch.Tensor, logits: torch.Tensor
     return (total.sum(1) / scored.sum(1)).numpy()
 
 
-def _common_runs(readers: Mapping[str, Reader]) -> int:
-    runs = {reader.runs for reader in readers.values() if isinstance(reader, RepairOperator) and reader.runs > 1}
+def common_runs(readers: Mapping[str, Reader]) -> int:
+    """R of the operators among `readers`; `ValueError` if some have R > 1 and not all of these the same."""
+    trained = [reader for reader in readers.values() if isinstance(reader, RepairOperator | Safeguard)]
+    runs = {reader.runs for reader in trained if reader.runs > 1}
     if len(runs) > 1:
         raise ValueError(f"operators of {sorted(runs)} runs cannot read one batch; evaluate them apart")
     return max(runs, default=1)

@@ -12,31 +12,13 @@ and gives each query of a prefill its own gate without breaking causality.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from cachemedic.inward_clamp import InwardClamp
 from cachemedic.operator_config import OperatorConfig
 from cachemedic.operators import Attention, Gates, RepairOperator
-
-
-class InwardClamp(torch.autograd.Function):
-    """clamp(x, 0, 1) whose gradient passes at a bound, and beyond it, wherever a descent step would lead inward.
-
-    The plain clamp has no gradient beyond a bound, and a unit that has stepped over it would never come back.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.clamp(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        inward = ((x < 1) | (gradient > 0)) & ((x > 0) | (gradient < 0))
-        return gradient * inward
+from cachemedic.token_aware.operator import SketchAssisted, TokenAware
 
 
 class FoldedOperator(RepairOperator):
@@ -246,4 +228,10 @@ class GlobalOperator(FoldedOperator):
         return by_head.view_as(hidden)
 
 
-FAMILIES: dict[str, type[RepairOperator]] = {"A": QueryGatedAdditive, "B": LearnedBasisShrinkage, "C": GlobalOperator}
+FAMILIES: dict[str, type[RepairOperator]] = {
+    "A": QueryGatedAdditive,
+    "B": LearnedBasisShrinkage,
+    "C": GlobalOperator,
+    "D": TokenAware,
+    "E": SketchAssisted,
+}

@@ -23,7 +23,7 @@ def base_models(positions: pd.DataFrame, needle: pd.DataFrame) -> Figure:
         own = needle[needle["base"] == name]
         own = own.assign(x=own["context"].map(places) + own["depth"] + 0.08 * (i - 0.5))  # side by side
         for _, cell in own[own["reader"] == "clean"].groupby("context"):
-            right.errorbar(cell["x"], cell["accuracy"], _errors(cell, "accuracy"), **style)
+            right.errorbar(cell["x"], cell["accuracy"], errors(cell, "accuracy"), **style)
         erased = own[own["reader"] == "erased"]
         right.scatter(erased["x"], erased["accuracy"], marker="x", s=14, linewidths=1, color=style["color"])
     left.set(title="read whole (filled) and short (white)", xlabel="position, tokens", ylabel="NLL, nats per token")
@@ -47,7 +47,7 @@ def quickstart(token: Mapping[str, Sequence[float]], tokens: Sequence[str], titl
         rows = grid[grid["reader"] == name].set_index("type").reindex(types)  # none of the clean cache
         places = [y + 0.27 * (i - 1.5) for y in range(len(types))]
         style = styles[name] | {"linestyle": "none"}
-        right.errorbar(rows["kl"], places, xerr=_errors(rows, "kl"), **style, label=name)
+        right.errorbar(rows["kl"], places, xerr=errors(rows, "kl"), **style, label=name)
     for ax, names in ((left, tokens), (right, [kind.replace("_", " ") for kind in types])):
         ax.set_yticks(range(len(names)), names)
         ax.invert_yaxis()
@@ -58,7 +58,7 @@ def quickstart(token: Mapping[str, Sequence[float]], tokens: Sequence[str], titl
     return figure
 
 
-def _errors(rows: pd.DataFrame, name: str) -> list[pd.Series]:
+def errors(rows: pd.DataFrame, name: str) -> list[pd.Series]:
     """The lengths of error bars below and above column `name`, from its bounds."""
     return [rows[name] - rows[f"{name}_low"], rows[f"{name}_high"] - rows[name]]
 
@@ -73,7 +73,7 @@ def damage(rows: pd.DataFrame, tasks: Sequence[str], types: Sequence[str]) -> Fi
             ax.plot([0, 1], [0, 1], color="0.8", zorder=0)
             for kind in types:
                 part = rows[(rows["base"] == base) & (rows["task"] == task) & (rows["type"] == kind)]
-                low, high = _errors(part, "damage")
+                low, high = errors(part, "damage")
                 bars = [[0, *low], [0, *high]]
                 label = kind.replace("_", " ")
                 ax.errorbar([0, *part["severity"]], [0, *part["damage"]], bars, label=label, **styles[kind])
@@ -101,7 +101,7 @@ def score_against_severity(
             for reader, name in readers.items():
                 part = of_task[(of_task["reader"] == reader) & of_task["type"].isin([kind, "none"])]
                 part = part.sort_values("severity")
-                bars = _errors(part, "score")
+                bars = errors(part, "score")
                 ax.errorbar(part["severity"], part["score"], bars, label=name, **styles[reader])
             ax.axhline(at_rest, color="0.7", linewidth=0.8, zorder=0)
         row[0].set_ylabel(f"{task}\n{label}")

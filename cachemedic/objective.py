@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from cachemedic.valence_step import ValenceStep
 
 EPS = 1e-8
 
@@ -73,6 +77,18 @@ class StepOutputs:
     is_clean: torch.Tensor  # [R, B] bool: severity 0 or type none
     is_corrupted: torch.Tensor  # [R, B, P] bool: the corruption changed something in that layer
     parameters: list[torch.Tensor] = field(default_factory=list)  # phi, [R, ...] each
+    rho_by_side: dict[str, torch.Tensor] = field(default_factory=dict)  # rho_k and rho_v, for the log; NaN where sound
+    valence: ValenceStep | None = None  # where an objective of the sweep asks for it
+
+    def select(self, runs: list[int]) -> StepOutputs:
+        """That of some runs."""
+        tensors = {name: x[runs] for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        return StepOutputs(
+            **tensors,
+            parameters=[p[runs] for p in self.parameters],
+            rho_by_side={name: x[runs] for name, x in self.rho_by_side.items()},
+            valence=None if self.valence is None else self.valence.select(runs),
+        )
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

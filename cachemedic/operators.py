@@ -58,7 +58,7 @@ class RepairOperator(nn.Module, ABC):
         """A new operator, the exact identity, for the model that `model_config` describes.
 
         Args:
-            family: "A", "B" or "C", see `cachemedic.families`.
+            family: "A", "B" or "C", see `cachemedic.families`, "D" or "E", see `cachemedic.token_aware`.
             layers: which layers to protect.
             rank: r, at most the head size.
             apply_to: "K", "V" or "KV".
@@ -144,7 +144,7 @@ class RepairOperator(nn.Module, ABC):
         if not 0 <= run < self.runs:
             raise ValueError(f"run {run} is out of range: this operator has runs 0 to {self.runs - 1}")
         parameters = {name: p.detach()[run : run + 1].clone() for name, p in self.named_parameters()}
-        return type(self)(replace(self.config, runs=1), parameters)
+        return self._like(replace(self.config, runs=1), parameters)
 
     @staticmethod
     def stack(operators: Sequence[RepairOperator]) -> RepairOperator:
@@ -157,7 +157,11 @@ class RepairOperator(nn.Module, ABC):
             name: torch.cat([op.get_parameter(name).detach() for op in operators])
             for name, _ in first.named_parameters()
         }
-        return type(first)(replace(first.config, runs=sum(op.runs for op in operators)), parameters)
+        return first._like(replace(first.config, runs=sum(op.runs for op in operators)), parameters)
+
+    def _like(self, config: OperatorConfig, parameters: dict[str, Tensor]) -> RepairOperator:
+        """An operator of other parameters that shares whatever else this one holds."""
+        return type(self)(config, parameters)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `operator.safetensors` and `config.json` into `folder`, each whole or not at all."""
@@ -198,7 +202,12 @@ class RepairOperator(nn.Module, ABC):
             raise ValueError(
                 f"the weights in {folder} do not have the shapes that its {CONFIG} defines: {found_shapes}"
             )
-        return cls(config, parameters)
+        operator = cls(config, parameters)
+        operator._read_beside(folder)
+        return operator
+
+    def _read_beside(self, folder: Path) -> None:
+        """Hook for families that keep more in their folder than their parameters."""
 
 
 def family_class(family: str) -> type[RepairOperator]:

@@ -76,9 +76,7 @@ def calibrate(base: Base, task: TaskData, clean: CleanBank) -> tuple[pd.DataFram
     bar = tqdm(PARAMETERS, desc=f"severity calibration of {base.name}")
     curves = [damage_curve(base, task, clean, corruption, value) for corruption in bar]
     layers, heads = clean.k.shape[1:3]
-    rows = [
-        (base.name, layers, heads, curve["type"][0], *row) for curve in curves for row in _read_off(curve)
-    ]
+    rows = [(base.name, layers, heads, curve["type"][0], *row) for curve in curves for row in _read_off(curve)]
     return pd.concat(curves, ignore_index=True), pd.DataFrame(rows, columns=MAP_COLUMNS)
 
 

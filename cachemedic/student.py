@@ -27,7 +27,9 @@ def attend_shared_prefix(
     scaling: float,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of query [S*C*B, H, M, d] over a shared prefix and the tokens' own key, value [S*C*B, G, M, d].
+    """Causal attention of query [S*C*B, H, M, d] over a shared prefix and the own key, value [S*C*B, G, N, d] after it.
+
+    The queries are those of the last M of these N tokens.
 
     The prefix of the layer, [S, B, G, T, d], is on the module, put there by `shared_prefix`. Returns
     ([S*C*B, M, H, d], None). Raises `ValueError` for attention with a soft cap, sinks or a window that cuts the prefix.
@@ -57,7 +59,7 @@ def attend_shared_prefix(
     own_key, own_value = (x.repeat_interleave(heads // groups, 1) for x in (key, value))
     own = query @ own_key.mT
     if queries > 1:
-        own = own.masked_fill(torch.ones_like(own, dtype=torch.bool).triu(1), -torch.inf)
+        own = own.masked_fill(torch.ones_like(own, dtype=torch.bool).triu(1 + own.shape[-1] - queries), -torch.inf)
     weights = torch.softmax(torch.cat([scores, own], dim=-1) * scaling, dim=-1)
     output = by_row(by_prefix(weights[..., :length]) @ past_value.reshape(-1, length, dim))
     return (output + weights[..., length:] @ own_value).transpose(1, 2), None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -66,7 +66,7 @@ def summary(grid: pd.DataFrame) -> pd.DataFrame:
         spared = stats.ratio_interval(undefended["kl"] - repaired["kl"], undefended["kl"])
         at_rest = clean[(clean["task"] == task) & (clean["reader"] == reader)]
         regression = stats.t_interval(100 * np.expm1(at_rest["nll"] - at_rest["nll_clean"]))
-        row = {"task": task, "reader": reader, "n_seeds": auc.shape[1]}
+        row = {"task": task, "reader": reader, "n_seeds": auc.shape[1], "n_examples": int(at_rest["n_examples"].sum())}
         named = {"auc": stats.t_interval(auc.loc[task, reader]), "auc_gain": gain}
         named |= {"recovery": recovered, "kl_recovery": spared, "clean_regression": regression}
         for name, interval in named.items():
@@ -101,6 +101,12 @@ def by_group(grid: pd.DataFrame, keys: Sequence[str], summarise: Summarise) -> p
     return pd.concat(frames, ignore_index=True)
 
 
+def in_order(rows: pd.DataFrame, column: str, names: Iterable[str]) -> pd.DataFrame:
+    """`rows` sorted by the place of their `column` in `names`; equal ones stay in their order."""
+    places = {name: place for place, name in enumerate(names)}
+    return rows.sort_values(column, key=lambda x: x.map(places), kind="stable", ignore_index=True)
+
+
 def brackets(rows: pd.DataFrame, name: str, digits: int = 3) -> pd.Series:
     """Column `name` with its interval as text: `0.123 [0.101, 0.145]`."""
     columns = (rows[name], rows[f"{name}_low"], rows[f"{name}_high"])
@@ -110,14 +116,59 @@ def brackets(rows: pd.DataFrame, name: str, digits: int = 3) -> pd.Series:
 
 def results_table(rows: pd.DataFrame) -> pd.DataFrame:
     """`summary` rows for a reader of the paper; needs the columns base, setting and best_heuristic, too."""
-    return pd.DataFrame({
+    conditions = pd.DataFrame({
         "task": rows["task"],
         "base": rows["base"].str.removeprefix("embedded-"),
         "setting": rows["setting"],
         "reader": rows["reader"].str.replace("_", " ") + np.where(rows["best_heuristic"], " *", ""),
+    })  # fmt: skip
+    return conditions.join(measures(rows))
+
+
+def measures(rows: pd.DataFrame) -> pd.DataFrame:
+    """What `summary` rows measure, each with its interval as text, and the numbers of seeds and examples."""
+    return pd.DataFrame({
         "AUC": brackets(rows, "auc", 4),
         "recovered NLL": brackets(rows, "recovery"),
         "recovered KL": brackets(rows, "kl_recovery"),
         "clean cost, % ppl": brackets(rows, "clean_regression", 2),
         "seeds": rows["n_seeds"],
+        "examples": rows["n_examples"],
     })  # fmt: skip
+
+
+def advantage(grid: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """What every reader undoes more than the reader `reference` does, as shares of the damage without a defence.
+
+    Columns task, reader, nll_advantage and kl_advantage with 95% intervals over seeds, paired, n_seeds. Raises
+    `KeyError` if `reference` or "none" is not in the grid.
+    """
+    hit = grid[grid["type"] != NONE]
+    means = hit.groupby(["task", "reader", "seed"])[["nll", "nll_clean", "kl"]].mean()
+    rows = []
+    for task, reader in means.index.droplevel("seed").unique():
+        own, other, undefended = (means.loc[task, name] for name in (reader, reference, "none"))
+        named = {
+            "nll_advantage": stats.ratio_interval(
+                other["nll"] - own["nll"], undefended["nll"] - undefended["nll_clean"]
+            ),
+            "kl_advantage": stats.ratio_interval(other["kl"] - own["kl"], undefended["kl"]),
+        }
+        row = {"task": task, "reader": reader, "n_seeds": len(own)}
+        for name, interval in named.items():
+            row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def means_over_seeds(rows: pd.DataFrame, keys: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
+    """Mean and 95% t interval over seeds of `columns` for every group of `keys`, and n_seeds; first means of a seed."""
+    result = []
+    for key, group in rows.groupby(list(keys), sort=False):
+        of_seeds = group.groupby("seed")[list(columns)].mean()
+        row = dict(zip(keys, key, strict=True))
+        for name in columns:
+            interval = stats.t_interval(of_seeds[name])
+            row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+        result.append(row | {"n_seeds": len(of_seeds)})
+    return pd.DataFrame(result)

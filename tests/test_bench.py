@@ -15,7 +15,7 @@ from cachemedic.bank import BankConfig
 from cachemedic.bench import decode, training
 from cachemedic.bench.materialised import materialised
 from cachemedic.bench.timing import interleave, median_ratio
-from cachemedic.train import Draw
+from cachemedic.train_draw import Draw
 
 SWEEP = replace(CONFIG, layers=(1, 2), corrupted_layers="protected", bank=BankConfig(samples=40, prefix=10, decoded=1))
 
@@ -48,7 +48,7 @@ def test_every_rung_computes_the_same_step(short_base, short_bank, family):
             torch.testing.assert_close(taught.values, short_bank.values[rows])
             torch.testing.assert_close(taught.logits, short_bank.logits[rows])
         above = Draw(drawn.rows, drawn.keys[:, :, trainer.first :], drawn.values[:, :, trainer.first :], drawn.events)
-        outputs, _ = trainer.forward(above)
+        outputs = trainer.forward(above)
         losses = trainer.objective(outputs)
         losses["loss"].sum().backward()
         results.append((losses, [p.grad for p in trainer.operator.parameters()]))

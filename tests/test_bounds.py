@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cachemedic.bounds import linear_bound, rank_floor
+from cachemedic.bounds import best_linear_map, linear_bound, rank_floor
 
 
 def vectors(rows: int = 4000, dim: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,3 +65,24 @@ def test_bad_input_is_named():
         linear_bound(clean, clean)
     with pytest.raises(ValueError, match="rank 33 is out of range"):
         rank_floor(33, 32)
+
+
+@pytest.mark.parametrize("rank", [1, 4, None])
+def test_the_best_map_attains_the_bound(rank):
+    clean, noise = vectors()
+    corrupted = clean + 0.5 * noise
+    best = best_linear_map(clean, corrupted, rank)
+    assert torch.linalg.matrix_rank(best) == (16 if rank is None else rank)
+    assert rho(clean.double(), corrupted.double(), best) == pytest.approx(
+        linear_bound(clean, corrupted, rank), abs=1e-9
+    )
+
+
+def test_the_best_map_of_a_cache_without_full_rank_is_finite():
+    clean, noise = vectors()
+    clean[:, -1] = noise[:, -1] = 0
+    best = best_linear_map(clean, clean + noise)
+    assert best.isfinite().all()
+    assert rho(clean.double(), (clean + noise).double(), best) == pytest.approx(
+        linear_bound(clean, clean + noise), rel=1e-3
+    )

@@ -12,7 +12,9 @@ from cachemedic.corruption_spec import CorruptionSpec
 from cachemedic.decoding import CleanBank, clean_pass, decode_logits
 from cachemedic.defenses import NoDefence, Reset, Smoothing, blind_defences, oracles
 from cachemedic.evaluate import evaluate
+from cachemedic.operator_config import ModelShape
 from cachemedic.operators import RepairOperator
+from cachemedic.rivals import rivals
 from cachemedic.task_data import TaskData, score
 from cachemedic.tasks import needle_task, perplexity_task, sentiment_task
 
@@ -157,6 +159,20 @@ def test_references_bound_the_scale(model, padded, clean) -> None:
     assert kl["recompute"] == 0
     assert kl["none"] > 0
     assert kl["erase_damaged"] == pytest.approx(kl["reset"]), "everything is damaged here"
+
+
+def test_safeguards_keep_the_clean_cache_and_read_the_corrupted_one(model, padded, clean) -> None:
+    readers = rivals(clean.k, clean.v, padded.prefix_mask, ModelShape.of(model.config))
+    untouched = evaluate(model, padded, clean, NONE, readers)
+    assert untouched.reader.unique().tolist() == list(readers)
+    assert (untouched.kl == 0).all()
+    statistics = CacheStatistics.measure(clean.k, clean.v, padded.prefix_mask)
+    frame = evaluate(model, padded, clean, GAUSSIAN, {"none": NoDefence()} | oracles(statistics) | readers)
+    kl = frame.groupby("reader").kl.mean()
+    assert kl["checksum_recompute"] == 0
+    assert kl["checksum_erase"] == pytest.approx(kl["erase_damaged"])
+    assert kl["shadow_4bit"] < 0.5 * kl["none"]
+    assert kl["secded_ecc_in_page"] == pytest.approx(kl["none"]), "a change of every value is written with its code"
 
 
 def test_readers_and_conditions_are_paired(model, padded, clean) -> None:

@@ -87,3 +87,25 @@ def test_an_interrupted_grid_goes_on_and_gives_the_same_rows(tmp_path, monkeypat
     assert len(calls) == 4  # two before the interrupt, the one that it hit twice
     severity.reach.cache_clear()
     severity.resolve.cache_clear()
+
+
+def test_advantage_is_over_the_reference_and_paired():
+    grid = grid_of({"none": 1.0, "half": 0.5, "most": 0.2})
+    rows = summaries.advantage(grid, "half").set_index("reader")
+    assert rows.loc["half", "kl_advantage"] == 0
+    assert rows.loc["most", ["nll_advantage", "kl_advantage"]].tolist() == pytest.approx([0.3, 0.3])
+    assert rows.loc["most", "nll_advantage_high"] == pytest.approx(0.3)  # paired: seeds do not differ in it
+    assert rows.loc["none", "nll_advantage"] == pytest.approx(-0.5)
+
+
+def test_means_over_seeds_count_a_seed_once():
+    rows = pd.DataFrame({"kind": ["x"] * 4, "seed": [0, 0, 0, 1], "rho": [1.0, 1.0, 1.0, 2.0]})
+    (mean,) = summaries.means_over_seeds(rows, ["kind"], ["rho"]).itertuples()
+    assert (mean.rho, mean.n_seeds) == (1.5, 2)
+    assert mean.rho_low < 1 < 2 < mean.rho_high
+
+
+def test_rows_come_in_the_order_asked_for():
+    rows = pd.DataFrame({"name": ["b", "c", "a", "b"], "i": range(4)})
+    assert summaries.in_order(rows, "name", "abc")["i"].tolist() == [2, 0, 3, 1]
+    assert summaries.summary(grid_of({"none": 1.0}))["n_examples"].tolist() == [40]

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cachemedic.report import AUTHOR, Run, config_hash, line_styles
+from cachemedic.report import AUTHOR, ROOT, Run, config_hash, line_styles
 
 
 @pytest.fixture
@@ -31,6 +31,8 @@ def test_csv_has_fixed_digits_and_a_sidecar_that_explains_it(run: Run) -> None:
     assert sidecar["sha256"] == hashlib.sha256(data).hexdigest()
     assert sidecar["parameters"] == {"profile": "smoke", "base": "embedded-gpt2", "device": "cpu", "seeds": [0, 1]}
     assert sidecar["rows"] == 2
+    assert sidecar["inputs"] == {"notebooks/03_demo.ipynb": "0" * 64}
+    assert sidecar["commit"] is None or len(sidecar["commit"].removesuffix("-dirty")) == 40
     assert set(sidecar["versions"]) >= {"torch", "python", "numpy"}
     assert sidecar["wall_seconds"] >= 0
     assert run.retrain
@@ -92,6 +94,14 @@ def test_table_is_booktabs_with_escaped_text(run: Run) -> None:
     assert r"type\_name" in table
     assert r"50\% & --" in table
     assert r"\label{tab:demo}" in table
+
+
+def test_outside_of_make_all_modules_are_inputs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CACHEMEDIC_RUN", raising=False)
+    Run("paper", folder=tmp_path).write_csv(pd.DataFrame({"milliseconds": [1.5]}), "bench_demo")
+    inputs = json.loads((tmp_path / "results/bench_demo.json").read_text())["inputs"]
+    module = ROOT / "cachemedic/bench/decode.py"
+    assert inputs["cachemedic/bench/decode.py"] == hashlib.sha256(module.read_bytes()).hexdigest()
 
 
 def test_by_hand_nothing_committed_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,18 +5,31 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
 import pytest
-from toy_project import FIGURE, Project, run_make
+from toy_project import FIGURE, Project, run_make, started
+
+
+PROGRESS = """\
+import os
+from cachemedic import write
+from tqdm.auto import tqdm
+assert [os.environ[f"{name}_NUM_THREADS"] for name in ("OMP", "MKL", "OPENBLAS")] == ["2", "2", "2"]
+for name in tqdm(["results/map.csv"]):
+    write(name)
+"""
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project in which everything has been made, by two jobs at once."""
+    """A project in which everything has been made, each notebook once, by two makes at once with two jobs each."""
     project = Project(tmp_path_factory.mktemp("project"))
-    assert project.ran("-j2", "reproduce") == {"10_map", "20_figure", "30_apart"}
+    with ThreadPoolExecutor() as pool:
+        outputs = pool.map(project.make, ["-j2", "-j2"], ["reproduce", "reproduce"])
+    assert sorted(name for output in outputs for name in started(output)) == ["10_map", "20_figure", "30_apart"]
     return project
 
 
@@ -26,7 +39,7 @@ def fresh(tmp_path: Path) -> Project:
 
 
 def test_everything_is_published_and_recorded(made: Project) -> None:
-    for output in ("results/map.csv", "results/map.json", "figures/damage.png", "results/apart.csv"):
+    for output in ("results/map.csv", "figures/damage.png", "results/apart.json", "paper/numbers.tex"):
         assert (made.root / output).is_file()
     assert (made.root / "build/notebooks/paper/20_figure.ipynb").is_file()
     assert not list((made.root / "build/staging/paper").iterdir())
@@ -83,6 +96,23 @@ def test_failing_cell_names_itself_and_leaves_old_outputs(made: Project) -> None
     assert made.stale("30_apart") is None, "the old outputs are those of the old notebook"
 
 
+def test_nothing_is_made_from_a_notebook_that_failed(fresh: Project) -> None:
+    fresh.notebook("10_map", "1 / 0")
+    message = fresh.make("reproduce", fails=True)
+    assert "10_map, cell 2, failed: ZeroDivisionError: division by zero" in message
+    assert "20_figure" not in started(message)
+    assert not (fresh.root / "paper/numbers.tex").exists()
+
+
+def test_kernels_have_fixed_threads_and_copies_no_complaint_of_progress_bars(fresh: Project) -> None:
+    """Sums depend on the number of threads in the last bit; tqdm would warn that widgets are missing."""
+    fresh.notebook("10_map", PROGRESS)
+    fresh.make("10_map")
+    copy = (fresh.root / "build/notebooks/paper/10_map.ipynb").read_text()
+    assert "1/1" in copy, "the bar itself is shown"
+    assert "IProgress" not in copy
+
+
 def test_unknown_parameters_fail_before_anything_runs(made: Project) -> None:
     message = made.make("10_map", "BASE=gpt2", fails=True)
     assert "unknown parameter of notebooks/10_map.ipynb 'base'" in message
@@ -104,8 +134,10 @@ def test_figure_accepts_shipped_results_that_are_current(made: Project) -> None:
 def test_smoke_and_other_parameters_are_published_apart(fresh: Project) -> None:
     fresh.notebook("10_map", "import cachemedic\ncachemedic.write('results/map.csv')", 'profile = "paper"\nbase = "a"')
     assert fresh.ran("10_map", "PROFILE=smoke", "BASE=some/model") == {"10_map"}
+    assert fresh.ran("reproduce", "PROFILE=smoke") == {"10_map", "20_figure", "30_apart"}
     assert (fresh.root / "build/smoke,base=some_model/results/map.csv").is_file()
     assert not (fresh.root / "results").exists()
+    assert not (fresh.root / "paper").exists()
 
 
 def test_undeclared_outputs_are_refused(fresh: Project) -> None:

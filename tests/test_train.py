@@ -63,7 +63,7 @@ def test_a_step_is_the_slow_one(architecture, family, corrupted_layers, tmp_path
     shaken(trainer.operator)
     drawn = trainer.draw(step=2)
     with torch.no_grad():
-        outputs, _ = trainer.forward(drawn)
+        outputs = trainer.forward(drawn)
         for run in range(config.runs):
             slow, seed = slow_terms(trainer, drawn, run), run // 2
             torch.testing.assert_close(outputs.z_rep[run], slow["z_rep"], rtol=1e-3, atol=1e-3)
@@ -83,7 +83,7 @@ def test_conditions_share_their_data_and_seeds_share_none(base, bank, tmp_path):
     assert first.max() < 12 <= second.min()
     assert torch.equal(drawn[0].keys, trainer.draw(0).keys)
     assert not torch.equal(drawn[0].rows, drawn[1].rows)
-    outputs, _ = trainer.forward(drawn[0])  # operators are still the identity: conditions of a seed are alike
+    outputs = trainer.forward(drawn[0])  # operators are still the identity: conditions of a seed are alike
     torch.testing.assert_close(outputs.z_rep[0], outputs.z_rep[1])
     torch.testing.assert_close(outputs.z_rep[2], outputs.z_rep[3])
 
@@ -104,7 +104,7 @@ def test_a_type_of_no_reach_is_drawn_as_clean(base, bank, tmp_path):
     mixture = Mixture({"gaussian": 1.0}, clean_share=0.0)
     trainer = Trainer(base, replace(CONFIG, mixture=mixture), tmp_path, bank)
     drawn = trainer.draw(0)
-    outputs, _ = trainer.forward(drawn)
+    outputs = trainer.forward(drawn)
     assert torch.equal(drawn.keys, bank.keys[drawn.rows])
     assert outputs.is_clean.all()
     assert not outputs.is_corrupted.any()

@@ -41,6 +41,7 @@ def write(*names):
             known = {"file": name, "sha256": hashlib.sha256(b"made\\n").hexdigest(), "inputs": run["inputs"]}
             path.with_suffix(".json").write_text(json.dumps(known))
 '''
+NUMBERS = "import pathlib\npathlib.Path('paper').mkdir(exist_ok=True)\npathlib.Path('paper/numbers.tex').touch()"
 # What a surrounding make, or a notebook that runs the tests, would hand down.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "CACHEMEDIC_RUN"}}
 
@@ -49,6 +50,11 @@ def run_make(folder: Path, *arguments: str, fails: bool = False) -> str:
     done = subprocess.run(["make", *arguments], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def started(output: str) -> list[str]:
+    """The notebooks that make began to run, by what it printed."""
+    return [line.split()[0] for line in output.splitlines() if ": running (" in line]
 
 
 class Project:
@@ -61,6 +67,7 @@ class Project:
         self.write("cachemedic/__init__.py", "from cachemedic.toy import write\n")
         self.write("cachemedic/toy.py", TOY)
         self.write("cachemedic/unused.py", "")
+        self.write("cachemedic/paper_numbers.py", NUMBERS)
         self.write("data/text.txt", "words")
         self.notebook("10_map", "from cachemedic import write\nwrite('results/map.csv')")
         self.notebook("20_figure", FIGURE)
@@ -82,8 +89,10 @@ class Project:
         return run_make(self.root, *installed, *arguments, fails=fails)
 
     def ran(self, *arguments: str) -> set[str]:
-        """The notebooks that make ran."""
-        return {line.split()[0] for line in self.make(*arguments).splitlines() if ": running (" in line}
+        """The notebooks that make ran, each of them once."""
+        found = started(self.make(*arguments))
+        assert len(found) == len(set(found))
+        return set(found)
 
     def stale(self, name: str, **options: bool) -> str | None:
         return Variant(Graph(self.root), "paper", {}).stale(name, **options)

@@ -78,6 +78,7 @@ def execute(variant: Variant, name: str, parameters: dict[str, Any], threads: in
         "PYTHONHASHSEED": "0",
         "JUPYTER_PREFER_ENV_PATH": "1",  # the kernel of this environment, not one of the user's
         "TQDM_MININTERVAL": "15",
+        "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm asks for widgets, which an executed copy cannot show
     }
     copy = root / "build" / "notebooks" / variant.label / f"{name}.ipynb"
     copy.parent.mkdir(parents=True, exist_ok=True)

@@ -41,10 +41,10 @@ def repeatable_cache(model: PreTrainedModel, positions: int) -> Cache:
 
 
 @torch.inference_mode()
-def decode(model: PreTrainedModel, cache: Cache) -> torch.Tensor:
-    """One step of one token behind the cache, up to its logits [1, 1, V]."""
+def decode(model: PreTrainedModel, cache: Cache, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """One step of one token behind the cache, up to its logits [1, 1, V]; `mask` [1, T + 1]: what it may read."""
     position = torch.tensor([[cache.get_seq_length()]])
-    return model(torch.tensor([[1]]), past_key_values=cache, position_ids=position).logits
+    return model(torch.tensor([[1]]), past_key_values=cache, position_ids=position, attention_mask=mask).logits
 
 
 def _contender(model: PreTrainedModel, cache: Cache, operator: RepairOperator | None) -> Callable[[], float]:

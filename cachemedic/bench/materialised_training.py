@@ -17,8 +17,9 @@ from cachemedic.families import FoldedOperator
 from cachemedic.models import Base
 from cachemedic.objective import EPS, StepOutputs
 from cachemedic.student import starting_at
-from cachemedic.train import Draw, Trainer
+from cachemedic.train import Trainer
 from cachemedic.train_config import TrainConfig
+from cachemedic.train_draw import Draw
 
 
 class MaterialisedTrainer(Trainer):
@@ -35,7 +36,7 @@ class MaterialisedTrainer(Trainer):
         if not skip:
             self.first = 0
 
-    def forward(self, draw: Draw) -> tuple[StepOutputs, dict[str, Tensor]]:
+    def forward(self, draw: Draw) -> StepOutputs:
         """See `Trainer.forward`."""
         config, bank, model, operator = self.config, self.bank, self.base.model, self.operator
         assert isinstance(operator, MaterialisedOperator)
@@ -59,7 +60,7 @@ class MaterialisedTrainer(Trainer):
             terms.append(_layer_terms(clean, corrupted, repaired))
         stacked = {name: torch.stack([t[name] for t in terms], -1).unflatten(0, (config.runs, -1)) for name in terms[0]}
         untouched = [[e.type == NONE or e.severity == 0 for e in events] for events in draw.events]
-        outputs = StepOutputs(
+        return StepOutputs(
             z_clean=bank.logits[rows].unflatten(0, (config.runs, -1)),
             z_rep=logits.unflatten(0, (config.runs, -1)),
             identity=stacked["identity"],
@@ -67,8 +68,8 @@ class MaterialisedTrainer(Trainer):
             is_clean=torch.tensor(untouched).repeat_interleave(conditions, 0),
             is_corrupted=stacked["found"] > 0,
             parameters=list(operator.parameters()),
+            rho_by_side={"rho_k": stacked["rho_k"], "rho_v": stacked["rho_v"]},
         )
-        return outputs, stacked
 
 
 def _layer_terms(clean: Sequence[Tensor], corrupted: Sequence[Tensor], repaired: Sequence[Tensor]) -> dict[str, Tensor]:

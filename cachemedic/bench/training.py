@@ -137,7 +137,7 @@ PARTS = {
     "Gram terms": ("gram.py", "layer_terms"),
     "loss": ("objective.py", "__call__"),
     "backward": ("_tensor.py", "backward"),
-    "update": ("adam.py", "step"),
+    "update": ("run_adam.py", "step"),
     "log records": ("train_log.py", "log_records"),
 }
 

@@ -1,0 +1,11 @@
+"""Families D and E. From the bottom up:
+
+token_vectors   one vector per token and layer: heads joined, keys unrotated
+transform       how the vector of a layer follows from the layer below, and the axes of what does not: the innovation
+scalar_codes    few-bit codes of real numbers, their allotment and packing
+sketch_code     the code of a token, layer by layer
+observation     a stored cache as it is read
+depth_filter    one layer: how much of a damaged token to believe, and what it was
+operator        the families D and E: the walk through the layers
+calibration     the transform of a base, measured on clean caches
+"""

@@ -1,0 +1,154 @@
+"""Calibration of the transform of families D and E on clean caches of a base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from cachemedic.bank import sample_windows
+from cachemedic.cache import stack_cache, unstack_cache
+from cachemedic.models import Base
+from cachemedic.safeguards import WORD_BITS
+from cachemedic.text import documentation
+from cachemedic.token_aware.operator import TokenAware, coordinates
+from cachemedic.token_aware.sketch_code import SketchCode
+from cachemedic.token_aware.statistics_files import shipped_transform
+from cachemedic.token_aware.token_vectors import KeyRotation, join, split
+from cachemedic.token_aware.transform import Transform, with_previous
+
+RIDGE = 10.0
+BATCH = 8
+CALIBRATION_SAMPLES, CODE_SAMPLES, CALIBRATION_LENGTH = 96, 24, 544
+FISHER_SAMPLES, FISHER_PREFIX, FISHER_DECODED = 96, 128, 32
+
+
+@dataclass(frozen=True, eq=False)
+class CleanVectors:
+    """Clean token vectors x [N, L, T, D] of N windows, their ids and their positions [N, T]."""
+
+    x: Tensor
+    ids: Tensor
+    positions: Tensor
+
+
+@torch.inference_mode()
+def clean_vectors(
+    base: Base, samples: int, length: int, seed: int = 5, split_name: str = "operator_train"
+) -> CleanVectors:
+    """Token vectors of `samples` windows of `length` tokens of one documentation split."""
+    ids = sample_windows(base, documentation(split_name), samples, length, seed)
+    rotation = KeyRotation(base.model)
+    positions = torch.arange(length).expand(samples, -1)
+    parts = []
+    for rows in torch.arange(samples).split(BATCH):
+        cache = DynamicCache()
+        base.model.base_model(ids[rows].to(base.model.device), past_key_values=cache, use_cache=True)
+        key, value = stack_cache(cache)
+        parts.append(rotation.at(positions[rows].to(key.device)).undo(join(key, value)).float().cpu())
+    return CleanVectors(torch.cat(parts), ids, positions)
+
+
+def fit_transform(
+    base: Base, vectors: CleanVectors, layers: Sequence[int], projection: str = "principal", seed: int = 0
+) -> Transform:
+    """The transform of some layers of a base.
+
+    `scale` makes each head's vectors of unit size, then weighs a head by the fourth root of what an error in it does to
+    the output (the diagonal of the Fisher information, averaged over the head; Amari 1998): the square root of the
+    weight that would be exact for errors so small that they stay apart. `projection`: the principal axes of the
+    innovation, or "random" orthonormal ones. Raises `ValueError` for another projection.
+    """
+    if projection not in ("principal", "random"):
+        raise ValueError(f"projection must be 'principal' or 'random', not {projection!r}")
+    config = base.model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    x = vectors.x[:, list(layers)]
+    inner = x[:, :, 1:].flatten(2, 2)
+    mean = inner.mean((0, 2))
+    power = (inner - mean[:, None]).square().mean((0, 2))  # [P, D]
+
+    def by_head(numbers: Tensor) -> Tensor:
+        return numbers.unflatten(1, (-1, head_dim)).mean(-1, keepdim=True).expand(-1, -1, head_dim).flatten(1)
+
+    size = by_head(power).rsqrt()
+    weight = by_head(fisher_diagonal(base)[list(layers)] / size.square())
+    scale = size * (weight / weight.mean()).pow(0.25)
+    z = (x - mean[:, None]) * scale[:, None]
+    generator = torch.Generator().manual_seed(seed)
+    width = z.shape[-1]
+    chain, basis, variance = torch.zeros(len(layers), 2 * width, width), [], []
+    for layer in range(len(layers)):
+        own = z[:, layer, 1:].reshape(-1, width)
+        if layer:
+            below = with_previous(z[:, layer - 1])[:, 1:].flatten(0, 1)
+            ridge = RIDGE * torch.eye(2 * width)
+            chain[layer] = torch.linalg.solve(below.T @ below + ridge, below.T @ own)
+            own = own - below @ chain[layer].half().float()
+        if projection == "principal":
+            axes = torch.linalg.eigh(own.T @ own / len(own)).eigenvectors.flip(1)
+        else:
+            axes = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+        basis.append(axes)
+        variance.append((own @ axes).square().mean(0))
+    return Transform(mean, scale, z[:, :, 0].mean(0), chain, torch.stack(basis), torch.stack(variance))
+
+
+def fisher_diagonal(base: Base, seed: int = 7) -> Tensor:
+    """Mean squared gradient [L, D] of log p(y) in each cached number, y drawn from the model: the Fisher diagonal.
+
+    For prefixes of 128 tokens and 32 decoded ones of the operators' training text.
+    """
+    length = FISHER_PREFIX + FISHER_DECODED
+    ids = sample_windows(base, documentation("operator_train"), FISHER_SAMPLES, length, seed).to(base.model.device)
+    rotation = KeyRotation(base.model)
+    generator = torch.Generator().manual_seed(seed)
+    total: Tensor | None = None
+    for rows in tqdm(ids.split(BATCH), desc=f"sensitivity of the cache of {base.name}"):
+        positions = torch.arange(FISHER_PREFIX, device=rows.device).expand(len(rows), -1)
+        cache = DynamicCache()
+        with torch.no_grad():
+            base.model.base_model(rows[:, :FISHER_PREFIX], past_key_values=cache, use_cache=True)
+        key, value = stack_cache(cache)
+        turn = rotation.at(positions)
+        x = turn.undo(join(key, value)).requires_grad_()
+        with torch.enable_grad():
+            stored = unstack_cache(*split(turn.redo(x), key.shape[2]))
+            log_p = base.model(rows[:, FISHER_PREFIX:], past_key_values=stored).logits.float().log_softmax(-1)
+            drawn = torch.multinomial(log_p.detach().exp().flatten(0, 1).cpu(), 1, generator=generator)
+            log_p.gather(-1, drawn.to(log_p.device).view(*log_p.shape[:2], 1)).sum().backward()
+        squares = x.grad[:, :, 1:].square().sum((0, 2)).cpu()
+        total = squares if total is None else total + squares
+    return total / (FISHER_SAMPLES * FISHER_DECODED * (FISHER_PREFIX - 1))
+
+
+def calibrate(operator: TokenAware, base: Base, windows: CleanVectors | None = None) -> TokenAware:
+    """Gives an operator the transform of a base, and family E its code; returns it.
+
+    All layers of an embedded base take the transform that ships. `windows`: clean vectors to measure on (None: of the
+    operators' training text, as long as the context allows). Raises `ValueError` for an operator of another model.
+    """
+    operator.check_model(base.model.config)
+    options = operator.config.options
+    everything = operator.layers == tuple(range(operator.config.model.num_layers))
+    projection = options.get("projection", "principal")
+    transform = shipped_transform(base.name) if everything and projection == "principal" else None
+    if windows is None:
+        count = CALIBRATION_SAMPLES if transform is None else CODE_SAMPLES
+        windows = clean_vectors(base, count, min(base.context - 32, CALIBRATION_LENGTH))
+    if transform is None:
+        transform = fit_transform(base, windows, operator.layers, projection)
+    code = None
+    if "share" in options:
+        x = windows.x[:CODE_SAMPLES, list(operator.layers)]
+        budget = int(options["share"] * WORD_BITS * transform.width * transform.num_layers)
+        code = SketchCode.fit(
+            transform, transform.standardise(x), windows.positions[:CODE_SAMPLES] == 0, operator.known_layers, budget,
+            coordinates(operator.config),
+        )  # fmt: skip
+    operator.attach(transform, code)
+    return operator

@@ -1,0 +1,52 @@
+"""What families D and E see of a stored cache before they judge it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cachemedic.token_aware.token_vectors import Rotation, join
+from cachemedic.token_aware.transform import Transform
+
+LIMIT = 40.0  # units of the scale: no clean number comes near
+SMALL = 1e-6
+GRAIN_RANGE = (-7.0, 3.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """A stored cache of N rows, P layers, T tokens, keys rotated as stored.
+
+    stored [N, P, T, D]: keys and values joined, zero where they are not finite or out of all bounds; z [N, P, T, D]:
+    the same in units of `Transform.scale`; lost [N, P, T, D]: elements that are exactly zero, or were put to zero; grain
+    [N, P, T, H']: log of the smallest kept magnitude of a head over the mean one, large for coarse quantisation;
+    positions [N, T], -1 for padding; rotation of its keys.
+    """
+
+    stored: Tensor
+    z: Tensor
+    lost: Tensor
+    grain: Tensor
+    positions: Tensor
+    rotation: Rotation
+
+    @property
+    def is_first(self) -> Tensor:
+        return self.positions == 0
+
+
+def observe(transform: Transform, key: Tensor, value: Tensor, positions: Tensor, rotation: Rotation) -> Observation:
+    """The observation of stored keys and values [N, P, G, T, d]."""
+    read = join(key, value).float()
+    stored = torch.where((read * transform.scale[:, None]).abs() < LIMIT, read, 0.0)
+    lost = stored == 0
+    heads = 2 * key.shape[2]
+    kept = (~lost).unflatten(-1, (heads, -1))
+    size = stored.abs().unflatten(-1, (heads, -1))
+    mean = size.sum(-1) / kept.sum(-1).clamp_min(1)
+    least = torch.where(kept, size, torch.inf).amin(-1)
+    grain = (least.clamp_max(1 / SMALL) / (mean + SMALL) + 1e-3).log().clamp(*GRAIN_RANGE)
+    z = rotation.redo(transform.standardise(rotation.undo(stored)))
+    return Observation(stored, z, lost, grain, positions, rotation)

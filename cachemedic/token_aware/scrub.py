@@ -1,0 +1,79 @@
+"""A scrub: a whole stored cache is repaired in place, once; decoding after it costs nothing extra."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cachemedic.defenses import Defended
+from cachemedic.safeguards import Safeguard
+from cachemedic.token_aware.observation import observe
+from cachemedic.token_aware.operator import Repair, TokenAware
+from cachemedic.token_aware.token_prior import lowest_layers
+from cachemedic.token_aware.token_vectors import KeyRotation, join, split
+
+Codes = list[Tensor] | None
+
+
+class Scrubber(Safeguard):
+    """A calibrated operator of family D or E at work on the caches of one model.
+
+    Raises `ValueError` for an operator that was not calibrated or is made for another model.
+    """
+
+    def __init__(self, model: PreTrainedModel, operator: TokenAware) -> None:
+        operator.check_model(model.config)
+        if operator.transform is None:
+            raise ValueError("this operator knows no clean tokens yet: give it to `calibrate` with a base first")
+        self.model, self.operator, self.transform = model, operator, operator.transform
+        self.rotation = KeyRotation(model)
+        self.layers = list(operator.layers)
+
+    @property
+    def runs(self) -> int:
+        """Of the operator; batch rows are run-major."""
+        return self.operator.runs
+
+    def bits_per_token(self) -> float:
+        return 0 if self.operator.code is None else self.operator.code.bits_per_token
+
+    def write(self, k: Tensor, v: Tensor, ids: Tensor, valid: Tensor) -> Codes:
+        """The codes of clean k, v [B, L, G, T, d], by protected layer uint8 [B, T, m]; None for an operator without."""
+        if self.operator.code is None:
+            return None
+        positions = positions_of(valid)
+        x = self.rotation.at(positions).undo(join(k[:, self.layers], v[:, self.layers]))
+        known = self.known(ids, positions)
+        return self.operator.code.write(self.transform.standardise(x), positions == 0, known)
+
+    def read(self, k: Tensor, v: Tensor, ids: Tensor, valid: Tensor, kept: Codes) -> Defended:
+        """The repaired cache; sound tokens keep every bit."""
+        return Defended(*self.scrub(k, v, ids, positions_of(valid), kept)[:2])
+
+    def scrub(
+        self, k: Tensor, v: Tensor, ids: Tensor, positions: Tensor, codes: Codes
+    ) -> tuple[Tensor, Tensor, Repair]:
+        """Repaired copies of k, v [B, L, G, T, d], and what was found."""
+        rotation = self.rotation.at(positions)
+        seen = observe(self.transform, k[:, self.layers], v[:, self.layers], positions, rotation)
+        repair = self.operator.repair(seen, self.known(ids, positions), codes)
+        mended = k.clone(), v.clone()
+        for result, new in zip(mended, split(seen.stored + repair.correction, k.shape[2]), strict=True):
+            result[:, self.layers] = new.to(result.dtype)
+        return *mended, repair
+
+    def known(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """The lowest layers as the ids tell them, [B, j, T, D] unrotated and in units of the scale."""
+        count = self.operator.known_layers
+        if count == 0:
+            return torch.zeros(*ids.shape[:1], 0, *ids.shape[1:], self.transform.width, device=ids.device)
+        k, v = lowest_layers(self.model, ids, positions, max(self.layers[:count]) + 1)
+        lowest = self.layers[:count]
+        x = self.rotation.at(positions).undo(join(k[:, lowest], v[:, lowest]).float())
+        return (x - self.transform.mean[:count, None]) * self.transform.scale[:count, None]
+
+
+def positions_of(valid: Tensor) -> Tensor:
+    """Positions [B, T] of tokens behind left padding, -1 for the padding, from which positions are `valid` [B, T]."""
+    return torch.where(valid, valid.long().cumsum(1) - 1, -1)

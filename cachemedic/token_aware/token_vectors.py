@@ -1,0 +1,82 @@
+"""One vector per cached token and layer: all key and value heads together, keys as they were before the rotation.
+
+All heads of a layer are linear in one residual stream, and position enters a rotated key by a known orthogonal map
+(RoPE, Su et al. 2021): joint vectors of unrotated keys take far fewer numbers to describe than heads do one by one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def join(key: Tensor, value: Tensor) -> Tensor:
+    """Token vectors [B, L, T, D], D = 2 G d, of keys and values [B, L, G, T, d]: key heads first."""
+    return torch.cat([x.transpose(2, 3).flatten(3) for x in (key, value)], -1)
+
+
+def split(x: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `join`: keys and values [B, L, G, T, d] of token vectors [B, L, T, D]."""
+    key, value = (part.unflatten(-1, (heads, -1)).transpose(2, 3) for part in x.chunk(2, dim=-1))
+    return key, value
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """The rotation of keys at given positions: cos, sin [B, T, rotated width], or None for a model without one."""
+
+    angles: tuple[Tensor, Tensor] | None
+    heads: int
+
+    def redo(self, x: Tensor) -> Tensor:
+        """Token vectors [B, T, D] or [B, L, T, D] with their keys rotated, as they are stored."""
+        return self._turn(x, 1.0)
+
+    def undo(self, x: Tensor) -> Tensor:
+        """The inverse of `redo`."""
+        return self._turn(x, -1.0)
+
+    def _turn(self, x: Tensor, direction: float) -> Tensor:
+        if self.angles is None:
+            return x
+        key, value = x.chunk(2, dim=-1)
+        key = key.unflatten(-1, (self.heads, -1))
+        cos, sin = (a[:, :, None].to(x) for a in self.angles)  # [B, T, 1, rotated width]
+        if x.dim() == 4:
+            cos, sin = cos[:, None], sin[:, None]
+        rotated, rest = key[..., : cos.shape[-1]], key[..., cos.shape[-1] :]
+        first, second = rotated.chunk(2, dim=-1)
+        turned = torch.cat([rotated * cos + direction * torch.cat([-second, first], -1) * sin, rest], -1)
+        return torch.cat([turned.flatten(-2), value], -1)
+
+
+class KeyRotation:
+    """The rotary position embedding of a model, if it has one.
+
+    Raises `ValueError` for a model whose layers rotate differently.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        found = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1].startswith("rotary_emb")]
+        layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
+        if len(found) > 1 or (
+            found and len(set(layer_types)) > 1 and "layer_type" in found[0].forward.__code__.co_varnames
+        ):
+            raise ValueError(
+                f"{type(model).__name__} rotates the keys of its layers in different ways; token-aware repair serves "
+                "models with one rotary embedding, or none"
+            )
+        self.embedding = found[0] if found else None
+        config = model.config.get_text_config()
+        self.heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+    def at(self, positions: Tensor) -> Rotation:
+        """The rotation at positions [B, T] (padding: any number)."""
+        if self.embedding is None:
+            return Rotation(None, self.heads)
+        like = torch.zeros(1, dtype=torch.float32, device=positions.device)
+        with torch.no_grad():
+            return Rotation(self.embedding(like, positions.clamp_min(0)), self.heads)

@@ -1,0 +1,159 @@
+"""The rows that `make verify` computes again: some of every notebook whose numbers do not depend on training anew.
+
+Measured values are computed from scratch. Summaries are computed in full from the committed grid that they summarise,
+which ties every number of the paper to rows that were measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pandas as pd
+import torch
+
+from cachemedic import severity
+from cachemedic.bank import BankConfig, open_bank
+from cachemedic.base_report import Effort, language_scores, read, retrieval
+from cachemedic.clean_ranges import CacheStatistics
+from cachemedic.contraction import measure_contraction
+from cachemedic.decoding import CleanBank, clean_pass
+from cachemedic.defenses import blind_defences
+from cachemedic.experiments import ID_COLUMNS, run_grid, standard_tasks
+from cachemedic.models import Base, load_base
+from cachemedic.operators import RepairOperator
+from cachemedic.report import ROOT
+from cachemedic.summaries import Summarise, by_group, intervals, recovery_by_type, summary
+from cachemedic.task_data import TaskData
+from cachemedic.text import documentation
+from cachemedic.train_config import TrainConfig
+from cachemedic.verify import Parameters, Sample
+
+NLL = {"nll": 2e-3, "nll_clean": 2e-3, "kl": 2e-3}  # nats per token
+ROUNDED = 1e-4  # of summaries: the committed grid has eight digits, and a recovery divides by small differences
+GROUPS = ["base", "setting"]
+
+
+@cache
+def _calibration(name: str, n: int) -> tuple[Base, TaskData, CleanBank]:
+    base = load_base(name)
+    task = standard_tasks(base, "calibration", [0], {"perplexity": n})["perplexity"]
+    return base, task, clean_pass(base.model, task)
+
+
+def base_scores(parameters: Parameters) -> pd.DataFrame:
+    """Language-model scores of the second base, but for the unigram, which reads a million tokens."""
+    base = load_base(parameters["second"])
+    tasks = standard_tasks(base, "test", parameters["seeds"], {"perplexity": Effort().perplexity})
+    uniform = torch.zeros(base.model.config.vocab_size)
+    scores = language_scores(base, tasks["perplexity"], uniform)
+    rows = [(base.name, name, i.estimate, i.low, i.high) for name, i in scores.items() if "unigram" not in name]
+    return pd.DataFrame(rows, columns=["base", "measure", "estimate", "low", "high"])
+
+
+def sentiment_scores(parameters: Parameters) -> pd.DataFrame:
+    """Accuracies of the first base on its clean cache and on an erased one."""
+    base = load_base(parameters["base"])
+    task = standard_tasks(base, "test", parameters["seeds"], {"sentiment": Effort().sentiment})["sentiment"]
+    means = read(base, task).groupby("reader")["correct"].mean()
+    rows = [(base.name, f"sentiment accuracy, {reader}", value) for reader, value in means.items()]
+    return pd.DataFrame(rows, columns=["base", "measure", "estimate"])
+
+
+def needle_counts(parameters: Parameters) -> pd.DataFrame:
+    """Facts found by the first base in the shortest context, at every depth."""
+    base, effort = load_base(parameters["base"]), Effort()
+    rows = retrieval(base, documentation("test"), parameters["seeds"], effort.needle, effort.contexts[:1])
+    return rows.assign(base=base.name)
+
+
+def context_values(parameters: Parameters) -> pd.DataFrame:
+    """The value of the context of both bases."""
+    rows = []
+    for name in (parameters["base"], parameters["second"]):
+        erased = severity.context_value(*_calibration(name, 96))
+        clean, without = erased["nll_clean"].mean(), erased["nll_erased"].mean()
+        rows.append((name, clean, without, without - clean))
+    return pd.DataFrame(rows, columns=["base", "nll_clean", "nll_erased", "context_value"])
+
+
+def damage_curves(parameters: Parameters) -> pd.DataFrame:
+    """One damage curve of each base."""
+    frames = []
+    for name, kind in ((parameters["base"], "bitflip_sparse"), (parameters["second"], "contiguous_overwrite")):
+        base, task, clean = _calibration(name, 96)
+        erased = severity.context_value(base, task, clean)
+        value = (erased["nll_erased"] - erased["nll_clean"]).mean()
+        frames.append(severity.damage_curve(base, task, clean, kind, value).assign(base=name))
+    return pd.concat(frames)
+
+
+def _config(base: Base, parameters: Parameters) -> TrainConfig:
+    """How the operators of the main results were trained, standard setting."""
+    seeds, layers = tuple(parameters["seeds"]), tuple(range(base.model.config.num_hidden_layers))
+    bank = BankConfig(samples=256 * len(seeds))
+    return TrainConfig(family="A", layers=layers, corrupted_layers="all", seeds=seeds, bank=bank)
+
+
+def _operator(base: Base, config: TrainConfig) -> RepairOperator:
+    return RepairOperator.from_pretrained(ROOT / "trained" / config.key(base))
+
+
+def grid_rows(parameters: Parameters) -> pd.DataFrame:
+    """Every blind reader and operator A, standard setting: noisy text for one base, overwritten needles for another."""
+    severity.use_map(pd.read_csv(ROOT / "results" / "severity_map.csv"))
+    frames = []
+    for name, task, kind, n in (
+        (parameters["base"], "perplexity", "gaussian", 20),
+        (parameters["second"], "needle", "contiguous_overwrite", 10),
+    ):
+        base, calibration, clean = _calibration(name, 64)
+        statistics = CacheStatistics.measure(clean.k, clean.v, calibration.prefix_mask)
+        readers = {**blind_defences(statistics), "operator A": _operator(base, _config(base, parameters))}
+        tasks = standard_tasks(base, "test", parameters["seeds"], {task: n})
+        rows = run_grid(base, tasks, readers, None, types=(kind,), severities=(0.5,))
+        frames.append(rows.assign(base=name, setting="standard"))
+    return pd.concat(frames)
+
+
+def contraction(parameters: Parameters) -> pd.DataFrame:
+    """rho of operator A of the second base, standard setting, and its bounds."""
+    severity.use_map(pd.read_csv(ROOT / "results" / "severity_map.csv"))
+    base = load_base(parameters["second"])
+    config = _config(base, parameters)
+    bank = open_bank(base, BankConfig(split="test", samples=16 * len(config.seeds)))
+    rows = measure_contraction(base, config, {"operator A": _operator(base, config)}, bank)
+    return rows.assign(base=base.name, setting="standard")
+
+
+def _summarised(keys: list[str], summarise: Summarise) -> Callable[[Parameters], pd.DataFrame]:
+    return lambda parameters: by_group(pd.read_csv(ROOT / "results" / "main_grid.csv"), keys, summarise)
+
+
+def _bounded(*names: str) -> dict[str, float]:
+    """Tolerances of summaries and of the limits of their intervals."""
+    return {f"{name}{limit}": ROUNDED for name in names for limit in ("", "_low", "_high")}
+
+
+SAMPLES = (
+    Sample("base_models", "language modelling of the second base", ("base", "measure"),
+           {"estimate": 0.05, "low": 0.05, "high": 0.05}, base_scores),
+    Sample("base_models", "sentiment of the first base", ("base", "measure"), {"estimate": 0.01}, sentiment_scores),
+    Sample("base_models_needle", "the first base, shortest context", ("base", "context", "depth", "reader"),
+           {"n_correct": 1.0}, needle_counts),
+    Sample("context_value", "both bases", ("base",), dict.fromkeys(("nll_clean", "nll_erased", "context_value"), 2e-3),
+           context_values),
+    Sample("damage_curves", "a curve of each base", ("base", "type", "parameter", "share"),
+           {"damage": 5e-3, "damage_se": 5e-3}, damage_curves),
+    Sample("main_grid", "every blind reader and operator A at severity 0.5", (*GROUPS, *ID_COLUMNS),
+           NLL | {"accuracy": 0.021}, grid_rows),
+    Sample("main_contraction", "operator A of the second base, standard setting", (*GROUPS, "type", "seed"),
+           dict.fromkeys(("rho", "bound_rank", "bound_full", "rank_floor"), 2e-3), contraction),
+    Sample("main_curves", "all rows, from the committed main_grid", (*GROUPS, *ID_COLUMNS[:-1]),
+           _bounded("score", "nll", "kl"), _summarised(GROUPS, intervals)),
+    Sample("main_recovery_by_type", "all rows, from the committed main_grid", (*GROUPS, "task", "type", "reader"),
+           _bounded("recovery"), _summarised(GROUPS, recovery_by_type)),
+    Sample("main_results", "all rows, from the committed main_grid", (*GROUPS, "task", "reader"),
+           _bounded("auc", "auc_gain", "recovery", "kl_recovery", "clean_regression"),
+           _summarised(GROUPS, summary)),
+)  # fmt: skip
