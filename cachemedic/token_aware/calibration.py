@@ -22,6 +22,7 @@ from cachemedic.token_aware.token_vectors import KeyRotation, join, split
 from cachemedic.token_aware.transform import Transform, with_previous
 
 RIDGE = 10.0
+CHAIN_RANK = 128
 BATCH = 8
 CALIBRATION_SAMPLES, CODE_SAMPLES, CALIBRATION_LENGTH = 96, 24, 544
 FISHER_SAMPLES, FISHER_PREFIX, FISHER_DECODED = 96, 128, 32
@@ -81,21 +82,30 @@ def fit_transform(
     z = (x - mean[:, None]) * scale[:, None]
     generator = torch.Generator().manual_seed(seed)
     width = z.shape[-1]
-    chain, basis, variance = torch.zeros(len(layers), 2 * width, width), [], []
+    rank = min(width, CHAIN_RANK)
+    chain_in, chain_out = torch.zeros(len(layers), 2 * width, rank), torch.zeros(len(layers), rank, width)
+    basis, variance = [], []
     for layer in range(len(layers)):
         own = z[:, layer, 1:].reshape(-1, width)
         if layer:
             below = with_previous(z[:, layer - 1])[:, 1:].flatten(0, 1)
-            ridge = RIDGE * torch.eye(2 * width)
-            chain[layer] = torch.linalg.solve(below.T @ below + ridge, below.T @ own)
-            own = own - below @ chain[layer].half().float()
+            chain_in[layer], chain_out[layer] = (x.half().float() for x in _reduced_rank(below, own, rank))
+            own = own - below @ chain_in[layer] @ chain_out[layer]
         if projection == "principal":
             axes = torch.linalg.eigh(own.T @ own / len(own)).eigenvectors.flip(1)
         else:
             axes = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
         basis.append(axes)
         variance.append((own @ axes).square().mean(0))
-    return Transform(mean, scale, z[:, :, 0].mean(0), chain, torch.stack(basis), torch.stack(variance))
+    return Transform(mean, scale, z[:, :, 0].mean(0), chain_in, chain_out, torch.stack(basis), torch.stack(variance))
+
+
+def _reduced_rank(x: Tensor, y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The map of a rank from x [N, n] to y [N, k] of least squared error (reduced-rank regression, Izenman 1975)."""
+    full = torch.linalg.solve(x.T @ x + RIDGE * torch.eye(x.shape[1]), x.T @ y)
+    predicted = x @ full
+    axes = torch.linalg.eigh(predicted.T @ predicted).eigenvectors[:, -rank:]
+    return full @ axes, axes.T
 
 
 def fisher_diagonal(base: Base, seed: int = 7) -> Tensor:

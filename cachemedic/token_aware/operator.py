@@ -137,8 +137,10 @@ class TokenAware(RepairOperator):
             LayerStatistics.of(axes, variance, m, heads)
             for axes, variance in zip(transform.basis, transform.variance, strict=True)
         ]
-        own_token = transform.chain[:, : transform.width]
-        self._amplification = [(a @ s.basis).square().sum(0) for a, s in zip(own_token, self._layers, strict=True)]
+        self._amplification = [
+            (into[: transform.width] @ (out_of @ of_layer.basis)).square().sum(0)
+            for into, out_of, of_layer in zip(transform.chain_in, transform.chain_out, self._layers, strict=True)
+        ]
 
     def repair(self, seen: Observation, known: Tensor, codes: list[Tensor] | None = None) -> Repair:
         """Repairs an observed cache of R*B rows.

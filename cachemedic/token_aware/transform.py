@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cachemedic.text import write_atomically
 
-HALF = ("chain", "basis")  # kept and used in half precision's rounding: half the file
+HALF = ("chain_in", "chain_out", "basis")  # kept and used in half precision's rounding: half the file
 
 
 def with_previous(z: Tensor) -> Tensor:
@@ -32,14 +32,16 @@ class Transform:
     """Statistics of the P protected layers, D = 2 G d numbers a token vector.
 
     mean, scale [P, D]: z = (x - mean) * scale. first [P, D]: z of the first position, which lies far from the others.
-    chain [P, 2 D, D]: prediction of layer l from layer l - 1 at the token and at the one before; zeros for the lowest.
+    chain_in [P, 2 D, q], chain_out [P, q, D]: prediction of layer l from layer l - 1 at the token and at the one before,
+    by a map of rank q, so that wide models pay little for it; zeros for the lowest.
     basis [P, D, D]: orthonormal axes of the innovation, by falling variance; variance [P, D]: along them.
     """
 
     mean: Tensor
     scale: Tensor
     first: Tensor
-    chain: Tensor
+    chain_in: Tensor
+    chain_out: Tensor
     basis: Tensor
     variance: Tensor
 
@@ -76,7 +78,11 @@ class Transform:
 
         is_first [..., T] tells the first position. With nothing below (None) it is the mean, 0.
         """
-        predicted = torch.zeros_like(self.first[layer]) if below is None else with_previous(below) @ self.chain[layer]
+        predicted = (
+            torch.zeros_like(self.first[layer])
+            if below is None
+            else with_previous(below) @ self.chain_in[layer] @ self.chain_out[layer]
+        )
         return torch.where(is_first[..., None], self.first[layer], predicted)
 
     def to_bytes(self) -> bytes:
