@@ -1,6 +1,6 @@
 """CacheMedic++: learned repair of corrupted key/value caches of language models.
 
-    from cachemedic import CorruptionSpec, RepairOperator, corrupt_cache, load_base, protect
+    from cachemedic import CorruptionSpec, RepairOperator, SketchCache, calibrate, corrupt_cache, load_base, protect
 
 A name is imported from its module when it is first used, so that `import cachemedic` does not load torch.
 """
@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from cachemedic.corruption_spec import CorruptionSpec
     from cachemedic.models import load_base
     from cachemedic.operators import RepairOperator
+    from cachemedic.token_aware.calibration import calibrate
+    from cachemedic.token_aware.sketch_cache import SketchCache
 
 __version__ = "0.1.0"
-__all__ = ["CorruptionSpec", "RepairOperator", "corrupt_cache", "load_base", "protect"]
+__all__ = ["CorruptionSpec", "RepairOperator", "SketchCache", "calibrate", "corrupt_cache", "load_base", "protect"]
 
 _HOMES = {
     "CorruptionSpec": "corruption_spec",
     "RepairOperator": "operators",
+    "SketchCache": "token_aware.sketch_cache",
+    "calibrate": "token_aware.calibration",
     "corrupt_cache": "corruption",
     "load_base": "models",
     "protect": "attention",

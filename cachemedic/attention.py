@@ -20,7 +20,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cachemedic.operators import Gates, RepairOperator
+from cachemedic.operators import Attention, Gates, Reader
+from cachemedic.token_aware.forward_call import announce
+from cachemedic.token_aware.operator import TokenAware
 
 PREFIX = "cachemedic_"
 
@@ -29,7 +31,7 @@ PREFIX = "cachemedic_"
 class Protection:
     """One operator attached to one model; `gates` holds those of the last forward pass by layer, if recorded."""
 
-    operator: RepairOperator
+    operator: Reader
     record_gates: bool
     gates: dict[int, Gates] = field(default_factory=dict)
 
@@ -48,6 +50,39 @@ def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor
     raise ValueError(f"{type(module).__name__} comes without an eager_attention_forward; choose 'sdpa' for this model")
 
 
+@dataclass(frozen=True, eq=False)
+class _Own:
+    """The model's own attention, as it was called with this mask and these options."""
+
+    attention: Callable[..., tuple[Tensor, Tensor | None]]
+    module: Any
+    mask: Tensor | None
+    scaling: float
+    options: dict[str, Any]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.attention(self.module, query, key, value, self.mask, scaling=self.scaling, **self.options)
+
+
+@dataclass(frozen=True, eq=False)
+class _Repaired:
+    """`inner` attention of a layer through what a protection attached."""
+
+    inner: Attention
+    protection: Protection
+    layer: int
+
+    @property
+    def scaling(self) -> float:
+        return self.inner.scaling
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        output, weights, gates = self.protection.operator.attend(self.layer, self.inner, query, key, value)
+        if self.protection.record_gates:
+            self.protection.gates[self.layer] = gates
+        return output, weights
+
+
 def _attend(
     attention: Callable[..., tuple[Tensor, Tensor | None]],
     module: Any,
@@ -55,26 +90,16 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    **kwargs: Any,
+    scaling: float | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered function: `attention`, repaired if the module is protected."""
-
-    def own(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        return attention(module, q, k, v, attention_mask, **kwargs)
-
-    repaired = own
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5  # the default of every implementation; wider heads must not change it
+    repaired: Attention = _Own(attention, module, attention_mask, scaling, options)
     for protection in _protections.get(module, ()):
-        repaired = partial(_repair, protection, module.layer_idx, repaired)
+        repaired = _Repaired(repaired, protection, module.layer_idx)
     return repaired(query, key, value)
-
-
-def _repair(
-    protection: Protection, layer: int, attention: Callable, query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    output, weights, gates = protection.operator.attend(layer, attention, query, key, value)
-    if protection.record_gates:
-        protection.gates[layer] = gates
-    return output, weights
 
 
 def _under_own_name(
@@ -102,7 +127,7 @@ def _register_repairing(implementation: str) -> str:
     return name
 
 
-def _attention_modules(model: PreTrainedModel, operator: RepairOperator) -> list[Any]:
+def _attention_modules(model: PreTrainedModel, operator: Reader) -> list[Any]:
     """The self-attention modules of the protected layers."""
     if not (isinstance(model, PreTrainedModel) and model._can_set_attn_implementation()):
         raise ValueError(
@@ -119,20 +144,23 @@ def _attention_modules(model: PreTrainedModel, operator: RepairOperator) -> list
     ]
     if missing := set(operator.layers) - {module.layer_idx for module in modules}:
         raise ValueError(f"{type(model).__name__} has no attention module numbered {sorted(missing)} by `layer_idx`")
-    device = next(operator.parameters()).device
     for module in modules:
-        if (found := next(module.parameters()).device) != device:
-            raise ValueError(f"the operator is on {device}, layer {module.layer_idx} on {found}: move one of them")
+        if (found := next(module.parameters()).device) != operator.device:
+            raise ValueError(
+                f"the operator is on {operator.device}, layer {module.layer_idx} on {found}: move one of them"
+            )
     return modules
 
 
 @contextmanager
-def protect(model: PreTrainedModel, operator: RepairOperator, record_gates: bool = False) -> Iterator[Protection]:
+def protect(model: PreTrainedModel, operator: Reader, record_gates: bool = False) -> Iterator[Protection]:
     """Within, `model` reads its cache through `operator`: in a forward pass, a prefill, a decoding step, `generate()`.
 
     On exit, also after an exception, the model is what it was before. Protections nest, and may end in any order; where
     two protect one layer, the inner one repairs what the outer one returns. With `record_gates` the yielded protection
     holds the gates of the last forward pass: `protection.gates[layer] == (a_k, a_v)`.
+
+    Families D and E repair what is stored, and take the cache that can: `past_key_values=SketchCache(model, operator)`.
 
     Raises:
         ValueError: if the model does not use the attention interface, or the operator is for another model or device.
@@ -148,9 +176,16 @@ def protect(model: PreTrainedModel, operator: RepairOperator, record_gates: bool
         _redirected[key][2].append(protection)
     for module in modules:
         _protections.setdefault(module, []).append(protection)
+    hooks = []
+    if isinstance(operator, TokenAware):
+        # A head calls the base model or, in OPT, a part of it; a caller may leave the head out.
+        for module in {model, model.base_model}:
+            hooks.append(module.register_forward_pre_hook(partial(announce, operator), with_kwargs=True))
     try:
         yield protection
     finally:
+        for hook in hooks:
+            hook.remove()
         for module in modules:
             _protections[module].remove(protection)
             if not _protections[module]:

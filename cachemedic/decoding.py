@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from cachemedic.attention import protect
 from cachemedic.cache import stack_cache, unstack_cache
-from cachemedic.operators import RepairOperator
+from cachemedic.operators import Reader
 from cachemedic.task_data import TaskData
 
 BATCH_BYTES = 512 * 2**20  # working memory of one batch: the cache with its copies, and the logits
@@ -65,7 +65,7 @@ def decode_logits(
     v: torch.Tensor,
     task: TaskData,
     keep: torch.Tensor | None = None,
-    operator: RepairOperator | None = None,
+    operator: Reader | None = None,
 ) -> torch.Tensor:
     """Decodes the continuations of `task` on the cache k, v [N, L, G, T, d]: logits [N, M, V].
 
@@ -76,7 +76,8 @@ def decode_logits(
     logits = torch.empty(shape, dtype=model.dtype)
     for rows in batches(model, task, operator.runs if operator else 1):
         readable = None if keep is None else keep[rows]
-        logits[rows] = _decode_batch(model, k[rows], v[rows], task.select(rows), readable, operator)
+        reader = None if operator is None else operator.of_rows(rows)
+        logits[rows] = _decode_batch(model, k[rows], v[rows], task.select(rows), readable, reader)
     return logits
 
 
@@ -107,7 +108,7 @@ def _decode_batch(
     v: torch.Tensor,
     task: TaskData,
     keep: torch.Tensor | None,
-    operator: RepairOperator | None,
+    operator: Reader | None,
 ) -> torch.Tensor:
     """One forward pass over all continuations of `task`: logits [B, M, V], on the CPU."""
     readable = task.prefix_mask if keep is None else task.prefix_mask & keep

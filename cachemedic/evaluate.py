@@ -5,7 +5,7 @@ A condition costs one decode of the continuations per reader, no prefill.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -45,14 +45,12 @@ def evaluate(
     """
     seeds = pd.Series(task.seeds.numpy())
     examples = seeds.groupby(seeds).cumcount().to_numpy()
-    donors = seeds.groupby(seeds).transform(lambda rows: np.roll(rows.index, -1)).to_numpy()
     told = any(isinstance(reader, Oracle | Safeguard) for reader in readers.values())
     frames: dict[str, list[pd.DataFrame]] = {name: [] for name in readers}
     for rows in batches(model, task, common_runs(readers)):
         part, clean_logits = task.select(rows), clean.logits[rows]
         index = np.arange(len(task))[rows]
-        generators = [_generator(seeds[i], examples[i], draw) for i in index]
-        k, v, events = _corrupt(clean, task, spec, index, donors[rows], generators)
+        k, v, events = corrupt_examples(clean, task, spec, index, draw)
         truth = None
         if told:
             truth = Truth(clean.k[rows], clean.v[rows], _differ(clean.k[rows], k) | _differ(clean.v[rows], v))
@@ -88,21 +86,20 @@ def read_logits(
     return decode_logits(model, defended.k, defended.v, task, defended.keep)
 
 
-def _corrupt(
-    clean: CleanBank,
-    task: TaskData,
-    spec: CorruptionSpec,
-    rows: np.ndarray,
-    donors: np.ndarray,
-    generators: Sequence[torch.Generator],
+def corrupt_examples(
+    clean: CleanBank, task: TaskData, spec: CorruptionSpec, rows: np.ndarray, draw: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, list[CorruptionEvent]]:
-    """The corrupted caches k, v [B, L, G, T, d] of the examples `rows`, and their events.
+    """The corrupted caches k, v [B, L, G, T, d] of the examples `rows`, and their events, drawn as `evaluate` says.
 
     Example by example, without its padding: its draws then depend neither on the batch nor on the lengths of others.
     """
+    seeds = pd.Series(task.seeds.numpy())
+    examples = seeds.groupby(seeds).cumcount().to_numpy()
+    donors = seeds.groupby(seeds).transform(lambda same: np.roll(same.index, -1)).to_numpy()
     k, v, events = clean.k[rows], clean.v[rows], []
     lengths = task.prefix_mask.sum(1).tolist()
-    for i, (row, donor, generator) in enumerate(zip(rows, donors, generators, strict=True)):
+    for i, row in enumerate(rows):
+        donor, generator = donors[row], _generator(seeds[row], examples[row], draw)
         own_k, own_v = (x[i : i + 1, ..., -lengths[row] :, :] for x in (k, v))
         donor_k = donor_v = None
         if spec.needs_donor and donor != row:

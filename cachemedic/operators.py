@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
@@ -25,7 +25,44 @@ from cachemedic.text import write_atomically
 WEIGHTS, CONFIG = "operator.safetensors", "config.json"
 
 Gates = tuple[Tensor | None, Tensor | None]
-Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+
+class Attention(Protocol):
+    """A model's own attention in one layer, its mask and scaling included; heads may be wider than the model's."""
+
+    @property
+    def scaling(self) -> float:
+        """What logits are multiplied by, whatever the width of the heads."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        """query [R*B, H, M, n], key and value [R*B, G, T, n] -> (output [R*B, M, H, n], weights or None)."""
+
+
+class Reader(Protocol):
+    """What `cachemedic.attention.protect` attaches to a model: an operator, or what it has found in one cache."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Whose attention it changes."""
+
+    @property
+    def runs(self) -> int:
+        """How many runs read the rows of a batch, a block of rows each."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its numbers are."""
+
+    def check_model(self, model_config: PreTrainedConfig) -> None:
+        """Raise `ValueError` for a model of another shape."""
+
+    def of_rows(self, rows: slice | Tensor) -> Reader:
+        """What reads these rows of a batch."""
+
+    def attend(
+        self, layer: int, attention: Attention, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor | None, Gates]:
+        """Attention of one layer, see `RepairOperator.attend`."""
 
 
 class RepairOperator(nn.Module, ABC):
@@ -100,9 +137,8 @@ class RepairOperator(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor | None, Gates]:
         """Repaired attention of one layer.
 
-        `attention(query, key, value)` is the model's own, mask and scaling included, and may be called on changed
-        tensors: query [R*B, H, M, d], key and value [R*B, G, T, d] -> (output [R*B, M, H, d], weights or None). Returns
-        the repaired output and weights, and the gates that were used.
+        `attention` is the model's own and may be called on changed tensors. Returns the repaired output [R*B, M, H, d]
+        and weights, and the gates that were used.
         """
 
     @property
@@ -128,6 +164,14 @@ class RepairOperator(nn.Module, ABC):
     @property
     def head_dim(self) -> int:
         return self.config.model.head_dim
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def of_rows(self, rows: slice | Tensor) -> RepairOperator:
+        """What reads these rows of a batch: an operator treats all rows alike."""
+        return self
 
     def num_parameters(self) -> int:
         """Trainable numbers of one run."""

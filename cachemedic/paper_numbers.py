@@ -76,9 +76,7 @@ class Number:
             allowed = value if isinstance(value, list) else [value]
             if absent := [x for x in allowed if x not in set(frame[column])]:
                 values = ", ".join(map(str, frame[column].unique()[:12])) or "no rows"
-                raise ValueError(
-                    f"{self._place}: no row left has {column} = {absent[0]!r}; there are: {values}"
-                )
+                raise ValueError(f"{self._place}: no row left has {column} = {absent[0]!r}; there are: {values}")
             frame = frame[frame[column].isin(allowed)]
         if self.over is None and len(frame) != 1:
             raise ValueError(

@@ -10,7 +10,7 @@ from cachemedic.mercy_gate import PROXY, MercyGate
 from cachemedic.objective import StepOutputs
 from cachemedic.rollouts import Read, reading, roll_out
 from cachemedic.train_draw import draw_step, generator
-from cachemedic.train_forward import Students, read_cache
+from cachemedic.train_forward import Students, read_cache, repaired
 
 PROBE_STEP = -1  # a step of its own: the probe batch is the same at every check
 
@@ -37,7 +37,7 @@ def project(students: Students, gate: MercyGate) -> tuple[torch.Tensor, torch.Te
 
     with reading(model, clean, None):
         baseline = mean_valence(first, noise)
-    with reading(model, read_cache(students, draw), students.operator):
+    with reading(model, repaired(students, draw, read_cache(students, draw)), students.operator):
         projected = mean_valence(*(x.repeat_interleave(conditions, 0) for x in (first, noise)))
     return projected, baseline.repeat_interleave(conditions, 0)
 

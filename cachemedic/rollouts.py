@@ -15,6 +15,7 @@ from cachemedic.bank import Bank
 from cachemedic.models import decoder_layers
 from cachemedic.operators import RepairOperator
 from cachemedic.student import shared_prefix
+from cachemedic.token_aware.operator import TokenAware
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Read:
     values: torch.Tensor
     conditions: int  # runs that read one cache: those of a seed (N = S), or 1 where each has its own (N = R)
     first: int
+    bias: torch.Tensor | None = None  # [N, B, L', G, T], for the attention logits
 
     @classmethod
     def clean(cls, bank: Bank, rows: torch.Tensor, device: torch.device, conditions: int = 1) -> Read:
@@ -68,11 +70,14 @@ def observing(model: PreTrainedModel) -> Iterator[Observation]:
 
 @contextmanager
 def reading(model: PreTrainedModel, read: Read, operator: RepairOperator | None) -> Iterator[None]:
-    """Within, `model` decodes behind the caches of `read` (all its layers), through `operator` if there is one."""
+    """Within, `model` decodes behind the caches of `read` (all its layers), through `operator` if there is one.
+
+    Families D and E have repaired `read` itself.
+    """
     keys, values = read.keys.to(model.dtype), read.values.to(model.dtype)
     with (
-        shared_prefix(model, keys, values, read.first, read.conditions),
-        protect(model, operator) if operator else nullcontext(),
+        shared_prefix(model, keys, values, read.first, read.conditions, read.bias),
+        nullcontext() if operator is None or isinstance(operator, TokenAware) else protect(model, operator),
     ):
         yield
 

@@ -149,8 +149,8 @@ def amplification(
         at_rest = {name: batch.read(batch.k, batch.v, reader) for name, reader in readers.items()}
         for draw in range(draws):
             noise_k, noise_v, size = batch.noise("head", draw)
+            k, v = batch.k.clone(), batch.v.clone()
             for layer, head in np.ndindex(*batch.k.shape[1:3]):
-                k, v = batch.k.clone(), batch.v.clone()
                 k[:, layer, head] += level * noise_k[:, layer, head]
                 v[:, layer, head] += level * noise_v[:, layer, head]
                 norm = level * size[:, layer, head, 0, 0].numpy()
@@ -159,6 +159,7 @@ def amplification(
                     gamma = batch.distance(z, at_rest[name]) / (norm + EPS)
                     place = {"reader": name, "layer": layer, "head": head, "seed": batch.seeds}
                     frames.append(pd.DataFrame(place | {"top": z.shape[-1], "gamma": gamma}))
+                k[:, layer, head], v[:, layer, head] = batch.k[:, layer, head], batch.v[:, layer, head]
     groups = pd.concat(frames).groupby(["reader", "layer", "head", "seed"], sort=False)
     return _counted(groups[["gamma"]].median(), groups, draws).assign(noise=level)
 

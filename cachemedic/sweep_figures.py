@@ -69,7 +69,7 @@ def contraction(rows: pd.DataFrame, conditions: Sequence[str], types: Sequence[s
             shade = "0.8" if name == "rank_floor" else "0.45"
             ax.plot(own["severity"], own[name], color=shade, linestyle=dashes, linewidth=width, label=label, zorder=0)
         ax.set_title(kind.replace("_", " "))
-        ax.set_ylim(0, None)
+    axes[0, 0].set_ylim(0, None)  # shared by all, so after all is drawn
     for ax in axes[-1]:
         ax.set_xlabel("severity $s$")
     for ax in axes[:, 0]:
@@ -89,6 +89,7 @@ def protected_layers(rows: pd.DataFrame, measures: Mapping[str, str]) -> Figure:
         len(hits), len(measures), figsize=(TEXT_WIDTH, 2.1 * len(hits) + 0.4), sharex=True, sharey="col", squeeze=False
     )
     for row, hit in zip(axes, hits, strict=True):
+        row[0].set_title(f"faults on {hit} layers", loc="left")
         for ax, (name, axis) in zip(row, measures.items(), strict=True):
             for i, place in enumerate(places):
                 own = rows[(rows["hit"] == hit) & (rows["place"] == place)]
@@ -100,7 +101,6 @@ def protected_layers(rows: pd.DataFrame, measures: Mapping[str, str]) -> Figure:
             ax.set_xticks(sizes, [str(size) for size in sizes])
             ax.minorticks_off()
             ax.set_ylabel(axis)
-            ax.set_title(f"faults on {hit} layers")
     for ax in axes[-1]:
         ax.set_xlabel("protected layers $k$")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(places))
@@ -126,6 +126,8 @@ def sensitivity(rows: pd.DataFrame, readers: Sequence[str]) -> Figure:
         levels = sorted(rows["noise"].unique())
         ax.set_xticks(levels, [f"{level:g}" for level in levels])
         ax.minorticks_off()
+        ax.set_yscale("symlog", linthresh=0.5)
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.set(title=title, xlabel="noise $n$, norm over that of the clean layer", ylim=(0, None))
     axes[0].set_ylabel("change of the top logits, logits")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -186,6 +188,8 @@ def overhead(rows: pd.DataFrame) -> Figure:
                 ax.yaxis.set_minor_formatter(NullFormatter())
             ax.set_xticks(positions, [str(x) for x in positions])
             ax.xaxis.set_minor_locator(NullLocator())
+        if right.get_yscale() == "linear":
+            right.set_ylim(0, None)
         left.legend(fontsize=7)
     for ax in axes[-1]:
         ax.set_xlabel("context, tokens in the cache")

@@ -1,6 +1,6 @@
 """The forward pass of a training step: what the students read, what they say, and what objectives see of it.
 
-A cache changes before it is read, in `read_cache` and by families D and E (`train_repair`), or inside attention, by
+A cache changes before it is read, in `read_cache` and by families D and E (`repaired`), or inside attention, by
 `protect` and families A to C.
 """
 
@@ -49,14 +49,13 @@ def forward(students: Students, draw: Draw) -> StepOutputs:
     base, config, bank, first = students.base, students.config, students.bank, students.first
     model, conditions = base.model, len(config.objectives)
     runs = draw.rows.repeat_interleave(conditions, 0)  # [R, B]
-    found = read = read_cache(students, draw)
-    if isinstance(students.operator, TokenAware):
-        read = repair_read(base, bank, students.operator, draw, found)
+    found = read_cache(students, draw)
+    read = repaired(students, draw, found)
     ids = bank.ids[runs.flatten(), bank.prefix :].to(model.device)
     positions = torch.arange(bank.prefix, bank.ids.shape[1], device=model.device).expand(len(ids), -1)
     hidden = bank.hidden[runs.flatten(), first].to(model.device, model.dtype)
     with (
-        shared_prefix(model, read.keys.to(model.dtype), read.values.to(model.dtype), first, read.conditions),
+        shared_prefix(model, read.keys.to(model.dtype), read.values.to(model.dtype), first, read.conditions, read.bias),
         starting_at(model, first, hidden),
         protect(model, students.operator, record_gates=True) as protection,
         observing(model) if config.observes_valence else nullcontext(Observation()) as seen,
@@ -101,6 +100,13 @@ def read_cache(students: Students, draw: Draw) -> Read:
         for sound, hit, stored in zip(clean, corrupted, students.quantiser(*clean), strict=True)
     ]
     return Read(read[0], read[1], conditions=1, first=0)
+
+
+def repaired(students: Students, draw: Draw, found: Read) -> Read:
+    """The caches that the students attend to: those of D and E are repaired before, others inside attention."""
+    if isinstance(students.operator, TokenAware):
+        return repair_read(students.base, students.bank, students.operator, draw, found)
+    return found
 
 
 def _measure(students: Students, draw: Draw, read: Read, protection: Protection) -> dict[str, torch.Tensor]:

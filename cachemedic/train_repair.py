@@ -16,7 +16,7 @@ from cachemedic.train_draw import Draw
 
 
 def repair_read(base: Base, bank: Bank, operator: TokenAware, draw: Draw, read: Read) -> Read:
-    """The caches that the operators of R runs make of those that are found: [R, B, L', G, T, d]."""
+    """The caches that the operators of R runs make of those that are found: [R, B, L', G, T, d], and their bias."""
     assert operator.transform is not None  # `Trainer` calibrates it
     repeats = operator.runs // len(read.keys)
     rows = draw.rows.repeat_interleave(operator.runs // len(draw.rows), 0).flatten()
@@ -35,10 +35,16 @@ def repair_read(base: Base, bank: Bank, operator: TokenAware, draw: Draw, read: 
     repair = operator.repair(seen, known, codes)
     result = []
     for stored, new in zip((keys, values), split(seen.stored + repair.correction, keys.shape[2]), strict=True):
-        mended = stored.clone()
-        mended[:, mine] = new.to(stored.dtype)
+        mended, here = stored.clone(), torch.nan_to_num(stored[:, mine])
+        # straight through the repair: the steps of a quantiser below it get their gradient
+        mended[:, mine] = new.to(stored.dtype) + (here - here.detach())
         result.append(mended.unflatten(0, (operator.runs, -1)))
-    return Read(result[0], result[1], conditions=1, first=read.first)
+    bias = None
+    if operator.config.options["bias"]:
+        bias = keys.new_zeros(keys.shape[:-1])
+        bias[:, mine] = repair.bias.transpose(2, 3).to(bias.dtype)
+        bias = bias.unflatten(0, (operator.runs, -1))
+    return Read(result[0], result[1], conditions=1, first=read.first, bias=bias)
 
 
 def measure_repair(bank: Bank, layers: tuple[int, ...], draw: Draw, found: Read, repaired: Read) -> dict[str, Tensor]:
@@ -47,7 +53,8 @@ def measure_repair(bank: Bank, layers: tuple[int, ...], draw: Draw, found: Read,
     rows = draw.rows.repeat_interleave(runs // len(draw.rows), 0)
     mine = [layer - found.first for layer in layers]
     clean = [x[rows][:, :, list(layers)].to(repaired.keys) for x in (bank.keys, bank.values)]
-    before = [x[:, :, mine].repeat_interleave(runs // len(x), 0) for x in (found.keys, found.values)]
+    # detached: a quantiser would lower rho by doing more damage
+    before = [x[:, :, mine].detach().repeat_interleave(runs // len(x), 0) for x in (found.keys, found.values)]
     after = [x[:, :, mine] for x in (repaired.keys, repaired.values)]
 
     def norms(xs: list[Tensor]) -> list[Tensor]:  # vector_norm has a zero gradient at zero

@@ -23,7 +23,7 @@ def differences(rows: pd.DataFrame, title: str) -> Figure:
         ax.set(title=task, xlabel="share of the KL undone")
         ax.grid(axis="y", visible=False)
     axes[0, 0].set_yticks(range(len(readers)), readers)
-    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_ylim(len(readers) - 0.5, -0.5)
     figure.suptitle(title)
     return figure
 

@@ -12,7 +12,6 @@ import nbformat
 import pytest
 from toy_project import FIGURE, Project, run_make, started
 
-
 PROGRESS = """\
 import os
 from cachemedic import write

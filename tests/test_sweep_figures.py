@@ -56,7 +56,7 @@ def test_contraction_shows_conditions_and_bounds_of_every_type():
 def test_protected_layers_has_a_row_of_panels_for_each_fault_setting():
     rows = with_bounds(frame("hit place size", ["all", "protected"], ["early", "late"], [2, 4]), "x")
     figure = sweep_figures.protected_layers(rows, {"x": "share"})
-    assert [ax.get_title() for ax in figure.axes] == ["faults on all layers", "faults on protected layers"]
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["faults on all layers", "faults on protected layers"]
     assert figure.axes[1].containers[1][0].get_ydata().tolist() == pytest.approx([0.6, 0.7])
 
 

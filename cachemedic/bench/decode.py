@@ -21,6 +21,7 @@ POSITIONS = (128, 1024, 4096, 16384)  # T, tokens in the cache
 LAYERS = (10, 11, 12, 13)
 RANK = 8
 ROUNDS = 31
+FOLDED = [name for name, family in FAMILIES.items() if issubclass(family, FoldedOperator)]
 
 
 def gpt2_medium(positions: int) -> PreTrainedModel:
@@ -72,7 +73,7 @@ def overhead(
     """
     rows = []
     readers: dict[str, RepairOperator | None] = {"again": None}
-    for family in FAMILIES:
+    for family in FOLDED:
         operator = RepairOperator.create(family, model.config, layers=layers, rank=rank)
         readers[f"folded {family}"] = operator
         if family == "A":

@@ -16,6 +16,7 @@ from cachemedic.corruption_types import NONE
 from cachemedic.families import FoldedOperator
 from cachemedic.models import Base
 from cachemedic.objective import EPS, StepOutputs
+from cachemedic.run_adam import RunAdam
 from cachemedic.student import starting_at
 from cachemedic.train import Trainer
 from cachemedic.train_config import TrainConfig
@@ -32,7 +33,7 @@ class MaterialisedTrainer(Trainer):
         super().__init__(base, config, folder, bank)
         assert isinstance(self.operator, FoldedOperator)
         self.operator = materialised(self.operator)
-        self.optimizer = torch.optim.Adam(self.operator.parameters(), lr=config.lr)
+        self.optimizer = RunAdam(self.operator.parameters(), lr=config.lr)
         if not skip:
             self.first = 0
 

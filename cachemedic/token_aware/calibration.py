@@ -37,32 +37,41 @@ class CleanVectors:
     positions: Tensor
 
 
-@torch.inference_mode()
 def clean_vectors(
     base: Base, samples: int, length: int, seed: int = 5, split_name: str = "operator_train"
 ) -> CleanVectors:
     """Token vectors of `samples` windows of `length` tokens of one documentation split."""
-    ids = sample_windows(base, documentation(split_name), samples, length, seed)
+    return vectors_of(base, sample_windows(base, documentation(split_name), samples, length, seed))
+
+
+@torch.inference_mode()
+def vectors_of(base: Base, ids: Tensor) -> CleanVectors:
+    """Token vectors of windows ids [N, T] of any text."""
     rotation = KeyRotation(base.model)
-    positions = torch.arange(length).expand(samples, -1)
+    positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
     parts = []
-    for rows in torch.arange(samples).split(BATCH):
+    for rows in torch.arange(len(ids)).split(BATCH):
         cache = DynamicCache()
         base.model.base_model(ids[rows].to(base.model.device), past_key_values=cache, use_cache=True)
-        key, value = stack_cache(cache)
-        parts.append(rotation.at(positions[rows].to(key.device)).undo(join(key, value)).float().cpu())
+        x = join(*stack_cache(cache)).float()
+        parts.append(rotation.at(positions[rows].to(x.device)).undo(x).cpu())
     return CleanVectors(torch.cat(parts), ids, positions)
 
 
 def fit_transform(
-    base: Base, vectors: CleanVectors, layers: Sequence[int], projection: str = "principal", seed: int = 0
+    base: Base,
+    vectors: CleanVectors,
+    layers: Sequence[int],
+    projection: str = "principal",
+    seed: int = 0,
+    text: Tensor | None = None,
 ) -> Transform:
     """The transform of some layers of a base.
 
     `scale` makes each head's vectors of unit size, then weighs a head by the fourth root of what an error in it does to
     the output (the diagonal of the Fisher information, averaged over the head; Amari 1998): the square root of the
     weight that would be exact for errors so small that they stay apart. `projection`: the principal axes of the
-    innovation, or "random" orthonormal ones. Raises `ValueError` for another projection.
+    innovation, or "random" orthonormal ones. `text`: see `fisher_diagonal`. Raises `ValueError` for another projection.
     """
     if projection not in ("principal", "random"):
         raise ValueError(f"projection must be 'principal' or 'random', not {projection!r}")
@@ -77,7 +86,7 @@ def fit_transform(
         return numbers.unflatten(1, (-1, head_dim)).mean(-1, keepdim=True).expand(-1, -1, head_dim).flatten(1)
 
     size = by_head(power).rsqrt()
-    weight = by_head(fisher_diagonal(base)[list(layers)] / size.square())
+    weight = by_head(fisher_diagonal(base, text)[list(layers)] / size.square())
     scale = size * (weight / weight.mean()).pow(0.25)
     z = (x - mean[:, None]) * scale[:, None]
     generator = torch.Generator().manual_seed(seed)
@@ -108,50 +117,55 @@ def _reduced_rank(x: Tensor, y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return full @ axes, axes.T
 
 
-def fisher_diagonal(base: Base, seed: int = 7) -> Tensor:
+def fisher_diagonal(base: Base, text: Tensor | None = None, seed: int = 7) -> Tensor:
     """Mean squared gradient [L, D] of log p(y) in each cached number, y drawn from the model: the Fisher diagonal.
 
-    For prefixes of 128 tokens and 32 decoded ones of the operators' training text.
+    For the last 32 tokens of windows `text` [N, T], decoded on the cache of those before (None: 96 windows of 160
+    tokens of the operators' training text).
     """
-    length = FISHER_PREFIX + FISHER_DECODED
-    ids = sample_windows(base, documentation("operator_train"), FISHER_SAMPLES, length, seed).to(base.model.device)
+    if text is None:
+        documents = documentation("operator_train")
+        text = sample_windows(base, documents, FISHER_SAMPLES, FISHER_PREFIX + FISHER_DECODED, seed)
+    ids, prefix = text.to(base.model.device), text.shape[1] - FISHER_DECODED
     rotation = KeyRotation(base.model)
     generator = torch.Generator().manual_seed(seed)
     total: Tensor | None = None
     for rows in tqdm(ids.split(BATCH), desc=f"sensitivity of the cache of {base.name}"):
-        positions = torch.arange(FISHER_PREFIX, device=rows.device).expand(len(rows), -1)
+        positions = torch.arange(prefix, device=rows.device).expand(len(rows), -1)
         cache = DynamicCache()
         with torch.no_grad():
-            base.model.base_model(rows[:, :FISHER_PREFIX], past_key_values=cache, use_cache=True)
+            base.model.base_model(rows[:, :prefix], past_key_values=cache, use_cache=True)
         key, value = stack_cache(cache)
         turn = rotation.at(positions)
         x = turn.undo(join(key, value)).requires_grad_()
         with torch.enable_grad():
             stored = unstack_cache(*split(turn.redo(x), key.shape[2]))
-            log_p = base.model(rows[:, FISHER_PREFIX:], past_key_values=stored).logits.float().log_softmax(-1)
+            log_p = base.model(rows[:, prefix:], past_key_values=stored).logits.float().log_softmax(-1)
             drawn = torch.multinomial(log_p.detach().exp().flatten(0, 1).cpu(), 1, generator=generator)
             log_p.gather(-1, drawn.to(log_p.device).view(*log_p.shape[:2], 1)).sum().backward()
         squares = x.grad[:, :, 1:].square().sum((0, 2)).cpu()
         total = squares if total is None else total + squares
-    return total / (FISHER_SAMPLES * FISHER_DECODED * (FISHER_PREFIX - 1))
+    return total / (len(ids) * FISHER_DECODED * (prefix - 1))
 
 
 def calibrate(operator: TokenAware, base: Base, windows: CleanVectors | None = None) -> TokenAware:
     """Gives an operator the transform of a base, and family E its code; returns it.
 
-    All layers of an embedded base take the transform that ships. `windows`: clean vectors to measure on (None: of the
-    operators' training text, as long as the context allows). Raises `ValueError` for an operator of another model.
+    All layers of an embedded base take the transform that ships. `windows`: clean vectors to measure on, of more than
+    32 tokens (None: of the operators' training text, as long as the context allows). Raises `ValueError` for an
+    operator of another model.
     """
     operator.check_model(base.model.config)
     options = operator.config.options
     everything = operator.layers == tuple(range(operator.config.model.num_layers))
     projection = options.get("projection", "principal")
     transform = shipped_transform(base.name) if everything and projection == "principal" else None
+    text = None if windows is None else windows.ids
     if windows is None:
         count = CALIBRATION_SAMPLES if transform is None else CODE_SAMPLES
         windows = clean_vectors(base, count, min(base.context - 32, CALIBRATION_LENGTH))
     if transform is None:
-        transform = fit_transform(base, windows, operator.layers, projection)
+        transform = fit_transform(base, windows, operator.layers, projection, text=text)
     code = None
     if "share" in options:
         x = windows.x[:CODE_SAMPLES, list(operator.layers)]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cachemedic.token_aware.token_vectors import Rotation
 
-FEATURES = 14
+FEATURES = 15
 OUTPUTS = 5  # of the network for each head: noise, gate, outlier threshold, distrust of zeros, logit bias
 TINY = 1e-6
 OUTLIER = 9.0  # an element whose square is beyond this many times the expected one is believed half

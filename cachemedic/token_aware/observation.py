@@ -15,6 +15,11 @@ SMALL = 1e-6
 GRAIN_RANGE = (-7.0, 3.0)
 
 
+def sane(transform: Transform) -> Tensor:
+    """Magnitudes [P, D] from which on a stored number is no clean one: it is read as zero, like those not finite."""
+    return LIMIT / transform.scale
+
+
 @dataclass(frozen=True, eq=False)
 class Observation:
     """A stored cache of N rows, P layers, T tokens, keys rotated as stored.
@@ -40,7 +45,7 @@ class Observation:
 def observe(transform: Transform, key: Tensor, value: Tensor, positions: Tensor, rotation: Rotation) -> Observation:
     """The observation of stored keys and values [N, P, G, T, d]."""
     read = join(key, value).float()
-    stored = torch.where((read * transform.scale[:, None]).abs() < LIMIT, read, 0.0)
+    stored = torch.where(read.abs() < sane(transform)[:, None], read, 0.0)
     lost = stored == 0
     heads = 2 * key.shape[2]
     kept = (~lost).unflatten(-1, (heads, -1))

@@ -17,7 +17,7 @@ from torch import Tensor
 from cachemedic.inward_clamp import InwardClamp
 from cachemedic.operator_config import OperatorConfig
 from cachemedic.operators import Attention, Gates, RepairOperator
-from cachemedic.token_aware.depth_filter import FEATURES, OUTPUTS, LayerStatistics, Sight, estimate, weigh
+from cachemedic.token_aware.depth_filter import FEATURES, OUTPUTS, TINY, LayerStatistics, Sight, estimate, weigh
 from cachemedic.token_aware.observation import Observation
 from cachemedic.token_aware.sketch_code import SketchCode
 from cachemedic.token_aware.statistics_files import read_statistics, write_statistics
@@ -41,14 +41,16 @@ class Repair:
 
 @dataclass(eq=False)
 class _Walk:
-    """What the walk carries from layer to layer: the repaired vectors below, the variance left in them, and how far the
-    token was off at the layers that its id tells, and at the layer below.
+    """What the walk carries from layer to layer: the repaired vectors below, the variance left in them, how far the
+    token was off at the layers that its id tells and at the layer below, and what was read of the highest known layer.
     """
 
     below: Tensor | None
     left: Tensor
     known_off: Tensor
     below_off: Tensor
+    read_below: Tensor | None = None
+    exchanged: Tensor | None = None
 
 
 class TokenAware(RepairOperator):
@@ -64,7 +66,9 @@ class TokenAware(RepairOperator):
         "known_layers": 1, "coordinates": 16, "hidden": 24, "per_layer": False, "window": 8, "rounds": 3, "bias": False,
         "correction": True,
     }  # fmt: skip
-    start = torch.zeros(OUTPUTS)
+    # of the network's outputs: what is in doubt is replaced, and training learns what to leave; the other way round a
+    # token that was exchanged as a whole would look sound at every layer but the lowest
+    start = torch.tensor([0.0, 3.0, 0.0, 0.0, 0.0])
     strength: Tensor
     w_in: Tensor
     embedding: Tensor
@@ -131,7 +135,9 @@ class TokenAware(RepairOperator):
                 f"a transform of {transform.num_layers} layers and {transform.width} numbers a token does not fit an "
                 f"operator of {len(self.layers)} layers and {width}"
             )
-        self.transform, self.code = transform, code
+        device = self.strength.device
+        self.transform = transform = transform.to(device)
+        self.code = None if code is None else SketchCode(transform, code.bits.to(device), code.spread.to(device))
         m, heads = self.prior_scale.shape[-1], 2 * self.config.model.num_kv_heads
         self._layers = [
             LayerStatistics.of(axes, variance, m, heads)
@@ -141,6 +147,12 @@ class TokenAware(RepairOperator):
             (into[: transform.width] @ (out_of @ of_layer.basis)).square().sum(0)
             for into, out_of, of_layer in zip(transform.chain_in, transform.chain_out, self._layers, strict=True)
         ]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TokenAware:
+        super()._apply(fn, recurse)
+        if self.transform is not None:
+            self.attach(self.transform, self.code)  # to the device where the parameters are now
+        return self
 
     def repair(self, seen: Observation, known: Tensor, codes: list[Tensor] | None = None) -> Repair:
         """Repairs an observed cache of R*B rows.
@@ -173,9 +185,11 @@ class TokenAware(RepairOperator):
         read = seen.z[:, layer]
         off = (read - exact).abs().amax(-1)
         hit = (off > KNOWN_TOLERANCE) | (seen.lost[:, layer] & (exact.abs() > KNOWN_TOLERANCE)).any(-1)
-        walk.known_off = walk.below_off = (read - exact).square().mean(-1) / exact.square().mean(-1)
+        size = exact.square().mean(-1).clamp_min(KNOWN_TOLERANCE**2)  # padding has none
+        walk.known_off = walk.below_off = (read - exact).square().mean(-1) / size
         correction = (strength * hit)[..., None] * (exact - read)
         walk.below = seen.rotation.undo(read + correction)
+        walk.read_below = seen.rotation.undo(read)
         return correction, read.new_zeros(*read.shape[:2], self.config.model.num_kv_heads), off
 
     def _layer(
@@ -200,7 +214,11 @@ class TokenAware(RepairOperator):
             residual = self.code.residual(layer, innovation, codes[layer]).abs().amax(-1)
             hit = (residual > DEAD_ZONE) | lost.any(-1)
         base = seen.rotation.redo(base)
-        told = (residual, walk.known_off, walk.below_off)
+        if walk.read_below is not None:
+            walk.exchanged = self._exchanged(walk.read_below, seen, layer, base)
+            walk.read_below = None
+        exchanged = torch.ones_like(residual) if walk.exchanged is None else walk.exchanged
+        told = (residual, walk.known_off, walk.below_off, exchanged)
         sight = Sight(read - base, lost, seen.grain[:, layer], self._prior(layer, walk.left), told)
         options = self.config.options
         evidence = weigh(statistics, sight, seen.positions, seen.rotation, options["window"])
@@ -214,6 +232,16 @@ class TokenAware(RepairOperator):
         suspicion = gate.mean(-1) if stored is None else residual
         bias = found.bias * (strength * hit)[..., None] * options["bias"]
         return correction, bias, suspicion
+
+    def _exchanged(self, read_below: Tensor, seen: Observation, layer: int, base: Tensor) -> Tensor:
+        """How well the token follows from what its id tells, over how well from what was read of it below [N, T].
+
+        Large where all layers hold another token, which is consistent in itself: it must not be believed any more.
+        """
+        assert self.transform is not None
+        following = seen.rotation.redo(self.transform.predict(layer, read_below, seen.is_first))
+        read = seen.z[:, layer]
+        return (read - base).square().mean(-1) / ((read - following).square().mean(-1) + TINY)
 
     def _prior(self, layer: int, left: Tensor) -> Tensor:
         """Variance [N, T, m] of the innovation about its base."""
@@ -241,9 +269,6 @@ class SketchAssisted(TokenAware):
     innovation that are coded, "principal" or "random".
     """
 
-    start = torch.tensor(
-        [0.0, 3.0, 0.0, 0.0, 0.0]
-    )  # what the code says is wrong is replaced, until training knows better
     default_options = TokenAware.default_options | {"share": 1 / 32, "projection": "principal"}
 
 

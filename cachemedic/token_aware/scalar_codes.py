@@ -16,7 +16,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 MAX_BITS = 6
-SCALE_LIMIT = 1e-9  # a coordinate that hardly varies counts as one of this standard deviation
+SCALE_LIMIT = 1e-2  # a coordinate that varies less counts as one of this standard deviation: rounding stays far below
 
 
 @cache

@@ -43,9 +43,9 @@ class Scrubber(Safeguard):
         if self.operator.code is None:
             return None
         positions = positions_of(valid)
-        x = self.rotation.at(positions).undo(join(k[:, self.layers], v[:, self.layers]))
-        known = self.known(ids, positions)
-        return self.operator.code.write(self.transform.standardise(x), positions == 0, known)
+        x = self.rotation.at(positions).undo(join(k[:, self.layers], v[:, self.layers]).float())
+        z = without_padding(self.transform.standardise(x), positions)
+        return self.operator.code.write(z, positions == 0, self.known(ids, positions))
 
     def read(self, k: Tensor, v: Tensor, ids: Tensor, valid: Tensor, kept: Codes) -> Defended:
         """The repaired cache; sound tokens keep every bit."""
@@ -64,16 +64,23 @@ class Scrubber(Safeguard):
         return *mended, repair
 
     def known(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """The lowest layers as the ids tell them, [B, j, T, D] unrotated and in units of the scale."""
+        """The lowest layers as the ids tell them, [B, j, T, D] unrotated and in units of the scale; 0 for padding."""
         count = self.operator.known_layers
         if count == 0:
             return torch.zeros(*ids.shape[:1], 0, *ids.shape[1:], self.transform.width, device=ids.device)
         k, v = lowest_layers(self.model, ids, positions, max(self.layers[:count]) + 1)
         lowest = self.layers[:count]
         x = self.rotation.at(positions).undo(join(k[:, lowest], v[:, lowest]).float())
-        return (x - self.transform.mean[:count, None]) * self.transform.scale[:count, None]
+        z = (x - self.transform.mean[:count, None]) * self.transform.scale[:count, None]
+        return without_padding(z, positions)
 
 
 def positions_of(valid: Tensor) -> Tensor:
     """Positions [B, T] of tokens behind left padding, -1 for the padding, from which positions are `valid` [B, T]."""
     return torch.where(valid, valid.long().cumsum(1) - 1, -1)
+
+
+def without_padding(z: Tensor, positions: Tensor) -> Tensor:
+    """z [..., T, D] with zeros for padding: what is written of it follows from nothing that a later read cannot know."""
+    absent = positions < 0
+    return z.masked_fill((absent if z.dim() == 3 else absent[:, None])[..., None], 0)

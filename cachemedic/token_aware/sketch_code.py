@@ -51,11 +51,18 @@ class SketchCode:
         """Codes z layer by layer: (prediction, innovation [B, T, m], codes, reconstruction [B, T, D]) of each."""
         below = None
         for layer in range(self.transform.num_layers):
-            predicted = self.transform.predict(layer, below, is_first)
-            innovation = (z[:, layer] - predicted) @ self._basis(layer)
-            codes = encode(innovation / self.spread[layer], self.bits[layer])
-            below = known[:, layer] if layer < known.shape[1] else self._decode(layer, predicted, codes)
+            predicted, innovation, codes, decoded = self.code_layer(layer, z[:, layer], below, is_first)
+            below = known[:, layer] if layer < known.shape[1] else decoded
             yield predicted, innovation, codes, below
+
+    def code_layer(
+        self, layer: int, z: Tensor, below: Tensor | None, is_first: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One step of `follow`: z [B, T, D] of one layer, from the reconstruction `below` of the layer before."""
+        predicted = self.transform.predict(layer, below, is_first)
+        innovation = (z - predicted) @ self._basis(layer)
+        codes = encode(innovation / self.spread[layer], self.bits[layer])
+        return predicted, innovation, codes, self._decode(layer, predicted, codes)
 
     def read(self, codes: list[Tensor], is_first: Tensor, known: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """What stored codes say, layer by layer: (prediction, reconstruction), [B, T, D] each."""

@@ -16,7 +16,9 @@ class _Enough(Exception):
     """Ends the forward pass once the layers that are asked for are there."""
 
 
-class _LowestLayers(DynamicCache):
+class LowestLayers(DynamicCache):
+    """Ends the forward pass that fills it after `count` layers."""
+
     def __init__(self, count: int) -> None:
         super().__init__()
         self.count = count
@@ -34,7 +36,7 @@ def lowest_layers(model: PreTrainedModel, ids: Tensor, positions: Tensor, count:
 
     It takes the first count - 1 layers of a prefill; one layer takes its projections only.
     """
-    cache = _LowestLayers(count)
+    cache = LowestLayers(count)
     with suppress(_Enough):
         model.base_model(
             input_ids=ids,

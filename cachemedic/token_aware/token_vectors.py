@@ -6,6 +6,7 @@ All heads of a layer are linear in one residual stream, and position enters a ro
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -56,14 +57,14 @@ class Rotation:
 class KeyRotation:
     """The rotary position embedding of a model, if it has one.
 
-    Raises `ValueError` for a model whose layers rotate differently.
+    Raises `ValueError` for a model whose layers rotate differently, or in other pairs than (i, i + width / 2).
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         found = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1].startswith("rotary_emb")]
         layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
         if len(found) > 1 or (
-            found and len(set(layer_types)) > 1 and "layer_type" in found[0].forward.__code__.co_varnames
+            found and len(set(layer_types)) > 1 and "layer_type" in inspect.signature(found[0].forward).parameters
         ):
             raise ValueError(
                 f"{type(model).__name__} rotates the keys of its layers in different ways; token-aware repair serves "
@@ -72,6 +73,12 @@ class KeyRotation:
         self.embedding = found[0] if found else None
         config = model.config.get_text_config()
         self.heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        angles = self.at(torch.ones(1, 1, dtype=torch.long, device=model.device)).angles
+        if angles is not None and not all(torch.equal(*a.chunk(2, dim=-1)) for a in angles):
+            raise ValueError(
+                f"{type(model).__name__} does not rotate number i of a key with number i + width / 2; token-aware repair "
+                "serves models with that rotary embedding, or none"
+            )
 
     def at(self, positions: Tensor) -> Rotation:
         """The rotation at positions [B, T] (padding: any number)."""
@@ -79,4 +86,6 @@ class KeyRotation:
             return Rotation(None, self.heads)
         like = torch.zeros(1, dtype=torch.float32, device=positions.device)
         with torch.no_grad():
-            return Rotation(self.embedding(like, positions.clamp_min(0)), self.heads)
+            cos, sin = self.embedding(like, positions.clamp_min(0))
+        scaling = getattr(self.embedding, "attention_scaling", 1.0)  # of long contexts: it is left in the keys
+        return Rotation((cos / scaling, sin / scaling), self.heads)

@@ -1,0 +1,230 @@
+"""A Hugging Face cache that families D and E look after: it keeps the sketch of its tokens and scrubs what it stores."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+from cachemedic.operator_config import nearest_valid
+from cachemedic.token_aware.operator import TokenAware
+from cachemedic.token_aware.scrub import Scrubber
+from cachemedic.token_aware.token_record import RecordWriter, TokenRecord
+
+POLICIES = {"load": None, "every": 1}
+
+
+@dataclass(frozen=True, eq=False)
+class ScrubReport:
+    """What a scrub found: `tokens` that it read, without padding; by protected layer how many of them it `changed`, and
+    suspicion [B, P, T], a score of damage.
+    """
+
+    tokens: int
+    changed: tuple[int, ...]
+    suspicion: Tensor
+
+
+class SketchCache(Cache):
+    """The cache to give to a model, or to `generate`, within `protect(model, operator)` for an operator of D or E.
+
+        with protect(model, operator):
+            model.generate(ids, past_key_values=SketchCache(model, operator))
+
+    The ids and positions of all tokens are kept, and with family E the code of each token, computed when it is written:
+    both where the faults do not reach. They follow the tokens through beam search, cropping and the selection of rows.
+
+    A scrub repairs all that is stored, in place. It runs before the first forward pass on a cache that was loaded, and
+    with `scrub` = n also before the first pass after every n others ("every": n = 1; "load": only when loaded). A copy
+    (`copy.copy`, `copy.deepcopy`, `corrupt_cache`) counts as loaded, because what happened to it is not known; call
+    `mark_loaded` where tensors were changed or restored in other ways.
+
+    Args:
+        model: whose cache it is.
+        operator: calibrated, of one run.
+        scrub: "load", "every" or a number of forward passes.
+        cache: an empty cache to take the storage from: a `DynamicCache` (the default) or `StaticCache`, offloaded or
+            not, without sliding windows.
+
+    Raises:
+        ValueError: for an operator of several runs, of another model, or not calibrated; for a policy or a cache that
+            is none of these.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, operator: TokenAware, scrub: str | int = "load", cache: Cache | None = None
+    ) -> None:
+        if operator.runs != 1:
+            raise ValueError(f"a SketchCache takes an operator of one run, not {operator.runs}: `select` one")
+        self.scrubber = Scrubber(model, operator)
+        self.interval = _interval(scrub)
+        self.depth = model.config.get_text_config(decoder=True).num_hidden_layers
+        # the storage: its layers, how new ones are made, and how they are offloaded
+        self.__dict__.update(vars(DynamicCache() if cache is None else _empty(cache)))
+        self.record: TokenRecord | None = None
+        self.report: ScrubReport | None = None  # of the last scrub
+        self._writer: RecordWriter | None = None
+        self._loaded = False
+        self._age = 0  # forward passes since the last scrub
+
+    @property
+    def operator(self) -> TokenAware:
+        return self.scrubber.operator
+
+    @property
+    def is_compileable(self) -> bool:
+        """Never: it does more than to store, also with preallocated layers."""
+        return False
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of the sketch, over all layers; 0 for family D."""
+        return -(-int(self.scrubber.bits_per_token()) // 8)
+
+    def sketch_bytes(self) -> int:
+        """The memory that the sketch takes."""
+        return 0 if self.record is None else self.record.sketch.nbytes
+
+    def mark_loaded(self) -> None:
+        """Have all that is stored scrubbed before the next forward pass."""
+        self._loaded = True
+
+    def begin(self, ids: Tensor, positions: Tensor) -> None:
+        """Called before each forward pass over tokens ids [B, M] at positions [B, M], -1 for padding.
+
+        Raises `ValueError` if the cache holds tokens that were not written within `protect`.
+        """
+        recorded = 0 if self.record is None else len(self.record)
+        if (stored := int(self.get_seq_length())) != recorded:
+            raise ValueError(
+                f"this SketchCache holds {stored} tokens, {recorded} of them written by complete forward passes within "
+                "`protect`: call `reset` and prefill it again"
+            )
+        if self.record is not None and (self._loaded or (self.interval is not None and self._age >= self.interval)):
+            self.scrub()
+        self._writer = RecordWriter(self.scrubber, self.record, ids, positions)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See `Cache.update`. Raises `ValueError` outside of `protect`."""
+        writer = self._writer
+        if writer is None or writer.layer != layer_idx:
+            raise ValueError(
+                "a SketchCache has to know the tokens that it stores: use it within `protect(model, operator)`"
+            )
+        stored = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        writer.write(key_states, value_states)
+        if writer.layer == self.depth:
+            self.record, self._writer = writer.finish(), None
+            self._age += 1
+        return stored
+
+    @torch.no_grad()
+    def scrub(self) -> ScrubReport:
+        """Repairs all cached tokens in place; sound ones keep every bit.
+
+        Raises `ValueError` for an empty cache.
+        """
+        if self.record is None:
+            raise ValueError("there is nothing to scrub: the cache is empty")
+        record, device = self.record, self.record.ids.device
+        layers: list[Any] = self.layers
+        if self.offloading:  # the next layer may be on its way back
+            torch.cuda.default_stream(device).wait_stream(self.prefetch_stream)
+        k, v = (
+            torch.stack([getattr(layer, side)[:, :, : len(record)].to(device) for layer in layers], 1)
+            for side in ("keys", "values")
+        )
+        new_k, new_v, repair = self.scrubber.scrub(k, v, record.ids, record.positions, record.codes(self.scrubber))
+        for index in self.scrubber.layers:
+            _store(layers[index], new_k[:, index], new_v[:, index])
+        changed = ((new_k != k) | (new_v != v)).any(-1).any(2)[:, self.scrubber.layers]  # [B, P, T]
+        valid = record.positions >= 0
+        counts = (changed & valid[:, None]).sum((0, 2)).tolist()
+        self.report = ScrubReport(int(valid.sum()), tuple(counts), repair.suspicion)
+        self._loaded, self._age = False, 0
+        return self.report
+
+    def reset(self) -> None:
+        """See `Cache.reset`."""
+        super().reset()
+        self.record = self.report = self._writer = None
+        self._loaded, self._age = False, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """See `Cache.crop`."""
+        super().crop(tokens_to_remove)
+        if self.record is not None:
+            self.record = self.record.up_to(int(self.get_seq_length())) if self.get_seq_length() else None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """See `Cache.reorder_cache`."""
+        super().reorder_cache(beam_idx)
+        self._choose(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """See `Cache.batch_repeat_interleave`."""
+        super().batch_repeat_interleave(repeats)
+        self._choose(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """See `Cache.batch_select_indices`."""
+        super().batch_select_indices(indices)
+        self._choose(lambda x: x[indices])
+
+    def _choose(self, choose: Any) -> None:
+        if self.record is not None:
+            self.record = self.record.rows(choose)
+
+    def __copy__(self) -> SketchCache:
+        result = object.__new__(type(self))
+        result.__dict__.update(vars(self), layers=[copy.copy(layer) for layer in self.layers], _loaded=True)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SketchCache:
+        memo[id(self.scrubber)] = self.scrubber  # the model is not part of its cache
+        result = object.__new__(type(self))
+        result.__dict__.update(copy.deepcopy(vars(self), memo), _loaded=True)
+        return result
+
+
+def _interval(scrub: str | int) -> int | None:
+    """Forward passes between scrubs; None: no limit."""
+    if isinstance(scrub, str):
+        if scrub not in POLICIES:
+            raise nearest_valid("scrub policy", scrub, POLICIES)
+        return POLICIES[scrub]
+    if scrub < 1:
+        raise ValueError(f"scrub must be 'load', 'every' or 1 or more forward passes, not {scrub}")
+    return scrub
+
+
+def _empty(cache: Cache) -> Cache:
+    """The cache, if a SketchCache can take over its storage."""
+    if cache.get_seq_length() > 0:
+        raise ValueError(
+            f"the cache holds {int(cache.get_seq_length())} tokens already: a SketchCache takes an empty one"
+        )
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, StaticLayer):
+            raise ValueError(
+                f"a SketchCache stores in layers of a DynamicCache or StaticCache without sliding windows, not in a "
+                f"{type(layer).__name__}"
+            )
+    return cache
+
+
+def _store(layer: Any, keys: Tensor, values: Tensor) -> None:
+    """Puts repaired tokens in the place of those that were stored."""
+    for side, new in (("keys", keys), ("values", values)):
+        stored = getattr(layer, side)
+        if isinstance(layer, StaticLayer):
+            stored[:, :, : new.shape[2]] = new
+        else:
+            setattr(layer, side, new.to(stored.device))

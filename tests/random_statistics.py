@@ -1,0 +1,18 @@
+"""Operators of families D and E with statistics drawn at random, for tests that need no calibrated ones."""
+
+import torch
+
+from cachemedic.bench.scrub import random_code, random_transform
+from cachemedic.operators import RepairOperator
+from cachemedic.token_aware.operator import TokenAware
+
+
+def informed(model, family: str = "E", rank: int = 8, strength: float = 1.0, **options) -> TokenAware:
+    """An operator for all layers of a model, at work."""
+    layers = range(model.config.num_hidden_layers)
+    operator = RepairOperator.create(family, model.config, layers=layers, rank=rank, **options)
+    transform = random_transform(operator, seed=0)
+    operator.attach(transform, random_code(operator, transform) if family == "E" else None)
+    with torch.no_grad():
+        operator.strength.fill_(strength)
+    return operator
