@@ -79,8 +79,7 @@ def repair_quality(
         frame = pd.DataFrame({**ratios, "score_error": _ratio(*errors["s"])}).groupby(task.seeds.numpy()).mean()
         for seed, means in frame.iterrows():
             mine = (task.seeds == seed)[:, None] & valid
-            partly = suspicion is not None and damaged[mine].any() and not damaged[mine].all()
-            auroc = detection_auroc(suspicion[mine], damaged[mine]) if partly else float("nan")
+            auroc = float("nan") if suspicion is None else detection_auroc(suspicion[mine], damaged[mine])
             rows.append({"reader": name, "seed": seed, **means.to_dict(), "auroc": auroc})
     return pd.DataFrame(rows)
 

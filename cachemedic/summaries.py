@@ -87,6 +87,26 @@ def recovery_by_type(grid: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["task", "type", "reader", "recovery", "recovery_low", "recovery_high"])
 
 
+def recovery_by_severity(grid: pd.DataFrame) -> pd.DataFrame:
+    """Recovery of the lost NLL and of the KL of every task, type, severity and reader, ratios of means over seeds."""
+    rows = []
+    hit = grid[grid["type"] != NONE]
+    for (task, kind, severity), part in hit.groupby(["task", "type", "severity"], sort=False):
+        by_reader = {
+            name: rows_of.set_index("seed").sort_index() for name, rows_of in part.groupby("reader", sort=False)
+        }
+        undefended = by_reader["none"]
+        for reader, own in by_reader.items():
+            lost = undefended["nll"] - undefended["nll_clean"]
+            recovered = stats.ratio_interval(undefended["nll"] - own["nll"], lost)
+            spared = stats.ratio_interval(undefended["kl"] - own["kl"], undefended["kl"])
+            row = {"task": task, "type": kind, "severity": severity, "reader": reader}
+            for name, interval in (("recovery", recovered), ("kl_recovery", spared)):
+                row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+            rows.append(row | {"n_seeds": len(own), "n_examples": int(own["n_examples"].sum())})
+    return pd.DataFrame(rows)
+
+
 Summarise = Callable[[pd.DataFrame], pd.DataFrame]
 
 

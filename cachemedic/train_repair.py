@@ -31,8 +31,10 @@ def repair_read(base: Base, bank: Bank, operator: TokenAware, draw: Draw, read: 
         sound = join(*(x[rows][:, list(operator.layers)].to(keys) for x in (bank.keys, bank.values)))
         z = transform.standardise(rotation.undo(sound))
         known = z[:, : operator.known_layers]
-        codes = None if operator.code is None else operator.code.write(z, seen.is_first, known)
-    repair = operator.repair(seen, known, codes)
+        code, sketch = operator.code, None
+        if code is not None:
+            sketch = code.understand(code.write(z, seen.is_first, known), seen.is_first, known)
+    repair = operator.repair(seen, known, sketch)
     result = []
     for stored, new in zip((keys, values), split(seen.stored + repair.correction, keys.shape[2]), strict=True):
         mended, here = stored.clone(), torch.nan_to_num(stored[:, mine])

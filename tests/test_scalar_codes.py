@@ -79,6 +79,9 @@ def test_an_allotment_keeps_its_shape_and_a_debt_is_an_error():
     bits = allot_bits(torch.tensor([[4.0, 1.0], [0.0, 0.25]]), 3)
     assert bits.tolist() == [[2, 1], [0, 0]]
     assert int(allot_bits(torch.ones(3), 10**6).sum()) == 3 * MAX_BITS
+    fixed = allot_bits(torch.tensor([[1.0, 4.0], [0.0, 2.0]]), 11, fixed=5)
+    assert fixed.tolist() == [[0, 5], [0, 5]]
+    assert allot_bits(torch.tensor([1.0, 0.0]), 100, fixed=2).tolist() == [2, 0]
     with pytest.raises(ValueError, match="-1 bits is out of range"):
         allot_bits(torch.ones(3), -1)
 

@@ -64,9 +64,7 @@ class Case:
         """Keys and values with noise of `size` standard deviations at the tokens `where` [B, T], in all layers."""
         generator = torch.Generator().manual_seed(4)
         hit = where[:, None, None, :, None]
-        return tuple(
-            x + hit * size * x.std() * torch.randn(x.shape, generator=generator) for x in (self.k, self.v)
-        )
+        return tuple(x + hit * size * x.std() * torch.randn(x.shape, generator=generator) for x in (self.k, self.v))
 
 
 @cache

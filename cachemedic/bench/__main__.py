@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 
 from cachemedic.bank import open_bank
-from cachemedic.bench import decode, training
+from cachemedic.bench import augmented, decode, scrub, training
 from cachemedic.models import load_base
 from cachemedic.report import ROOT, Run
 
@@ -21,9 +21,11 @@ def main() -> None:
         ladders.append(training.ladder(base, bank, config).assign(setting=setting))
         trainer = training.trainer_of(training.LADDER[-1], base, config, bank)
         parts.append(training.step_parts(trainer).assign(setting=setting))
-    decoding = decode.overhead(decode.gpt2_medium(max(decode.POSITIONS) + 1))
+    medium = decode.gpt2_medium(max(decode.POSITIONS) + 1)
+    token_aware = [scrub.scrub_cost(medium), augmented.augmented_cost(medium)]
     for name, frame in (
-        ("bench_decode", decoding),
+        ("bench_decode", decode.overhead(medium)),
+        ("bench_token_aware", pd.concat(token_aware)),
         ("bench_training", pd.concat(ladders)),
         ("bench_training_step", pd.concat(parts)),
     ):

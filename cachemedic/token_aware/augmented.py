@@ -55,7 +55,7 @@ class AugmentedRead:
         """
         assert operator.transform is not None  # it has repaired
         heads, rank = operator.config.model.num_kv_heads, operator.rank
-        extra = _extra_width(operator)
+        extra = extra_width(operator)
         limits = tuple(x[0, :, :, 0] for x in split(sane(operator.transform)[None, :, None], heads))
         bases, tails = [], []
         for side, correction in enumerate(split(repair.correction.detach(), heads)):
@@ -87,7 +87,7 @@ class AugmentedRead:
     def bits_per_token(self) -> float:
         """What is stored beside a token, in 16-bit words, padding included; not the bases, which a cache has once."""
         shape = self.operator.config.model
-        return WORD_BITS * 2 * _extra_width(self.operator) * shape.num_kv_heads * len(self.layers)
+        return WORD_BITS * 2 * extra_width(self.operator) * shape.num_kv_heads * len(self.layers)
 
     def check_model(self, model_config: PreTrainedConfig) -> None:
         """See `RepairOperator.check_model`."""
@@ -156,7 +156,7 @@ class WideLayer(DynamicLayer):
         return super().update(*wide, *args, **kwargs)
 
 
-def _extra_width(operator: TokenAware) -> int:
-    """By how much a head grows: the features, the bias, and what fills the width up to a multiple of `MULTIPLE`."""
+def extra_width(operator: TokenAware) -> int:
+    """By how much heads grow: by the features, the bias, and what fills the width up to a multiple of `MULTIPLE`."""
     wide = operator.head_dim + operator.rank + int(operator.config.options["bias"])
     return -(-wide // MULTIPLE) * MULTIPLE - operator.head_dim

@@ -15,6 +15,7 @@ from cachemedic.cache import stack_cache, unstack_cache
 from cachemedic.models import Base
 from cachemedic.safeguards import WORD_BITS
 from cachemedic.text import documentation
+from cachemedic.token_aware.learned_basis import learn_basis
 from cachemedic.token_aware.operator import TokenAware, coordinates
 from cachemedic.token_aware.sketch_code import SketchCode
 from cachemedic.token_aware.statistics_files import shipped_transform
@@ -129,7 +130,7 @@ def fisher_diagonal(base: Base, text: Tensor | None = None, seed: int = 7) -> Te
     ids, prefix = text.to(base.model.device), text.shape[1] - FISHER_DECODED
     rotation = KeyRotation(base.model)
     generator = torch.Generator().manual_seed(seed)
-    total: Tensor | None = None
+    total = torch.zeros(())
     for rows in tqdm(ids.split(BATCH), desc=f"sensitivity of the cache of {base.name}"):
         positions = torch.arange(prefix, device=rows.device).expand(len(rows), -1)
         cache = DynamicCache()
@@ -143,8 +144,8 @@ def fisher_diagonal(base: Base, text: Tensor | None = None, seed: int = 7) -> Te
             log_p = base.model(rows[:, prefix:], past_key_values=stored).logits.float().log_softmax(-1)
             drawn = torch.multinomial(log_p.detach().exp().flatten(0, 1).cpu(), 1, generator=generator)
             log_p.gather(-1, drawn.to(log_p.device).view(*log_p.shape[:2], 1)).sum().backward()
-        squares = x.grad[:, :, 1:].square().sum((0, 2)).cpu()
-        total = squares if total is None else total + squares
+        assert x.grad is not None
+        total = total + x.grad[:, :, 1:].square().sum((0, 2)).cpu()
     return total / (len(ids) * FISHER_DECODED * (prefix - 1))
 
 
@@ -159,20 +160,29 @@ def calibrate(operator: TokenAware, base: Base, windows: CleanVectors | None = N
     options = operator.config.options
     everything = operator.layers == tuple(range(operator.config.model.num_layers))
     projection = options.get("projection", "principal")
-    transform = shipped_transform(base.name) if everything and projection == "principal" else None
+    transform = shipped_transform(base.name) if everything and projection != "random" else None
     text = None if windows is None else windows.ids
     if windows is None:
         count = CALIBRATION_SAMPLES if transform is None else CODE_SAMPLES
         windows = clean_vectors(base, count, min(base.context - 32, CALIBRATION_LENGTH))
     if transform is None:
-        transform = fit_transform(base, windows, operator.layers, projection, text=text)
-    code = None
-    if "share" in options:
-        x = windows.x[:CODE_SAMPLES, list(operator.layers)]
-        budget = int(options["share"] * WORD_BITS * transform.width * transform.num_layers)
-        code = SketchCode.fit(
-            transform, transform.standardise(x), windows.positions[:CODE_SAMPLES] == 0, operator.known_layers, budget,
-            coordinates(operator.config),
-        )  # fmt: skip
+        transform = fit_transform(
+            base, windows, operator.layers, "random" if projection == "random" else "principal", text=text
+        )
+    code = _code(operator, transform, windows) if "share" in options else None
+    if code is not None and projection == "learned":
+        transform = learn_basis(base, code, operator.known_layers)
+        code = _code(operator, transform, windows)
     operator.attach(transform, code)
     return operator
+
+
+def _code(operator: TokenAware, transform: Transform, windows: CleanVectors) -> SketchCode:
+    """The code of family E, measured on clean windows."""
+    options = operator.config.options
+    z = transform.standardise(windows.x[:CODE_SAMPLES, list(operator.layers)])
+    budget = int(options["share"] * WORD_BITS * transform.width * transform.num_layers)
+    is_first = windows.positions[:CODE_SAMPLES] == 0
+    return SketchCode.fit(
+        transform, z, is_first, operator.known_layers, budget, coordinates(operator.config), options["bits"]
+    )

@@ -25,8 +25,8 @@ class Observation:
     """A stored cache of N rows, P layers, T tokens, keys rotated as stored.
 
     stored [N, P, T, D]: keys and values joined, zero where they are not finite or out of all bounds; z [N, P, T, D]:
-    the same in units of `Transform.scale`; lost [N, P, T, D]: elements that are exactly zero, or were put to zero; grain
-    [N, P, T, H']: log of the smallest kept magnitude of a head over the mean one, large for coarse quantisation;
+    the same in units of `Transform.scale`; lost [N, P, T, D]: elements that are exactly zero, or were put to zero;
+    grain [N, P, T, H']: log of the smallest kept magnitude of a head over the mean one, large for coarse quantisation;
     positions [N, T], -1 for padding; rotation of its keys.
     """
 

@@ -1,12 +1,11 @@
 """Families D (token-aware) and E (sketch-assisted): repair of each cached token by what can be known about it.
 
-D knows how layers follow from one another, the damaged numbers of the token and, with the prior, its id. E also has a few
-protected bits a token, written when the token was. Both repair a stored cache as a whole.
+D knows how layers follow from one another, the damaged numbers of the token and, with the prior, its id. E also has a
+few protected bits a token, written when the token was. Both repair a stored cache as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from cachemedic.operator_config import OperatorConfig
 from cachemedic.operators import Attention, Gates, RepairOperator
 from cachemedic.token_aware.depth_filter import FEATURES, OUTPUTS, TINY, LayerStatistics, Sight, estimate, weigh
 from cachemedic.token_aware.observation import Observation
-from cachemedic.token_aware.sketch_code import SketchCode
+from cachemedic.token_aware.scalar_codes import MAX_BITS
+from cachemedic.token_aware.sketch_code import Sketch, SketchCode
 from cachemedic.token_aware.statistics_files import read_statistics, write_statistics
 from cachemedic.token_aware.transform import Transform
 
@@ -154,25 +154,22 @@ class TokenAware(RepairOperator):
             self.attach(self.transform, self.code)  # to the device where the parameters are now
         return self
 
-    def repair(self, seen: Observation, known: Tensor, codes: list[Tensor] | None = None) -> Repair:
+    def repair(self, seen: Observation, known: Tensor, sketch: Sketch | None = None) -> Repair:
         """Repairs an observed cache of R*B rows.
 
-        known [R*B, j, T, D]: the lowest j layers as the token ids say, unrotated, in units of the scale; codes, by
-        layer [R*B, T, m]: what E stored.
+        known [R*B, j, T, D]: the lowest j layers as the token ids say, unrotated, in units of the scale; sketch: what E
+        stored.
         """
         assert self.transform is not None  # `calibrate` attaches it
         strength = InwardClamp.apply(self.strength * STRENGTH_GAIN).repeat_interleave(len(seen.z) // self.runs, 0)
         nothing = torch.zeros_like(seen.z[:, 0, :, 0])
         walk = _Walk(None, nothing[..., None], nothing, nothing)
-        stored = None if codes is None or self.code is None else self.code.read(codes, seen.is_first, known)
         parts: list[tuple[Tensor, ...]] = []
         for layer in range(seen.z.shape[1]):
             if layer < known.shape[1]:
-                if stored is not None:
-                    next(stored)
                 parts.append(self._known_layer(walk, seen, layer, seen.rotation.redo(known[:, layer]), strength))
             else:
-                parts.append(self._layer(walk, seen, layer, stored, codes, strength))
+                parts.append(self._layer(walk, seen, layer, sketch, strength))
         correction, bias, suspicion = (torch.stack(x, 1) for x in zip(*parts, strict=True))
         padding = (seen.positions < 0)[:, None, :, None]
         correction = (correction / self.transform.scale[:, None]).masked_fill(padding, 0)
@@ -197,8 +194,7 @@ class TokenAware(RepairOperator):
         walk: _Walk,
         seen: Observation,
         layer: int,
-        stored: Iterator[tuple[Tensor, Tensor]] | None,
-        codes: list[Tensor] | None,
+        sketch: Sketch | None,
         strength: Tensor,
     ) -> tuple[Tensor, ...]:
         """Any other layer: judged by the network, estimated by the filter."""
@@ -206,12 +202,12 @@ class TokenAware(RepairOperator):
         read, lost, statistics = seen.z[:, layer], seen.lost[:, layer], self._layers[layer]
         residual = torch.zeros_like(walk.known_off)
         hit = torch.ones_like(residual, dtype=torch.bool)
-        if stored is None or codes is None or self.code is None:
+        if sketch is None or self.code is None:
             base = self.transform.predict(layer, walk.below, seen.is_first)
         else:
-            predicted, base = next(stored)
+            predicted, base = self.code.reconstruct(layer, sketch)
             innovation = (seen.rotation.undo(read) - predicted) @ statistics.basis
-            residual = self.code.residual(layer, innovation, codes[layer]).abs().amax(-1)
+            residual = self.code.residual(layer, innovation, sketch.codes[layer]).abs().amax(-1)
             hit = (residual > DEAD_ZONE) | lost.any(-1)
         base = seen.rotation.redo(base)
         if walk.read_below is not None:
@@ -228,8 +224,8 @@ class TokenAware(RepairOperator):
         gate = found.gate * strength[..., None] * hit[..., None] * options["correction"]
         correction = gate * (base + found.innovation - read)
         walk.below, walk.below_off = seen.rotation.undo(read + correction), evidence.damage
-        walk.left = found.variance if stored is None else walk.left
-        suspicion = gate.mean(-1) if stored is None else residual
+        walk.left = found.variance if sketch is None else walk.left
+        suspicion = gate.mean(-1) if sketch is None else residual
         bias = found.bias * (strength * hit)[..., None] * options["bias"]
         return correction, bias, suspicion
 
@@ -266,10 +262,11 @@ class SketchAssisted(TokenAware):
     """Family E: D with a protected code of each token; the exact identity on tokens whose code is what was stored.
 
     Options beyond those of D: `share`: bytes of the sketch over those of a bf16 cache; `projection`: axes of the
-    innovation that are coded, "principal" or "random".
+    innovation that are coded, "principal", "random" or "learned"; `bits`: of every coordinate that is coded (None: as
+    many as its variance is worth).
     """
 
-    default_options = TokenAware.default_options | {"share": 1 / 32, "projection": "principal"}
+    default_options = TokenAware.default_options | {"share": 1 / 32, "projection": "principal", "bits": None}
 
 
 def coordinates(config: OperatorConfig) -> int:
@@ -289,5 +286,8 @@ def _check_options(config: OperatorConfig) -> None:
         )
     if not 0 <= options.get("share", 0) <= 1:
         raise ValueError(f"share {options['share']} is out of range: allowed are 0 to 1 of a bf16 cache")
-    if options.get("projection", "principal") not in ("principal", "random"):
-        raise ValueError(f"projection must be 'principal' or 'random', not {options['projection']!r}")
+    if options.get("projection", "principal") not in ("principal", "random", "learned"):
+        raise ValueError(f"projection must be 'principal', 'random' or 'learned', not {options['projection']!r}")
+    bits = options.get("bits")
+    if bits is not None and not 1 <= bits <= MAX_BITS:
+        raise ValueError(f"bits {bits} is out of range: allowed are 1 to {MAX_BITS}, or None")

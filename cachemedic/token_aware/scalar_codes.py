@@ -15,7 +15,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-MAX_BITS = 6
+MAX_BITS = 8
 SCALE_LIMIT = 1e-2  # a coordinate that varies less counts as one of this standard deviation: rounding stays far below
 
 
@@ -36,15 +36,21 @@ def distortion(bits: int) -> float:
     return lloyd_max(bits)[2]
 
 
-def allot_bits(variances: Tensor, budget: int, max_bits: int = MAX_BITS) -> Tensor:
+def allot_bits(variances: Tensor, budget: int, max_bits: int = MAX_BITS, fixed: int | None = None) -> Tensor:
     """Whole bits for coordinates of these variances (any shape), `budget` in all at most: the largest gain first.
 
+    With `fixed`, the coordinates of the largest variance get so many each, the others none.
     Raises `ValueError` for a negative budget.
     """
     if budget < 0:
         raise ValueError(f"a budget of {budget} bits is out of range: 0 or more")
     flat = variances.flatten().tolist()
     bits = [0] * len(flat)
+    if fixed is not None:
+        count = min(budget // fixed, sum(variance > 0 for variance in flat))
+        for i in sorted(range(len(flat)), key=lambda i: -flat[i])[:count]:
+            bits[i] = fixed
+        return torch.tensor(bits).view(variances.shape)
     gain = [distortion(b) - distortion(b + 1) for b in range(max_bits)]
     queue = [(-variance * gain[0], i) for i, variance in enumerate(flat) if variance > 0]
     heapq.heapify(queue)

@@ -10,6 +10,7 @@ from cachemedic.defenses import Defended
 from cachemedic.safeguards import Safeguard
 from cachemedic.token_aware.observation import observe
 from cachemedic.token_aware.operator import Repair, TokenAware
+from cachemedic.token_aware.suspects import pieces, suspects
 from cachemedic.token_aware.token_prior import lowest_layers
 from cachemedic.token_aware.token_vectors import KeyRotation, join, split
 
@@ -51,17 +52,39 @@ class Scrubber(Safeguard):
         """The repaired cache; sound tokens keep every bit."""
         return Defended(*self.scrub(k, v, ids, positions_of(valid), kept)[:2])
 
+    @torch.no_grad()
     def scrub(
         self, k: Tensor, v: Tensor, ids: Tensor, positions: Tensor, codes: Codes
     ) -> tuple[Tensor, Tensor, Repair]:
         """Repaired copies of k, v [B, L, G, T, d], and what was found."""
-        rotation = self.rotation.at(positions)
-        seen = observe(self.transform, k[:, self.layers], v[:, self.layers], positions, rotation)
-        repair = self.operator.repair(seen, self.known(ids, positions), codes)
+        operator, known = self.operator, self.known(ids, positions)
         mended = k.clone(), v.clone()
-        for result, new in zip(mended, split(seen.stored + repair.correction, k.shape[2]), strict=True):
-            result[:, self.layers] = new.to(result.dtype)
-        return *mended, repair
+        shape = len(ids), len(self.layers), ids.shape[1]
+        found = Repair(*(known.new_zeros(*shape, *n) for n in ((self.transform.width,), (k.shape[2],), ())))
+        rows = torch.arange(len(ids), device=ids.device)[:, None, None]
+        layers = torch.tensor(self.layers, device=ids.device)[:, None]
+        everything = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        if codes is None or operator.code is None:  # of family D, whose tokens hang on all those before them
+            sketch, parts = None, iter([(everything, everything < 0, slice(None))])
+        else:
+            sketch = operator.code.understand(codes, positions == 0, known)
+            rotation = self.rotation.at(positions)
+            to_repair = suspects(operator, k, v, positions, rotation, known, sketch)
+            parts = pieces(to_repair, operator.config.options["window"])
+        for tokens, fill, own in parts:
+            at = rows, layers, slice(None), tokens[:, None]
+            key, value = (x[at].transpose(2, 3) for x in (k, v))
+            places = positions.take_along_dim(tokens, 1).masked_fill(fill, -1)
+            seen = observe(self.transform, key, value, places, self.rotation.at(places))
+            of_tokens = known.take_along_dim(tokens[:, None, :, None], 2)
+            repair = operator.repair(seen, of_tokens, None if sketch is None else sketch.at(tokens))
+            at = rows, layers, slice(None), tokens[:, None, own]
+            for result, new in zip(mended, split(seen.stored + repair.correction, k.shape[2]), strict=True):
+                result[at] = new.transpose(2, 3)[:, :, own].to(result.dtype)
+            at = rows, torch.arange(len(layers), device=ids.device)[:, None], tokens[:, None, own]
+            for result, new in zip(vars(found).values(), vars(repair).values(), strict=True):
+                result[at] = new[:, :, own]
+        return *mended, found
 
     def known(self, ids: Tensor, positions: Tensor) -> Tensor:
         """The lowest layers as the ids tell them, [B, j, T, D] unrotated and in units of the scale; 0 for padding."""
@@ -81,6 +104,6 @@ def positions_of(valid: Tensor) -> Tensor:
 
 
 def without_padding(z: Tensor, positions: Tensor) -> Tensor:
-    """z [..., T, D] with zeros for padding: what is written of it follows from nothing that a later read cannot know."""
+    """z [..., T, D] with zeros for padding: what is written must not depend on what no later read knows."""
     absent = positions < 0
     return z.masked_fill((absent if z.dim() == 3 else absent[:, None])[..., None], 0)

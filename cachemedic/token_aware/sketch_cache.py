@@ -1,4 +1,4 @@
-"""A Hugging Face cache that families D and E look after: it keeps the sketch of its tokens and scrubs what it stores."""
+"""A Hugging Face cache that families D and E look after: it keeps the sketch of its tokens and scrubs them."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import safetensors.torch
+from safetensors import SafetensorError
 
 from cachemedic.models import EMBEDDED, WEIGHTS
 from cachemedic.text import write_atomically
@@ -48,11 +49,12 @@ def read_statistics(folder: Path) -> tuple[Transform, SketchCode | None] | None:
         record = json.loads((folder / STATISTICS).read_text())
         name = record["of"]
         transform = shipped_transform(name) if name else Transform.load(folder / TRANSFORM)
-        code = safetensors.torch.load((folder / CODE).read_bytes()) if record["code"] else None
-    except (OSError, KeyError, json.JSONDecodeError, safetensors.SafetensorError) as error:
+        stored = safetensors.torch.load((folder / CODE).read_bytes()) if record["code"] else None
+        code = None if stored is None else (stored["bits"], stored["spread"])
+    except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"the statistics in {folder} are damaged: {error!r}") from error
     if transform is None or transform.digest != record["transform"]:
         raise ValueError(
             f"the transform of {name or folder} is not the one that the operator in {folder} was made with"
         )
-    return transform, None if code is None else SketchCode(transform, code["bits"], code["spread"])
+    return transform, None if code is None else SketchCode(transform, *code)

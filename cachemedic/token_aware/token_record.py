@@ -15,9 +15,9 @@ from cachemedic.token_aware.token_vectors import join
 
 @dataclass(frozen=True, eq=False)
 class TokenRecord:
-    """Of T cached tokens in B rows: ids [B, T]; positions [B, T], -1 for padding; sketch [B, T, bytes], the packed codes
-    of all layers, of no bytes for family D; last [P, B, 1, D]: what the code of the newest token says of each layer, from
-    which the next token is predicted (None: to be read from the sketch again).
+    """Of T cached tokens in B rows: ids [B, T]; positions [B, T], -1 for padding; sketch [B, T, bytes], packed codes of
+    all layers, of no bytes for family D; last [P, B, 1, 2 q]: what each layer of the newest token says of the next
+    layer, from which the next token is predicted (None: to be read from the sketch again).
     """
 
     ids: Tensor
@@ -52,8 +52,8 @@ class TokenRecord:
         known = scrubber.known(self.ids, self.positions)
         newest = slice(-len(codes), None)  # a layer looks one token back: as many tokens as layers tell the last one
         recent = [of_layer[:, newest] for of_layer in codes]
-        read = code.read(recent, self.positions[:, newest] == 0, known[:, :, newest])
-        return replace(self, last=torch.stack([reconstruction[:, -1:] for _, reconstruction in read]))
+        sketch = code.understand(recent, self.positions[:, newest] == 0, known[:, :, newest])
+        return replace(self, last=torch.stack([said[:, -1:] for said in sketch.said]))
 
 
 class RecordWriter:
@@ -64,7 +64,7 @@ class RecordWriter:
         self.before = None if before is None else before.with_last(scrubber)
         self.rotation = scrubber.rotation.at(positions)
         self.layer = 0  # of the model, the next one to be written
-        self._below: Tensor | None = None  # of the new tokens and the one before them, as their codes say
+        self._below: Tensor | None = None  # what the last layer says, of the token before the new ones too
         self._codes: list[Tensor] = []
         self._last: list[Tensor] = []
 
@@ -79,16 +79,13 @@ class RecordWriter:
         transform = self.scrubber.transform
         x = self.rotation.undo(join(key[:, None], value[:, None]).float())[:, 0]
         z = without_padding((x - transform.mean[index]) * transform.scale[index], self.positions)
-        is_first, behind = self.positions == 0, 0
+        _, codes, said = code.code_layer(index, z, self._below, self.positions == 0)
+        if index < self.scrubber.operator.known_layers:
+            said = code.tell(index, z)
+        self._codes.append(codes)
+        self._last.append(said[:, -1:])
         earlier = None if self.before is None else self.before.last
-        if earlier is not None:
-            z, is_first, behind = torch.cat([earlier[index], z], 1), torch.nn.functional.pad(is_first, (1, 0)), 1
-        _, _, codes, decoded = code.code_layer(index, z, self._below, is_first)
-        self._below = z if index < self.scrubber.operator.known_layers else decoded
-        if earlier is not None:
-            self._below = torch.cat([earlier[index], self._below[:, 1:]], 1)
-        self._codes.append(codes[:, behind:])
-        self._last.append(self._below[:, -1:])
+        self._below = said if earlier is None else torch.cat([earlier[index], said], 1)
 
     def finish(self) -> TokenRecord:
         """The record of all tokens, once every layer is written."""

@@ -76,8 +76,8 @@ class KeyRotation:
         angles = self.at(torch.ones(1, 1, dtype=torch.long, device=model.device)).angles
         if angles is not None and not all(torch.equal(*a.chunk(2, dim=-1)) for a in angles):
             raise ValueError(
-                f"{type(model).__name__} does not rotate number i of a key with number i + width / 2; token-aware repair "
-                "serves models with that rotary embedding, or none"
+                f"{type(model).__name__} does not rotate number i of a key with number i + width / 2; token-aware "
+                "repair serves models with that rotary embedding, or none"
             )
 
     def at(self, positions: Tensor) -> Rotation:

@@ -32,8 +32,8 @@ class Transform:
     """Statistics of the P protected layers, D = 2 G d numbers a token vector.
 
     mean, scale [P, D]: z = (x - mean) * scale. first [P, D]: z of the first position, which lies far from the others.
-    chain_in [P, 2 D, q], chain_out [P, q, D]: prediction of layer l from layer l - 1 at the token and at the one before,
-    by a map of rank q, so that wide models pay little for it; zeros for the lowest.
+    chain_in [P, 2 D, q], chain_out [P, q, D]: prediction of layer l from layer l - 1 at the token and at the one
+    before, by a map of rank q, so that wide models pay little for it; zeros for the lowest.
     basis [P, D, D]: orthonormal axes of the innovation, by falling variance; variance [P, D]: along them.
     """
 

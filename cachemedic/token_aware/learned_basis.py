@@ -1,0 +1,68 @@
+"""Axes of the innovation that are learned: by what decoding from the code alone does to the model's output."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cachemedic.bank import sample_windows
+from cachemedic.cache import stack_cache, unstack_cache
+from cachemedic.models import Base
+from cachemedic.objective import kd_loss
+from cachemedic.text import documentation
+from cachemedic.token_aware.scalar_codes import decode, encode
+from cachemedic.token_aware.sketch_code import SketchCode
+from cachemedic.token_aware.token_vectors import KeyRotation, join, split
+from cachemedic.token_aware.transform import Transform
+
+STEPS, BATCH, PREFIX, DECODED, LEARNING_RATE = 60, 4, 96, 16, 1e-3
+
+
+def learn_basis(base: Base, code: SketchCode, known: int, seed: int = 3) -> Transform:
+    """The transform of `code` with other axes: of least KL to the clean model where all tokens are read from codes.
+
+    Gradients pass the quantiser as if it were not there (Bengio et al. 2013); after every update the axes are made
+    orthonormal again (a QR retraction).
+    """
+    transform, rotation = code.transform, KeyRotation(base.model)
+    rows = sample_windows(base, documentation("operator_train"), STEPS * BATCH, PREFIX + DECODED, seed)
+    axes = transform.basis.clone().requires_grad_()
+    optimizer = torch.optim.Adam([axes], lr=LEARNING_RATE)
+    for ids in tqdm(rows.split(BATCH), desc=f"axes of the sketch on {base.name}"):
+        positions = torch.arange(PREFIX).expand(len(ids), -1)
+        turn = rotation.at(positions)
+        with torch.no_grad():
+            teacher = base.model(ids, use_cache=True)
+            teacher.past_key_values.crop(-DECODED)
+            key, value = stack_cache(teacher.past_key_values)
+            z = transform.standardise(turn.undo(join(key, value)))
+        decoded = transform.restore(_through(code, axes, z, positions == 0, known))
+        stored = unstack_cache(*split(turn.redo(decoded), key.shape[2]))
+        student = base.model(ids[:, PREFIX:], past_key_values=stored).logits
+        optimizer.zero_grad()
+        kd_loss(teacher.logits[:, PREFIX:], student).backward()
+        optimizer.step()
+        with torch.no_grad():
+            q, r = torch.linalg.qr(axes)
+            axes.copy_(q * r.diagonal(dim1=1, dim2=2).sign()[:, None])
+    return replace(transform, basis=axes.detach())
+
+
+def _through(code: SketchCode, axes: Tensor, z: Tensor, is_first: Tensor, known: int) -> Tensor:
+    """What the codes of z [B, P, T, D] along `axes` say, with a straight-through gradient."""
+    out: list[Tensor] = []
+    m = code.bits.shape[1]
+    for layer in range(code.transform.num_layers):
+        if layer < known:
+            out.append(z[:, layer])
+            continue
+        predicted = code.transform.predict(layer, out[-1] if out else None, is_first)
+        y = (z[:, layer] - predicted) @ axes[layer, :, :m] / code.spread[layer]
+        said = decode(encode(y.detach(), code.bits[layer]), code.bits[layer])
+        coded = (code.bits[layer] > 0).to(y)
+        y = (y + (said - y).detach()) * coded
+        out.append(predicted + (y * code.spread[layer]) @ axes[layer, :, :m].mT)
+    return torch.stack(out, 1)
