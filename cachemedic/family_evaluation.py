@@ -72,8 +72,8 @@ def linear_operators(base: Base, seeds: Sequence[int], run: Run, smoke: bool) ->
     conditions = ("", ", no contraction")
     return {
         f"{family}{condition}": RepairOperator.stack([stack.select(i) for i in configs[family].runs_of(place)])
-        for place, condition in enumerate(conditions)
         for family, stack in stacks.items()
+        for place, condition in enumerate(conditions)
     }
 
 

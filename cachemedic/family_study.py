@@ -18,7 +18,7 @@ from cachemedic.train_config import TrainConfig
 
 SEVERITIES = (0.1, 0.1, 0.1, 0.25, 0.25, 0.5, 1.0)
 STEPS = {"D": 250, "E": 80}
-HELD_OUT_STEPS = {"D": 120, "E": 80}
+HELD_OUT_STEPS = {"D": 80, "E": 80}
 SHARES = (1 / 16, 1 / 64, 1 / 128, 1 / 256)
 COORDINATES = (1, 2, 4, 8)
 
@@ -58,7 +58,7 @@ def folded(base: Base, seeds: Sequence[int], smoke: bool = False) -> dict[str, T
             objectives=(RepairObjective(), RepairObjective(lambda_contr=0.0)),
             seeds=tuple(seeds),
             bank=bank,
-            steps=4 if smoke else 150,
+            steps=4 if smoke else 100,
             **size,
         )
         for family, size in sizes.items()

@@ -18,8 +18,10 @@ from cachemedic.base_report import Effort, language_scores, read, retrieval
 from cachemedic.clean_ranges import CacheStatistics
 from cachemedic.contraction import measure_contraction
 from cachemedic.decoding import CleanBank, clean_pass
-from cachemedic.defenses import blind_defences
+from cachemedic.defenses import NoDefence, blind_defences
 from cachemedic.experiments import ID_COLUMNS, run_grid, standard_tasks
+from cachemedic.family_evaluation import scrubbers
+from cachemedic.family_study import headline
 from cachemedic.models import Base, load_base
 from cachemedic.operators import RepairOperator
 from cachemedic.report import ROOT
@@ -126,6 +128,18 @@ def contraction(parameters: Parameters) -> pd.DataFrame:
     return rows.assign(base=base.name, setting="standard")
 
 
+def family_rows(parameters: Parameters) -> pd.DataFrame:
+    """No defence, D and E on the second base, whose cache another request's was written over."""
+    severity.use_map(pd.read_csv(ROOT / "results" / "severity_map.csv"))
+    base, seeds = load_base(parameters["second"]), parameters["seeds"]
+    configs = headline(base, seeds)
+    found = scrubbers(base, {name: _operator(base, configs[name]) for name in ("D", "E")})
+    tasks = standard_tasks(base, "test", seeds, {"perplexity": 5})
+    readers = {"none": NoDefence(), **found}
+    rows = run_grid(base, tasks, readers, None, types=("contiguous_overwrite",), severities=(0.5,))
+    return rows.assign(base=base.name)
+
+
 def _summarised(keys: list[str], summarise: Summarise) -> Callable[[Parameters], pd.DataFrame]:
     return lambda parameters: by_group(pd.read_csv(ROOT / "results" / "main_grid.csv"), keys, summarise)
 
@@ -147,6 +161,8 @@ SAMPLES = (
            {"damage": 5e-3, "damage_se": 5e-3}, damage_curves),
     Sample("main_grid", "every blind reader and operator A at severity 0.5", (*GROUPS, *ID_COLUMNS),
            NLL | {"accuracy": 0.021}, grid_rows),
+    Sample("family_grid", "no defence, D and E of the second base, overwriting at severity 0.5", ("base", *ID_COLUMNS),
+           NLL, family_rows),
     Sample("main_contraction", "operator A of the second base, standard setting", (*GROUPS, "type", "seed"),
            dict.fromkeys(("rho", "bound_rank", "bound_full", "rank_floor"), 2e-3), contraction),
     Sample("main_curves", "all rows, from the committed main_grid", (*GROUPS, *ID_COLUMNS[:-1]),

@@ -41,7 +41,8 @@ def test_it_is_a_safeguard_of_the_evaluation(architecture):
     }
     readers = {name: Scrubber(base.model, operator) for name, operator in operators.items()} | {"none": NoDefence()}
     gaussian = CorruptionSpec("gaussian", parameter=1.0, share=0.5)
-    scores = evaluate(base.model, task, clean, gaussian, readers).set_index(["reader", "seed", "example"])
+    scores = evaluate(base.model, task, clean, gaussian, readers)
+    scores = scores.set_index(["reader", "seed", "example"]).sort_index()
     kl = {name: scores.loc[name, "kl"].to_numpy() for name in readers}
     np.testing.assert_array_equal(kl["new"], kl["none"])
     assert kl["E"].mean() < 0.5 * kl["none"].mean()
@@ -55,7 +56,7 @@ def test_it_is_a_safeguard_of_the_evaluation(architecture):
         np.testing.assert_array_equal(unharmed["nll"], unharmed["nll_clean"])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.05, 0.2])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.1])
 def test_its_bytes_are_those_of_the_packed_codes(share):
     base = base_of("gpt2")
     operator = calibrated("gpt2", share=share)
@@ -78,7 +79,7 @@ def embedded(request):
     operator = RepairOperator.create("E", base.model.config, layers=range(12), share=1 / 32)
     calibrate(operator, base, vectors_of(base, sample_windows(base, documents, 8, 128, seed=1)))
     operator.strength.data.fill_(1.0)
-    task = perplexity_task(base.tokenizer, documentation("operator_train")[300:600], (0,), n=20, prefix=128, scored=16)
+    task = perplexity_task(base.tokenizer, documentation("operator_train")[300:600], (0,), n=18, prefix=128, scored=16)
     return base, Scrubber(base.model, operator), task, clean_pass(base.model, task)
 
 
@@ -86,9 +87,9 @@ def embedded(request):
 def test_it_raises_no_false_alarm_on_the_embedded_bases(embedded):
     base, scrubber, task, clean = embedded
     ids, valid = task.prefix_ids, task.prefix_mask
-    assert int(valid.sum()) > 2500
+    assert int(valid.sum()) > 2000
     codes = scrubber.write(clean.k, clean.v, ids, valid)
-    for rows in (torch.arange(20), torch.tensor([5, 2, 9]), torch.tensor([17])):  # other shapes round otherwise
+    for rows in (torch.arange(18), torch.tensor([5, 2, 9]), torch.tensor([17])):  # other shapes round otherwise
         kept = [c[rows] for c in codes]
         k, v, repair = scrubber.scrub(clean.k[rows], clean.v[rows], ids[rows], positions_of(valid[rows]), kept)
         assert torch.equal(k, clean.k[rows])

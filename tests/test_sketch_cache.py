@@ -70,8 +70,9 @@ def assert_sound(cache):
     assert report.suspicion.max() <= DEAD_ZONE
 
 
-@pytest.mark.parametrize("known_layers", [0, 1, 2])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "known_layers"), [*((name, 1) for name in MODELS), ("gpt2", 0), ("gpt2", 2), ("llama", 0), ("llama", 2)]
+)
 def test_codes_do_not_depend_on_how_the_tokens_come(name, known_layers):
     model, operator = protected(name, known_layers=known_layers)
     ids, mask = padded_batch(length=12)
@@ -132,7 +133,7 @@ DAMAGE = {"gaussian": 2.0, "dropout_zero": 0.8, "contiguous_overwrite": 6, "bitf
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-@pytest.mark.parametrize("name", ["gpt2", "llama", "phi", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "phi"])
 def test_generation_over_damage_that_the_ids_tell_of_is_that_over_sound_memory(name, kind):
     model, operator, cache, bad, ids, mask = damaged(name, kind, DAMAGE[kind], layers=[0, 1], known_layers=2)
     call = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False}
@@ -145,7 +146,7 @@ def test_generation_over_damage_that_the_ids_tell_of_is_that_over_sound_memory(n
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-@pytest.mark.parametrize("name", ["gpt2", "llama", "phi", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
 def test_the_code_repairs_what_the_ids_do_not_tell(name, kind):
     model, operator, cache, bad, ids, mask = damaged(name, kind, DAMAGE[kind])
 

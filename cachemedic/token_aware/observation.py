@@ -27,13 +27,15 @@ class Observation:
     stored [N, P, T, D]: keys and values joined, zero where they are not finite or out of all bounds; z [N, P, T, D]:
     the same in units of `Transform.scale`; lost [N, P, T, D]: elements that are exactly zero, or were put to zero;
     grain [N, P, T, H']: log of the smallest kept magnitude of a head over the mean one, large for coarse quantisation;
-    positions [N, T], -1 for padding; rotation of its keys.
+    implausible [N, P, T]: whether an element of the token was put to zero; positions [N, T], -1 for padding;
+    rotation of its keys.
     """
 
     stored: Tensor
     z: Tensor
     lost: Tensor
     grain: Tensor
+    implausible: Tensor
     positions: Tensor
     rotation: Rotation
 
@@ -45,7 +47,8 @@ class Observation:
 def observe(transform: Transform, key: Tensor, value: Tensor, positions: Tensor, rotation: Rotation) -> Observation:
     """The observation of stored keys and values [N, P, G, T, d]."""
     read = join(key, value).float()
-    stored = torch.where(read.abs() < sane(transform)[:, None], read, 0.0)
+    plausible = read.abs() < sane(transform)[:, None]
+    stored = torch.where(plausible, read, 0.0)
     lost = stored == 0
     heads = 2 * key.shape[2]
     kept = (~lost).unflatten(-1, (heads, -1))
@@ -54,4 +57,4 @@ def observe(transform: Transform, key: Tensor, value: Tensor, positions: Tensor,
     least = torch.where(kept, size, torch.inf).amin(-1)
     grain = (least.clamp_max(1 / SMALL) / (mean + SMALL) + 1e-3).log().clamp(*GRAIN_RANGE)
     z = rotation.redo(transform.standardise(rotation.undo(stored)))
-    return Observation(stored, z, lost, grain, positions, rotation)
+    return Observation(stored, z, lost, grain, ~plausible.all(-1), positions, rotation)

@@ -181,7 +181,7 @@ class TokenAware(RepairOperator):
         """A layer that the token ids tell."""
         read = seen.z[:, layer]
         off = (read - exact).abs().amax(-1)
-        hit = (off > KNOWN_TOLERANCE) | (seen.lost[:, layer] & (exact.abs() > KNOWN_TOLERANCE)).any(-1)
+        hit = (off > KNOWN_TOLERANCE) | seen.implausible[:, layer]
         size = exact.square().mean(-1).clamp_min(KNOWN_TOLERANCE**2)  # padding has none
         walk.known_off = walk.below_off = (read - exact).square().mean(-1) / size
         correction = (strength * hit)[..., None] * (exact - read)
@@ -208,7 +208,9 @@ class TokenAware(RepairOperator):
             predicted, base = self.code.reconstruct(layer, sketch)
             innovation = (seen.rotation.undo(read) - predicted) @ statistics.basis
             residual = self.code.residual(layer, innovation, sketch.codes[layer]).abs().amax(-1)
-            hit = (residual > DEAD_ZONE) | lost.any(-1)
+            hit = (residual > DEAD_ZONE) | seen.implausible[
+                :, layer
+            ]  # zeros alone are no sign: sound numbers round to it
         base = seen.rotation.redo(base)
         if walk.read_below is not None:
             walk.exchanged = self._exchanged(walk.read_below, seen, layer, base)

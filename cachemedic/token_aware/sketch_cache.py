@@ -163,7 +163,7 @@ class SketchCache(Cache):
         if self.record is not None:
             self.record = self.record.up_to(int(self.get_seq_length())) if self.get_seq_length() else None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """See `Cache.reorder_cache`."""
         super().reorder_cache(beam_idx)
         self._choose(lambda x: x.index_select(0, beam_idx.to(x.device)))
