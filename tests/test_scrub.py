@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import DOCUMENTS
-from tiny_repair import base_of, calibrated
+from tiny_repair import base_of, calibrated, repair_at_once
 
 from cachemedic.bank import sample_windows
 from cachemedic.corruption_spec import CorruptionSpec
@@ -91,9 +91,11 @@ def test_it_raises_no_false_alarm_on_the_embedded_bases(embedded):
     codes = scrubber.write(clean.k, clean.v, ids, valid)
     for rows in (torch.arange(18), torch.tensor([5, 2, 9]), torch.tensor([17])):  # other shapes round otherwise
         kept = [c[rows] for c in codes]
-        k, v, repair = scrubber.scrub(clean.k[rows], clean.v[rows], ids[rows], positions_of(valid[rows]), kept)
-        assert torch.equal(k, clean.k[rows])
-        assert torch.equal(v, clean.v[rows])
+        stored = clean.k[rows], clean.v[rows]
+        k, v, _ = scrubber.scrub(*stored, ids[rows], positions_of(valid[rows]), kept)
+        assert torch.equal(k, stored[0])
+        assert torch.equal(v, stored[1])
+        _, _, repair = repair_at_once(scrubber, *stored, ids[rows], valid[rows], kept)
         assert not repair.correction.any()
         assert repair.suspicion[:, 0].max() < KNOWN_TOLERANCE / 10, "far from the tolerances"
         assert repair.suspicion[:, 1:].max() < DEAD_ZONE / 10

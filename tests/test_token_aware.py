@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from small_models import shaken
-from tiny_repair import base_of, calibrated, case
+from tiny_repair import base_of, calibrated, case, repair_at_once
 
 from cachemedic.operators import RepairOperator
 from cachemedic.token_aware.scrub import Scrubber, positions_of
@@ -20,6 +20,12 @@ def scrub(operator, k, v, architecture="gpt2", c=None):
     scrubber = Scrubber(base_of(architecture).model, operator)
     codes = scrubber.write(c.k, c.v, c.ids, c.valid)
     return scrubber.scrub(k, v, c.ids, positions_of(c.valid), codes)
+
+
+def at_once(operator, k, v, architecture):
+    """The same by the slow reference."""
+    c, scrubber = case(architecture), Scrubber(base_of(architecture).model, operator)
+    return repair_at_once(scrubber, k, v, c.ids, c.valid, scrubber.write(c.k, c.v, c.ids, c.valid))
 
 
 def some_tokens(c, share: float = 0.4) -> torch.Tensor:
@@ -47,6 +53,8 @@ def test_a_new_operator_changes_no_bit_and_learns_at_once(architecture, family):
     k, v, repair = scrub(operator, *damaged, architecture)
     assert same((k, v), damaged)
     assert not repair.correction.any()
+    k, v, _ = at_once(operator, *damaged, architecture)
+    assert same((k, v), damaged)
     loss = (k - c.k).square().sum() + (v - c.v).square().sum()
     loss.backward()
     assert (operator.strength.grad < 0).all(), "a step downhill turns it on"
@@ -60,12 +68,26 @@ def test_every_parameter_that_takes_part_gets_a_gradient(architecture, family):
     c = case(architecture)
     operator = shaken(calibrated(architecture, family), 0.02)
     operator.strength.data.fill_(0.7 / 32)
-    k, v, repair = scrub(operator, *c.damaged(some_tokens(c)), architecture)
+    k, v, repair = at_once(operator, *c.damaged(some_tokens(c)), architecture)
     (k.square().sum() + v.square().sum() + repair.bias.sum()).backward()
     for name, p in operator.named_parameters():
         assert p.grad is not None
         assert p.grad.isfinite().all(), name
         assert p.grad.any(), name
+
+
+@BOTH
+@FAMILIES
+@pytest.mark.parametrize(("share", "window"), [(0.4, 8), (0.05, 0), (0.2, 1)])
+def test_a_scrub_is_the_repair_of_the_whole_cache(architecture, family, share, window):
+    c = case(architecture)
+    operator = shaken(calibrated(architecture, family, window=window, bias=True), 0.1)
+    operator.strength.data.fill_(1.0)
+    damaged = c.damaged(some_tokens(c, share))
+    damaged[0][2, 1, 0, -2] = math.nan
+    found, expected = (repair(operator, *damaged, architecture) for repair in (scrub, at_once))
+    for x, y in zip((*found[:2], found[2].bias), (*expected[:2], expected[2].bias), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
 @BOTH

@@ -12,7 +12,10 @@ from cachemedic.cache import stack_cache
 from cachemedic.models import Base
 from cachemedic.operators import RepairOperator
 from cachemedic.token_aware.calibration import calibrate, vectors_of
-from cachemedic.token_aware.operator import TokenAware
+from cachemedic.token_aware.observation import observe
+from cachemedic.token_aware.operator import Repair, TokenAware
+from cachemedic.token_aware.scrub import Scrubber, positions_of
+from cachemedic.token_aware.token_vectors import split
 
 LAYERS = (0, 1, 2)
 LENGTHS = (14, 9, 12, 14)  # of the rows of a `Case`
@@ -78,3 +81,13 @@ def case(architecture: str = "gpt2", seed: int = 1) -> Case:
             ids, attention_mask=valid.long(), position_ids=(valid.cumsum(1) - 1).clamp_min(0), past_key_values=stored
         )
     return Case(*(x.clone() for x in stack_cache(stored)), ids, valid)
+
+
+def repair_at_once(scrubber: Scrubber, k, v, ids, valid, codes) -> tuple[torch.Tensor, torch.Tensor, Repair]:
+    """The slow reference of a scrub of all layers: every token goes through the operator, and gradients flow."""
+    operator, positions = scrubber.operator, positions_of(valid)
+    known = scrubber.known(ids, positions)
+    sketch = None if codes is None else operator.code.understand(codes, positions == 0, known)
+    seen = observe(operator.transform, k, v, positions, scrubber.rotation.at(positions))
+    repair = operator.repair(seen, known, sketch)
+    return *split(seen.stored + repair.correction, k.shape[2]), repair

@@ -81,9 +81,9 @@ class Scrubber(Safeguard):
             at = rows, layers, slice(None), tokens[:, None, own]
             for result, new in zip(mended, split(seen.stored + repair.correction, k.shape[2]), strict=True):
                 result[at] = new.transpose(2, 3)[:, :, own].to(result.dtype)
-            at = rows, torch.arange(len(layers), device=ids.device)[:, None], tokens[:, None, own]
+            place = rows, torch.arange(len(layers), device=ids.device)[:, None], tokens[:, None, own]
             for result, new in zip(vars(found).values(), vars(repair).values(), strict=True):
-                result[at] = new[:, :, own]
+                result[place] = new[:, :, own]
         return *mended, found
 
     def known(self, ids: Tensor, positions: Tensor) -> Tensor:

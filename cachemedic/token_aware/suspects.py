@@ -30,8 +30,8 @@ def suspects(
     wild = off = torch.zeros_like(positions, dtype=torch.bool)
     for place, layer in enumerate(operator.layers):
         stored = join(k[:, layer : layer + 1], v[:, layer : layer + 1])[:, 0].float()
-        least, most = torch.aminmax(stored.abs(), dim=-1)
-        wild = wild | ~((least > 0) & (most < sane(transform)[place].min()))
+        size = stored.abs()
+        wild = wild | ~((size.amin(-1) > 0) & (size.amax(-1) < sane(transform)[place].min()))
         x = rotation.undo(stored)
         if place < known.shape[1]:
             z = (x - transform.mean[place]) * transform.scale[place]

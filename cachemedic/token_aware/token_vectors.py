@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 def join(key: Tensor, value: Tensor) -> Tensor:
     """Token vectors [B, L, T, D], D = 2 G d, of keys and values [B, L, G, T, d]: key heads first."""
-    return torch.cat([x.transpose(2, 3).flatten(3) for x in (key, value)], -1)
+    return torch.cat([x.transpose(2, 3) for x in (key, value)], 3).flatten(3)
 
 
 def split(x: Tensor, heads: int) -> tuple[Tensor, Tensor]:
