@@ -1,6 +1,6 @@
 """Trains the embedded base models (`make base-models`): tokenizer, data stream, loop with resume, model card.
 
-    python -m cachemedic.base_training gpt2 --threads 1
+python -m cachemedic.base_training gpt2 --threads 1
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def recovery_by_type(rows: pd.DataFrame, readers: Sequence[str], types: Sequence
             own = rows[(rows["base"] == base) & (rows["reader"] == reader)].set_index("type").reindex(types)
             places = [y + 0.7 * (i / max(len(readers) - 1, 1) - 0.5) for y in range(len(types))]
             style = styles[reader] | {"linestyle": "none"}
-            ax.errorbar(own["recovery"], places, xerr=errors(own, "recovery"), label=reader, **style)
+            ax.errorbar(own["recovery"], places, xerr=errors(own, "recovery"), label=reader.replace("_", " "), **style)
         ax.set_xlim(-0.5, 1.1)
         ax.axvline(0, color="0.6", linewidth=0.8, zorder=0)
         ax.axvline(1, color="0.6", linewidth=0.8, zorder=0)
@@ -89,15 +89,16 @@ def against_parameter(rows: pd.DataFrame, readers: Sequence[str], faults: Mappin
     size = (1.3 * TEXT_WIDTH, 2.4 * len(bases) + 0.5)
     figure, axes = plt.subplots(len(bases), len(faults), figsize=size, sharey=True, squeeze=False)
     for line, base in zip(axes, bases, strict=True):
-        for ax, (fault, label) in zip(line, faults.items(), strict=True):
+        for ax, (fault, axis) in zip(line, faults.items(), strict=True):
             for reader in readers:
                 own = rows[(rows["base"] == base) & (rows["type"] == fault) & (rows["reader"] == reader)]
                 own = own.sort_values("parameter")
-                ax.errorbar(own["parameter"], own[score], errors(own, score), label=reader, **styles[reader])
-            if "probability" in label:
+                label = reader.replace("_", " ")
+                ax.errorbar(own["parameter"], own[score], errors(own, score), label=label, **styles[reader])
+            if "probability" in axis:
                 ax.set_xscale("log")
-            ax.set(title=fault.replace("_", " "), xlabel=label)
-        line[0].set(ylabel=f"{base.removeprefix('embedded-')}\nKL to clean, nats per token", yscale="symlog")
+            ax.set(title=fault.replace("_", " "), xlabel=axis)
+        line[0].set(ylabel=f"{base.removeprefix('embedded-')}\nKL to clean, nats per token")
         line[0].set_yscale("symlog", linthresh=1e-3)
         line[0].set_ylim(0, 20)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)

@@ -63,8 +63,9 @@ def quality(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def faults(rows: pd.DataFrame, fault: str) -> pd.DataFrame:
-    """KL to the clean model of every reader (rows) at every parameter (columns) of one fault, both bases."""
+    """KL to the clean model of every reader (rows) at every parameter (columns) of one fault, without intervals."""
     own = rows[rows["type"] == fault]
-    own = own.assign(cell=brackets(own, "kl"), base=_names(own["base"]), reader=_names(own["reader"]))
+    cells = [f"{kl:.4f}" if failed == 0 else "fails" for kl, failed in zip(own["kl"], own["failed"], strict=True)]
+    own = own.assign(cell=cells, base=_names(own["base"]), reader=_names(own["reader"]))
     table = own.pivot_table(index=["base", "reader"], columns="parameter", values="cell", aggfunc="first", sort=False)
     return table.rename(columns=lambda parameter: f"{parameter:g}").reset_index()

@@ -131,8 +131,13 @@ NEGATIVE = (
     "painful poor rude shabby slow stale tedious ugly unreliable"
 ).split()
 FRAMES = (
-    "the {s} was {a}", "I found the {s} {a}", "we thought the {s} looked {a}", "to me the {s} felt {a}",
-    "everyone called the {s} {a}", "their {s} seemed {a} from the first day", "the {s} turned out {a}",
+    "the {s} was {a}",
+    "I found the {s} {a}",
+    "we thought the {s} looked {a}",
+    "to me the {s} felt {a}",
+    "everyone called the {s} {a}",
+    "their {s} seemed {a} from the first day",
+    "the {s} turned out {a}",
     "nobody told us that the {s} would be so {a}",
 )
 LINKS = (". ", ", and ", "; ", ". Later ", ". In the end ", ", while ")

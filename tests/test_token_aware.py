@@ -50,9 +50,7 @@ def test_a_new_operator_changes_no_bit_and_learns_at_once(architecture, family):
     damaged = c.damaged(some_tokens(c))
     operator = shaken(calibrated(architecture, family), 0.1)
     operator.strength.data.zero_()
-    k, v, repair = scrub(operator, *damaged, architecture)
-    assert same((k, v), damaged)
-    assert not repair.correction.any()
+    assert same(scrub(operator, *damaged, architecture)[:2], damaged)
     k, v, _ = at_once(operator, *damaged, architecture)
     assert same((k, v), damaged)
     loss = (k - c.k).square().sum() + (v - c.v).square().sum()
@@ -190,6 +188,7 @@ def test_runs_repair_as_each_alone(family):
     both = shaken(calibrated("llama", family, runs=2, seed=3, per_layer=True, bias=True), 0.2)
     both.strength.data.copy_(torch.tensor([[0.5 / 32], [1.0]]))
     found = scrub(both, *damaged, "llama")
+    assert same(scrub(both, *damaged, "llama")[:2], found[:2]), "twice the same"
     alone = []
     for run, rows in enumerate((slice(0, 2), slice(2, 4))):
         own = type(c)(c.k[rows], c.v[rows], c.ids[rows], c.valid[rows])
@@ -247,11 +246,3 @@ def test_a_bf16_cache_stays_one_and_is_repaired_alike(architecture, family):
         for x, y, stored in ((k, kept[0], half.k), (v, kept[1], half.v)):
             assert torch.equal((x * sound)[:, 1:], (stored * sound)[:, 1:])
             torch.testing.assert_close(y, stored, rtol=2**-7, atol=0)
-
-
-@FAMILIES
-def test_repair_is_deterministic(family):
-    c = case("gpt2")
-    damaged = c.damaged(some_tokens(c))
-    results = [scrub(calibrated("gpt2", family), *damaged)[:2] for _ in range(2)]
-    assert same(*results)

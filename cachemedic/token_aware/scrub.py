@@ -70,7 +70,8 @@ class Scrubber(Safeguard):
             sketch = operator.code.understand(codes, positions == 0, known)
             rotation = self.rotation.at(positions)
             to_repair = suspects(operator, k, v, positions, rotation, known, sketch)
-            parts = pieces(to_repair, operator.config.options["window"])
+            # at least the token before, from which heads of lower layers copy
+            parts = pieces(to_repair, max(1, operator.config.options["window"]))
         for tokens, fill, own in parts:
             at = rows, layers, slice(None), tokens[:, None]
             key, value = (x[at].transpose(2, 3) for x in (k, v))
