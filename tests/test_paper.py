@@ -18,7 +18,7 @@ PAPER = ROOT / "paper"
 SECTIONS = {path.stem: path.read_text() for path in sorted((PAPER / "sections").glob("*.tex"))}
 TEXT = "\n".join([(PAPER / "main.tex").read_text(), *SECTIONS.values()])
 # Definitions and chosen settings may hold numerals; everything else reports what was measured.
-DEFINITIONS = {"operators", "bounds", "threat_model", "objective", "setup"}
+DEFINITIONS = {"token_aware", "operators", "bounds", "threat_model", "objective", "setup"}
 NAMES = ("GPT-2", "WikiText-2", "SST-2")
 OWN_MACROS = {"Kh", "Vh", "Kc", "Vc", "T", "F", "R", "E", "KL"}
 LATEX_MACROS = {"Omega", "Bigl", "Bigr"}
