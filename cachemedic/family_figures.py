@@ -74,12 +74,11 @@ def rate_distortion(rows: pd.DataFrame) -> Figure:
         for kind, (label, dashes) in curves.items():
             part = own[own["kind"] == kind]
             ax.plot(part["share"], part["distortion"], dashes, color="0.4", label=label)
-        for i, (prior, label) in enumerate(((True, "E, prior from token ids"), (False, "E, no prior"))):
-            part = own[~own["kind"].isin(curves) & (own["kind"].str.contains("no prior") != prior)].sort_values("share")
-            ax.plot(part["share"], part["distortion"], color=COLOURS[i + 1], marker=MARKERS[i + 1], label=label)
+        part = own[~own["kind"].isin(curves)].sort_values("share")
+        ax.plot(part["share"], part["distortion"], color=COLOURS[1], marker=MARKERS[1], label="E, with its prior")
         ax.set(xscale="log", yscale="log", title=base.removeprefix("embedded-"), xlabel="bytes, share of a bf16 cache")
     axes[0, 0].set_ylabel("error of a lost token\n(share of variance)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
