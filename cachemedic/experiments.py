@@ -42,6 +42,13 @@ def standard_tasks(
     return tasks
 
 
+def settings(base: Base) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The two settings of the main results: protected layers, and which layers faults hit ("all", or "protected")."""
+    depth = base.model.config.num_hidden_layers
+    middle = tuple(range(depth // 2 - 2, depth // 2 + 2))
+    return {"standard": (tuple(range(depth)), "all"), "protected block": (middle, "protected")}
+
+
 def run_grid(
     base: Base,
     tasks: Mapping[str, TaskData],

@@ -192,3 +192,13 @@ def means_over_seeds(rows: pd.DataFrame, keys: Sequence[str], columns: Sequence[
             row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
         result.append(row | {"n_seeds": len(of_seeds)})
     return pd.DataFrame(result)
+
+
+def contraction_table(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """rho of operator A by `keys` and type with its interval, beside its bounds (`contraction.measure_contraction`)."""
+    groups = rows.groupby([*keys, "type"], sort=False)
+    table = groups[["bound_rank", "bound_full", "rank_floor"]].mean()
+    table.insert(0, "rho of operator A", [str(stats.t_interval(part["rho"])) for _, part in groups])
+    table = table.reset_index().replace({"type": {"_": " "}, "base": {"embedded-": ""}}, regex=True)
+    names = {"bound_rank": "bound, rank 8", "bound_full": "bound, full rank", "rank_floor": "rank floor"}
+    return table.rename(columns=names)
