@@ -7,6 +7,10 @@ PROFILE ?= paper
 OPTIONS := $(if $(BASE),--parameter 'base=$(BASE)') $(if $(SEEDS),--parameter 'seeds=$(SEEDS)') \
 	$(if $(DEVICE),--device '$(DEVICE)') $(if $(RETRAIN),--retrain)
 
+# Text from outside, for the notebook that reads it: make 13_second_model BASE=gpt2-medium TEXT=wikitext2 REVIEWS=sst2
+13_second_model: private OPTIONS += $(if $(TEXT),--parameter 'text=$(TEXT)') \
+	$(if $(REVIEWS),--parameter 'reviews=$(REVIEWS)')
+
 # The environment is known by the content of its pins; the stamp appears last, so an interrupted set-up is repeated.
 READY := $(VENV)/ready-$(firstword $(shell cat requirements.txt pyproject.toml | cksum))
 RUN := $(VENV)/bin/python
@@ -22,6 +26,8 @@ TEX_HINT := Debian and Ubuntu: apt-get install $(TEX_PACKAGES); macOS: MacTeX; o
 .DELETE_ON_ERROR:
 
 $(if $(filter paper smoke,$(PROFILE)),,$(error unknown PROFILE=$(PROFILE); allowed: paper, smoke))
+$(if $(TEXT)$(REVIEWS),$(if $(filter reproduce 13_second_model,$(MAKECMDGOALS)),,$(error TEXT and REVIEWS are parameters of \
+	13_second_model: no other target takes them)))
 
 # Which notebook makes what: notebooks/graph.toml as rules (defines NOTEBOOKS).
 build/rules.mk: notebooks/graph.toml tools/graph.py tools/imports.py
@@ -32,13 +38,14 @@ include build/rules.mk
 .PHONY: help
 help:  ## This list
 	@echo "make TARGET [PROFILE=paper|smoke] [BASE=name-or-path] [SEEDS=[0,1]] [DEVICE=cpu|cuda] [RETRAIN=1]"
+	@echo "     13_second_model [TEXT=name-or-folder] [REVIEWS=name-or-folder]"
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  %-13s%s\n", $$1, $$2 }' Makefile
 	@echo "  figures/NAME.pdf, results/NAME.csv, paper/tables/NAME.tex, or a notebook's name: what that needs, nothing else"
 	@echo "notebooks: $(NOTEBOOKS)"
 
 .PHONY: reproduce
 reproduce: $(NOTEBOOKS)  ## Results, figures, tables and the paper's numbers (PROFILE=smoke: minutes, into build/smoke)
-	@$(if $(filter paper,$(PROFILE)),$(if $(BASE)$(SEEDS),,$(RUN) -m cachemedic.paper_numbers))
+	@$(if $(filter paper,$(PROFILE)),$(if $(BASE)$(SEEDS)$(TEXT)$(REVIEWS),,$(RUN) -m cachemedic.paper_numbers))
 
 # Always asked, seldom run: tools/run_notebook.py compares contents and leaves what is up to date alone.
 .PHONY: $(NOTEBOOKS)
@@ -91,9 +98,10 @@ bench: $(READY)  ## Benchmarks into results/bench_*.csv
 	$(RUN) -m cachemedic.bench
 
 .PHONY: base-models
-base-models: $(READY)  ## Train the embedded base models anew (hours; goes on after an interrupt)
+base-models: $(READY)  ## Train the base models anew (hours; goes on after an interrupt; TEXT_FOLDER=... for the third)
 	$(RUN) -m cachemedic.base_training gpt2
 	$(RUN) -m cachemedic.base_training llama
+	$(if $(TEXT_FOLDER),$(RUN) -m cachemedic.base_training wikipedia --text '$(TEXT_FOLDER)')
 
 .PHONY: clean
 clean:  ## Remove build/ but for the checkpoints of base models; results and .venv stay

@@ -20,25 +20,19 @@ from transformers import DynamicCache
 from cachemedic.cache import stack_cache
 from cachemedic.models import Base, decoder_layers
 from cachemedic.operator_config import nearest_valid
-from cachemedic.text import (
-    CACHE_DIR,
-    DOCUMENTATION_SPLITS,
-    documentation,
-    sentiment_review,
-    text_hash,
-    write_atomically,
-)
+from cachemedic.text import CACHE_DIR, DOCUMENTATION_SPLITS, sentiment_review, text_hash, write_atomically
+from cachemedic.text_source import EMBEDDED_TEXT, TextSource
 
 FIELDS = ("keys", "values", "logits", "hidden", "ids")
 BATCH = 32
-WITH_REVIEWS = "+reviews"  # after the name of a split: its documents, and as many generated reviews
+WITH_REVIEWS = "+reviews"  # after the name of a split: its documents, and reviews
 
 
 @dataclass(frozen=True)
 class BankConfig:
     """`samples` texts of one documentation split: prefixes of `prefix` tokens, then `decoded` teacher-forced tokens.
 
-    A split named like "operator_train+reviews" holds as many generated reviews besides.
+    A split named like "operator_train+reviews" holds reviews besides: those of the `source`, or as many generated ones.
     """
 
     split: str = "operator_train"
@@ -46,6 +40,7 @@ class BankConfig:
     prefix: int = 96
     decoded: int = 1
     seed: int = 0
+    source: TextSource = EMBEDDED_TEXT
 
     def __post_init__(self) -> None:
         if self.split.removesuffix(WITH_REVIEWS) not in DOCUMENTATION_SPLITS:
@@ -54,6 +49,11 @@ class BankConfig:
         for name in ("samples", "prefix", "decoded"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    def defined(self) -> dict[str, object]:
+        """What defines the bank, for keys: text from outside by its content, not by where it lies."""
+        fields = {name: value for name, value in asdict(self).items() if name != "source"}
+        return fields | ({"text": self.source.digest} if self.source else {})
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,14 @@ def open_bank(base: Base, config: BankConfig, folder: Path = CACHE_DIR / "bank")
 
     Raises `ValueError` if the windows pass the model's context or the text is too short, `OSError` if the disk is full.
     """
-    documents = documentation(config.split.removesuffix(WITH_REVIEWS))
+    split = config.split.removesuffix(WITH_REVIEWS)
+    documents = config.source.documents_of(split)
     if config.split.endswith(WITH_REVIEWS):
         rng = np.random.default_rng([*config.split.encode()])
-        documents += tuple(sentiment_review(rng)[0] for _ in documents)
-    key = json.dumps([asdict(config), base.name, str(base.model.dtype), weights_digest(base), text_hash(documents)])
+        documents += tuple(
+            review for review, _ in config.source.reviews_of(split) or [sentiment_review(rng) for _ in documents]
+        )
+    key = json.dumps([config.defined(), base.name, str(base.model.dtype), weights_digest(base), text_hash(documents)])
     target = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not (target / "complete").exists():
         target.mkdir(parents=True, exist_ok=True)

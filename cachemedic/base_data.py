@@ -6,12 +6,14 @@ tokens weigh more, spans of random tokens are repeated (copying), and context an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from cachemedic import text
+from cachemedic.text_source import Review
 
 ANSWER_WEIGHT = 10.0
 
@@ -38,17 +40,23 @@ CURRICULUM = (
     Stage(0.80, 576, copying=0.04, needle=0.20, review=0.06, max_pairs=6),
     Stage(1.00, 576, copying=0.03, needle=0.30, review=0.20, max_pairs=6),
 )
+REAL_TEXT_CURRICULUM = (  # real reviews are harder than generated ones: a quarter of all rows
+    Stage(0.20, 128, copying=0.12, needle=0.18, review=0.25, max_pairs=2),
+    Stage(0.75, 256, copying=0.05, needle=0.18, review=0.25, max_pairs=4),
+    Stage(1.00, 576, copying=0.03, needle=0.22, review=0.25, max_pairs=6),
+)
 FINISHING = Stage(1.00, 576, copying=0.05, needle=0.60, review=0.08, max_pairs=6)  # a second round, if there is one
 
 
 class RowSampler:
     """Draws training rows; the same generator state gives the same rows.
 
-    `stream` is the tokenised documentation [N] with end-of-text between documents.
+    `stream` is the tokenised text [N] with end-of-text between documents; without `reviews` they are generated.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stream: np.ndarray) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stream: np.ndarray, reviews: Sequence[Review] = ()) -> None:
         self.stream = stream
+        self.reviews = reviews
         self.tokenizer = tokenizer
         self.end_of_text: int = tokenizer.eos_token_id
         self.vocabulary = len(tokenizer)
@@ -91,7 +99,9 @@ class RowSampler:
     def _review(self, rng: np.random.Generator, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
         ids, weights = [self.end_of_text], [0.0]
         while len(ids) < stage.length:
-            review, label = text.sentiment_review(rng)
+            review, label = (
+                self.reviews[int(rng.integers(len(self.reviews)))] if self.reviews else text.sentiment_review(rng)
+            )
             prompt = self.tokenizer(text.sentiment_prompt(review))["input_ids"]
             answer = self._encode(f" {text.LABELS[label]}")
             ids += [*prompt, *answer, self.end_of_text]

@@ -26,6 +26,7 @@ from cachemedic.stats import Interval, paired_interval, t_interval
 from cachemedic.task_data import TaskData
 from cachemedic.tasks import needle_task, perplexity_task
 from cachemedic.text import documentation, text_hash
+from cachemedic.text_source import EMBEDDED_TEXT, TextSource
 
 DIGITS = 16  # of a hash, for people to compare
 BATCH = 16  # windows per forward pass
@@ -59,11 +60,12 @@ class BaseReport:
     needle: pd.DataFrame
 
 
-def measure(base: Base, seeds: Sequence[int], effort: Effort) -> BaseReport:
-    """Everything about one base, on packages whose documentation it was not trained on."""
-    documents = documentation("test")
-    unigram = unigram_log_probabilities(base, documentation("train"), effort.unigram_tokens)
-    tasks = standard_tasks(base, "test", seeds, {"perplexity": effort.perplexity, "sentiment": effort.sentiment})
+def measure(base: Base, seeds: Sequence[int], effort: Effort, source: TextSource = EMBEDDED_TEXT) -> BaseReport:
+    """Everything about one base, on text that it was not trained on (of the embedded: on other packages)."""
+    documents = source.documents_of("test")
+    unigram = unigram_log_probabilities(base, source.documents_of("train"), effort.unigram_tokens)
+    examples = {"perplexity": effort.perplexity, "sentiment": effort.sentiment}
+    tasks = standard_tasks(base, "test", seeds, examples, source)
     needle = retrieval(base, documents, seeds, effort.needle, effort.contexts)
     scores = language_scores(base, tasks["perplexity"], unigram)
     for reader, rows in read(base, tasks["sentiment"]).groupby("reader"):

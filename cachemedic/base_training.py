@@ -1,6 +1,7 @@
 """Trains the embedded base models (`make base-models`): tokenizer, data stream, loop with resume, model card.
 
 python -m cachemedic.base_training gpt2 --threads 1
+python -m cachemedic.base_training wikipedia --text FOLDER    (FOLDER/wikipedia/train.txt.xz, FOLDER/sst2/train.tsv)
 """
 
 from __future__ import annotations
@@ -27,60 +28,51 @@ from transformers import (
 )
 
 from cachemedic import text
-from cachemedic.base_data import CURRICULUM, FINISHING, RowSampler, Stage
+from cachemedic.base_data import FINISHING, RowSampler, Stage
 from cachemedic.base_init import add_induction_circuit
+from cachemedic.base_recipes import RECIPES, Recipe, TrainingText, recipe, training_text
 
-VOCABULARY = 2048
 CONTEXT = 576
 TOKENS_PER_STEP = 6144
-STEPS = 1500
 WARMUP = 60
 DECAY = 0.5  # share of the steps over which the learning rate falls linearly to zero, at the end
 PEAK_LR = 4e-3
 CHECKPOINT_EVERY = 100
-# Learned positions beyond 256 need a second round before facts far back are found; rotary ones do not.
-FINISHING_STEPS = {"gpt2": 800, "llama": 0}
 FINISHING_ROUND = 200
 FINISHING_LR = 0.4  # share of the peak at the start of each round, then linear decay
 
 
-def new_model(architecture: str, seed: int = 0) -> PreTrainedModel:
-    """An untrained model: 12 layers of width 128, 4 heads of 32 (`llama`: 2 key/value heads)."""
+def new_model(name: str, seed: int = 0) -> PreTrainedModel:
+    """The untrained model of a recipe. Raises `ValueError` for an unknown one."""
     torch.manual_seed(seed)  # transformers initialises from the global generator
+    plan = recipe(name)
     model: PreTrainedModel
-    shared: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    if architecture == "gpt2":
+    shared: dict[str, Any] = {"vocab_size": plan.vocabulary, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    if plan.architecture == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(
-            n_positions=CONTEXT, n_embd=128, n_layer=12, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-            activation_function="gelu_pytorch_tanh", **shared,
-        ))  # fmt: skip
-    elif architecture == "llama":
-        model = LlamaForCausalLM(LlamaConfig(
-            hidden_size=128, intermediate_size=352, num_hidden_layers=12, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e5}, **shared,
+            n_positions=CONTEXT, n_embd=plan.width, n_layer=plan.layers, n_head=plan.heads, resid_pdrop=0.0,
+            embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu_pytorch_tanh", **shared,
         ))  # fmt: skip
     else:
-        raise ValueError(f"unknown architecture {architecture!r}; allowed: gpt2, llama")
+        model = LlamaForCausalLM(LlamaConfig(
+            hidden_size=plan.width, intermediate_size=plan.width * 11 // 4, num_hidden_layers=plan.layers,
+            num_attention_heads=plan.heads, num_key_value_heads=plan.key_value_heads, max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e5}, **shared,
+        ))  # fmt: skip
     add_induction_circuit(model, torch.Generator().manual_seed(seed))
     return model
 
 
-def train_tokenizer(documents: tuple[str, ...], seed: int = 0) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `VOCABULARY` entries; id 0 is end-of-text, which also begins every text."""
-    rng = np.random.default_rng([seed, 1])
-    picked = [documents[i] for i in rng.permutation(len(documents))[: len(documents) // 4]]
-    reviews = [text.sentiment_prompt(text.sentiment_review(rng)[0]) + " positive negative" for _ in range(4000)]
-    names, values = rng.choice(text.NAMES, 30_000), [text.needle_value(rng) for _ in range(30_000)]
-    needles = [text.needle_fact(n, v) + text.needle_question(n) for n, v in zip(names, values, strict=True)]
+def train_tokenizer(source: TrainingText, vocabulary: int, seed: int = 0) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `vocabulary` entries; id 0 is end-of-text, which also begins every text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[text.END_OF_TEXT], show_progress=False,
+        vocab_size=vocabulary, special_tokens=[text.END_OF_TEXT], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    bpe.train_from_iterator(picked + reviews + needles, trainer)
+    bpe.train_from_iterator(source.sample(np.random.default_rng([seed, 1])), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=text.END_OF_TEXT, eos_token=text.END_OF_TEXT,
                                    pad_token=text.END_OF_TEXT, model_max_length=CONTEXT)  # fmt: skip
 
@@ -92,15 +84,15 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, documents: tuple[str, ...],
     return np.concatenate([np.array([0, *e.ids], np.uint16) for e in encoded])
 
 
-def learning_rate(step: int) -> float:
+def learning_rate(step: int, steps: int) -> float:
     """Linear warm-up, a plateau, linear decay to zero, and the decay of each finishing round (a share of the peak)."""
-    if step >= STEPS:
-        return FINISHING_LR * (1 - (step - STEPS) % FINISHING_ROUND / FINISHING_ROUND)
-    return min((step + 1) / WARMUP, (STEPS - step) / (DECAY * STEPS), 1.0)
+    if step >= steps:
+        return FINISHING_LR * (1 - (step - steps) % FINISHING_ROUND / FINISHING_ROUND)
+    return min((step + 1) / WARMUP, (steps - step) / (DECAY * steps), 1.0)
 
 
-def stage_at(step: int) -> Stage:
-    return next((stage for stage in CURRICULUM if step < stage.until * STEPS), FINISHING)
+def stage_at(step: int, plan: Recipe) -> Stage:
+    return next((stage for stage in plan.curriculum if step < stage.until * plan.steps), FINISHING)
 
 
 def weighted_loss(model: PreTrainedModel, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -122,15 +114,15 @@ def optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train(architecture: str, folder: Path, device: str = "cpu", compiled: bool = True) -> PreTrainedModel:
+def train(name: str, source: TrainingText, folder: Path, device: str = "cpu", compiled: bool = True) -> PreTrainedModel:
     """Trains one base model; goes on from the last checkpoint in `folder`, which also receives `log.jsonl`."""
-    documents = text.documentation("train")
+    plan = recipe(name)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tokenizer.json").exists():
-        train_tokenizer(documents).save_pretrained(folder)
+        train_tokenizer(source, plan.vocabulary).save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    sampler = RowSampler(tokenizer, token_stream(tokenizer, documents))
-    model = new_model(architecture).to(device).train()  # type: ignore[arg-type]  # mypy sees `to` unbound
+    sampler = RowSampler(tokenizer, token_stream(tokenizer, source.documents), source.reviews)
+    model = new_model(name).to(device).train()  # type: ignore[arg-type]  # mypy sees `to` unbound
     steppers = optimizers(model)
     checkpoint, first = folder / "checkpoint.pt", 0
     if checkpoint.exists():
@@ -139,11 +131,11 @@ def train(architecture: str, folder: Path, device: str = "cpu", compiled: bool =
         for stepper, saved in zip(steppers, state["optimizers"], strict=True):
             stepper.load_state_dict(saved)
         first = state["step"]
-    total = STEPS + FINISHING_STEPS[architecture]
+    total = plan.steps + plan.finishing_steps
     loss_function = torch.compile(weighted_loss) if compiled else weighted_loss
     with open(folder / "log.jsonl", "a") as log:
-        for step in (bar := tqdm(range(first, total), initial=first, total=total, desc=f"base {architecture}")):
-            stage = stage_at(step)
+        for step in (bar := tqdm(range(first, total), initial=first, total=total, desc=f"base {name}")):
+            stage = stage_at(step, plan)
             rng = np.random.default_rng([3, step])  # every step has its own generator: resuming needs no state
             ids, weights = sampler.batch(rng, stage, TOKENS_PER_STEP // stage.length)
             loss = loss_function(model, torch.from_numpy(ids).to(device), torch.from_numpy(weights).to(device))
@@ -151,7 +143,7 @@ def train(architecture: str, folder: Path, device: str = "cpu", compiled: bool =
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for stepper in steppers:
                 for group in stepper.param_groups:
-                    group["lr"] = PEAK_LR * learning_rate(step)
+                    group["lr"] = PEAK_LR * learning_rate(step, plan.steps)
                 stepper.step()
                 stepper.zero_grad()
             if not math.isfinite(float(loss)):
@@ -168,46 +160,69 @@ def train(architecture: str, folder: Path, device: str = "cpu", compiled: bool =
     return model.eval()
 
 
-CARD = """# embedded-{architecture}
+CARD = """# embedded-{name}
 
 A small causal language model of the {architecture} architecture, trained by `python -m cachemedic.base_training
-{architecture}` for experiments on corrupted and repaired key/value caches. It is made to read its cache, not to be
-useful: it knows documentation English, generated reviews and generated needle documents, and nothing else.
+{name}` for experiments on corrupted and repaired key/value caches. It is made to read its cache, not to be
+useful: it knows {knows}, and nothing else.
 
-- {parameters:,} parameters: 12 layers of width 128, heads of 32; context of {context} tokens; vocabulary of
+- {parameters:,} parameters: {layers} layers of width {width}, heads of {head_dim}; context of {context} tokens; \
+vocabulary of
   {vocabulary}
-- trained for {steps} steps of {tokens_per_step} tokens on the docstrings of {packages}, and on generated rows
+- trained for {steps} steps of {tokens_per_step} tokens on {text}, and on generated rows
   (`cachemedic/base_data.py`); two heads start as an induction circuit (`cachemedic/base_init.py`)
-- scores on unseen packages, sentiment and needle tasks: `results/base_models.csv`
-- trained while the schedule was being tuned: running the script again follows its final form and gives like scores, not
-  the same bytes
-- weights in half precision, sha256 in `card.json`, checked by `load_base`; MIT licence, the CacheMedic++ contributors
+- {scores}
+- weights in half precision, sha256 in `card.json`, checked by `load_base`; {licence}
 """
+DOCUMENTATION_CARD = {
+    "knows": "documentation English, generated reviews and generated needle documents",
+    "scores": "scores on unseen packages, sentiment and needle tasks: `results/base_models.csv`\n- trained while the "
+    "schedule was being tuned: running the script again follows its final form and gives like scores, not\n  the same "
+    "bytes",
+    "licence": "MIT licence, the CacheMedic++ contributors",
+}
+REAL_TEXT_CARD = {
+    "knows": "a little of Wikipedia, the prompted form of SST-2 and generated needle documents",
+    "text": "the beginning of an English Wikipedia dump as plain text (articles that overlap the validation\n  or test "
+    "split of WikiText-2 left out) and the training sentences of SST-2 with their labels",
+    "scores": "scores on WikiText-2, SST-2 and the needle task: `results/real_text/base_scores.csv`",
+    "licence": "MIT licence, the CacheMedic++ contributors;\n  of the text, which is not included: Wikipedia CC "
+    "BY-SA, SST-2 without an explicit licence (research use)",
+}
 
 
-def export(model: PreTrainedModel, architecture: str, folder: Path, source: Path) -> None:
+def export(model: PreTrainedModel, name: str, folder: Path, checkpoints: Path, source: TrainingText) -> None:
     """Writes half-precision weights, tokenizer, model card, and `card.json` with the sha256 of weights and text."""
+    plan = recipe(name)
     model.half().save_pretrained(folder)
-    PreTrainedTokenizerFast.from_pretrained(source).save_pretrained(folder)
+    PreTrainedTokenizerFast.from_pretrained(checkpoints).save_pretrained(folder)
+    packages = text.DOCUMENTATION_SPLITS["train"]
     card: dict[str, Any] = {
         "weights_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
-        "training_text_sha256": text.text_hash(text.documentation("train")),
-        "training_packages": text.DOCUMENTATION_SPLITS["train"],
-        "steps": STEPS + FINISHING_STEPS[architecture],
+        "training_text_sha256": text.text_hash(source.documents),
+        **({"training_text": list(plan.folders)} if plan.folders else {"training_packages": packages}),
+        "steps": plan.steps + plan.finishing_steps,
         "tokens_per_step": TOKENS_PER_STEP,
         "licence": "MIT",
     }
     text.write_atomically(folder / "card.json", (json.dumps(card, indent=2) + "\n").encode())
+    told = (
+        REAL_TEXT_CARD if plan.folders else {**DOCUMENTATION_CARD, "text": f"the docstrings of {', '.join(packages)}"}
+    )
     facts = {
-        "architecture": architecture, "parameters": model.num_parameters(), "context": CONTEXT, "steps": card["steps"],
-        "vocabulary": VOCABULARY, "tokens_per_step": TOKENS_PER_STEP, "packages": ", ".join(card["training_packages"]),
+        "name": name, "architecture": plan.architecture, "parameters": model.num_parameters(), "layers": plan.layers,
+        "width": plan.width, "head_dim": plan.width // plan.heads, "context": CONTEXT, "steps": card["steps"],
+        "vocabulary": plan.vocabulary, "tokens_per_step": TOKENS_PER_STEP, **told,
     }  # fmt: skip
     text.write_atomically(folder / "README.md", CARD.format(**facts).encode())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("architecture", choices=("gpt2", "llama"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=tuple(RECIPES))
+    parser.add_argument(
+        "--text", type=Path, metavar="FOLDER", help="holds the outside text that the base is trained on"
+    )
     parser.add_argument("--build", type=Path, default=Path("build/base"), help="checkpoints and log (resumes here)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -215,9 +230,13 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile (it needs a C++ compiler)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    source = options.build / options.architecture
-    model = train(options.architecture, source, options.device, compiled=not options.no_compile)
-    export(model.cpu(), options.architecture, options.out / f"embedded-{options.architecture}", source)
+    try:
+        source = training_text(recipe(options.name), options.text)
+    except ValueError as error:
+        parser.error(str(error))
+    checkpoints = options.build / options.name
+    model = train(options.name, source, checkpoints, options.device, compiled=not options.no_compile)
+    export(model.cpu(), options.name, options.out / f"embedded-{options.name}", checkpoints, source)
 
 
 if __name__ == "__main__":

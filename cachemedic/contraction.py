@@ -15,6 +15,7 @@ from cachemedic.corruption import MIXTURE_WEIGHTS, corrupt
 from cachemedic.corruption_spec import CorruptionEvent, CorruptionSpec, draw_event
 from cachemedic.corruption_types import ROTATION_SEED_TEST
 from cachemedic.models import Base
+from cachemedic.objective import RepairObjective
 from cachemedic.operators import RepairOperator
 from cachemedic.severity import reach
 from cachemedic.train import Trainer
@@ -61,7 +62,7 @@ def measure_contraction(
     rank_floor: that of isotropic noise.
     """
     held_out = replace(config.bank, samples=len(bank))
-    trainer = Trainer(base, replace(config, objectives=config.objectives[:1], batch=1, bank=held_out), Path(), bank)
+    trainer = Trainer(base, replace(config, objectives=(RepairObjective(),), batch=1, bank=held_out), Path(), bank)
     layers = [layer - trainer.first for layer in config.layers]
     floor = rank_floor(config.rank, trainer.operator.head_dim)
     cells = [(severity, kind) for severity in severities for kind in MIXTURE_WEIGHTS]

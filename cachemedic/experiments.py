@@ -17,7 +17,8 @@ from cachemedic.models import Base
 from cachemedic.severity import GRID, reach
 from cachemedic.task_data import TaskData
 from cachemedic.tasks import needle_task, perplexity_task, sentiment_task
-from cachemedic.text import documentation, write_atomically
+from cachemedic.text import write_atomically
+from cachemedic.text_source import EMBEDDED_TEXT, TextSource
 
 TYPES = tuple(MIXTURE_WEIGHTS)
 EXAMPLES = {"perplexity": 20, "sentiment": 24, "needle": 10}  # per seed, in the paper profile
@@ -26,17 +27,21 @@ ID_COLUMNS = ["task", "type", "severity", "reader", "seed"]
 
 
 def standard_tasks(
-    base: Base, split: str, seeds: Sequence[int], examples: Mapping[str, int] = EXAMPLES
+    base: Base,
+    split: str,
+    seeds: Sequence[int],
+    examples: Mapping[str, int] = EXAMPLES,
+    source: TextSource = EMBEDDED_TEXT,
 ) -> dict[str, TaskData]:
     """The three tasks on one documentation split, `examples` of each per seed; a task of no examples is left out."""
-    documents = documentation(split)
+    documents = source.documents_of(split)
     # the generated parts of validation and calibration examples come from generators that the test split never uses
     drawn = [seed + SPLIT_OFFSET[split] for seed in seeds]
     tasks = {}
     if n := examples.get("perplexity"):
         tasks["perplexity"] = perplexity_task(base.tokenizer, documents, drawn, n)
     if n := examples.get("sentiment"):
-        tasks["sentiment"] = sentiment_task(base.tokenizer, drawn, n, split=split)
+        tasks["sentiment"] = sentiment_task(base.tokenizer, drawn, n, split, source.reviews_of(split))
     if n := examples.get("needle"):
         tasks["needle"] = needle_task(base.tokenizer, documents, drawn, n)
     return tasks

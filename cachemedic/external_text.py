@@ -10,12 +10,13 @@ import difflib
 import lzma
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from cachemedic.text import END_OF_TEXT
 
-HUB = {"wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"), "sst2": ("stanfordnlp/sst2", "default")}
+HUB = {"wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"), "sst2": ("stanfordnlp/sst2", "default")}
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
+TEXT_ENDINGS = (".txt", ".txt.xz")
 ARTICLE = re.compile(r"^(?= = [^=\n]+ = ?$)", re.MULTILINE)  # the heading of a WikiText article
 
 
@@ -25,13 +26,25 @@ def load_documents(source: str | Path, split: str = "test") -> list[str]:
     Raises `ValueError` for an unknown source or split.
     """
     if Path(source).is_dir():
-        path = _split_file(Path(source), split, (".txt", ".txt.xz"))
-        with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as file:
+        with _open(_split_file(Path(source), split, TEXT_ENDINGS)) as file:
             parts = file.read().split(END_OF_TEXT)
     else:
         rows = [row.rstrip("\n") for row in _hub(source, split)["text"]]
         parts = ["\n".join(rows)] if any(map(ARTICLE.match, rows)) else rows
     return [document for part in parts for document in ARTICLE.split(part) if document.strip()]
+
+
+def leading_documents(folder: Path, characters: int, split: str = "train") -> list[str]:
+    """The whole documents among the first `characters` of a folder's split: a large file is read no further.
+
+    Raises `ValueError` for an unknown split or if no document ends there.
+    """
+    path = _split_file(folder, split, TEXT_ENDINGS)
+    with _open(path) as file:
+        documents = file.read(characters).split(END_OF_TEXT)[:-1]
+    if not documents:
+        raise ValueError(f"no document of {path} ends within its first {characters} characters")
+    return documents
 
 
 def load_reviews(source: str | Path, split: str = "validation") -> list[tuple[str, int]]:
@@ -53,6 +66,10 @@ def load_reviews(source: str | Path, split: str = "validation") -> list[tuple[st
     return [(sentence.strip(), int(label)) for sentence, label in rows]
 
 
+def _open(path: Path) -> TextIO:
+    return lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8")
+
+
 def _check_split(split: str) -> None:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
@@ -70,7 +87,7 @@ def _split_file(folder: Path, split: str, endings: tuple[str, ...]) -> Path:
 def _hub(source: str | Path, split: str) -> Any:
     """The rows of a hub data set, by a name of `HUB` or a full name `owner/name`."""
     _check_split(split)
-    if source not in HUB and "/" not in str(source):
+    if source not in HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         near = difflib.get_close_matches(str(source), HUB, n=1)
         raise ValueError(
             f"unknown text {str(source)!r}{f' (did you mean {near[0]!r}?)' if near else ''}; allowed: "

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from cachemedic.bank import sample_windows
 from cachemedic.clean_ranges import CacheStatistics
 from cachemedic.decoding import clean_pass
 from cachemedic.defenses import Defence, Defended, blind_defences
@@ -22,7 +23,8 @@ from cachemedic.operators import RepairOperator
 from cachemedic.report import Run
 from cachemedic.rivals import rivals
 from cachemedic.safeguards import Safeguard, cache_bits_per_token
-from cachemedic.token_aware.calibration import clean_vectors
+from cachemedic.text import documentation
+from cachemedic.token_aware.calibration import vectors_of
 from cachemedic.token_aware.operator import TokenAware
 from cachemedic.token_aware.scrub import Codes, Scrubber
 from cachemedic.train import load_or_train
@@ -130,7 +132,7 @@ def rate_distortion(base: Base, codes: Mapping[str, Scrubber], samples: int = 24
     reverse water-filling (Cover and Thomas, section 10.3.3) on the covariance over all layers, or of each alone,
     without what token ids tell; a name of `codes` is that operator's sketch.
     """
-    windows = clean_vectors(base, samples, 288, seed=9, split_name="validation")
+    windows = vectors_of(base, sample_windows(base, documentation("validation"), samples, 288, seed=9))
     any_code = next(iter(codes.values()))
     transform = any_code.transform
     z = transform.standardise(windows.x)

@@ -18,7 +18,7 @@ from cachemedic.train_config import TrainConfig
 
 SEVERITIES = (0.1, 0.1, 0.1, 0.25, 0.25, 0.5, 1.0)
 STEPS = {"D": 250, "E": 80}
-HELD_OUT_STEPS = {"D": 80, "E": 80}
+HELD_OUT_STEPS = 80
 SHARES = (1 / 16, 1 / 64, 1 / 128, 1 / 256)
 COORDINATES = (1, 2, 4, 8)
 
@@ -80,13 +80,10 @@ def shares(base: Base, seeds: Sequence[int], smoke: bool = False) -> dict[str, T
 
 
 def held_out(base: Base, seeds: Sequence[int], smoke: bool = False) -> dict[tuple[str, str], TrainConfig]:
-    """The headline conditions with a prior, each with one corruption type left out of a shorter training."""
-    configs = {name: token_aware_config(base, name, seeds, smoke) for name in HELD_OUT_STEPS}
+    """The headline conditions, each with one corruption type left out of a shorter training."""
     return {
-        (name, kind): replace(
-            config, mixture=config.mixture.without(kind), steps=min(config.steps, HELD_OUT_STEPS[name])
-        )
-        for name, config in configs.items()
+        (name, kind): replace(config, mixture=config.mixture.without(kind), steps=min(config.steps, HELD_OUT_STEPS))
+        for name, config in headline(base, seeds, smoke).items()
         for kind in MIXTURE_WEIGHTS
     }
 
@@ -104,6 +101,7 @@ def ablations(base: Base, seeds: Sequence[int], smoke: bool = False) -> dict[str
         "no prior": changed(known_layers=0),
         "one layer recomputed": changed(known_layers=2),
         "a network a layer": changed(per_layer=True),
+        "code alone": changed(rounds=0),
         "with logit bias": changed(bias=True),
         "bias only": changed(bias=True, correction=False),
     }

@@ -197,6 +197,8 @@ class RepairOperator(nn.Module, ABC):
         if len(definitions) != 1:
             raise ValueError(f"only operators of one definition stack; got {sorted(definitions) or 'none'}")
         first = operators[0]
+        if len({op._held() for op in operators}) != 1:
+            raise ValueError("only operators of the same statistics of clean tokens stack: these were calibrated apart")
         parameters = {
             name: torch.cat([op.get_parameter(name).detach() for op in operators])
             for name, _ in first.named_parameters()
@@ -206,6 +208,10 @@ class RepairOperator(nn.Module, ABC):
     def _like(self, config: OperatorConfig, parameters: dict[str, Tensor]) -> RepairOperator:
         """An operator of other parameters that shares whatever else this one holds."""
         return type(self)(config, parameters)
+
+    def _held(self) -> object:
+        """What tells apart what operators of one definition hold beside their parameters."""
+        return None
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `operator.safetensors` and `config.json` into `folder`, each whole or not at all."""

@@ -9,11 +9,15 @@ import pandas as pd
 import torch
 
 from cachemedic.bank import open_bank
-from cachemedic.decoding import CleanBank, decode_logits
+from cachemedic.decoding import CleanBank, batches
+from cachemedic.defenses import NoDefence, Truth
+from cachemedic.evaluate import common_runs, read_logits
 from cachemedic.models import Base
 from cachemedic.operators import RepairOperator
 from cachemedic.quantiser import KVQuantiser, QuantiserConfig
 from cachemedic.report import Run
+from cachemedic.safeguards import Safeguard
+from cachemedic.sweeps import reader_of
 from cachemedic.task_data import TaskData, score
 from cachemedic.train import CALIBRATION, load_or_train
 from cachemedic.train_config import Objective, TrainConfig
@@ -54,20 +58,28 @@ def quantised_scores(
     """The NLL of every reader on caches without other faults: one row per reader and seed.
 
     A reader is a quantiser of the whole cache (None: 16 bits) and an operator (None: no repair); run i of R reads the
-    i-th block of N / R examples. Columns reader, bits, bytes_per_token (scales of the values included), seed, nll,
-    nll_clean, n_examples.
+    i-th block of N / R examples. Columns reader, bits, bytes_per_token (scales of the values and sketches included),
+    seed, nll, nll_clean, n_examples.
     """
     nll_clean = score(task, clean.logits)["nll"]
     seeds = pd.Series(task.seeds.numpy(), name="seed")
     frames = []
     for name, (quantiser, operator) in readers.items():
         keys, values = clean.k, clean.v
-        stored, bits = FULL_BITS * keys[0, :, :, 0].numel() * 2, FULL_BITS
+        stored, bits = float(FULL_BITS * keys[0, :, :, 0].numel() * 2), FULL_BITS
         if quantiser is not None:
             stored, bits = quantiser.bits_per_token(), quantiser.config.bits
             by_run = (x.unflatten(0, (quantiser.runs, -1)) for x in (keys, values))
             keys, values = (x.flatten(0, 1) for x in quantiser(*by_run))
-        nll = score(task, decode_logits(base.model, keys, values, task, operator=operator))["nll"]
+        reader = NoDefence() if operator is None else reader_of(base, operator)
+        stored += reader.bits_per_token() if isinstance(reader, Safeguard) else 0
+        logits = torch.empty_like(clean.logits)
+        for rows in batches(base.model, task, common_runs({name: reader})):
+            own = keys[rows], values[rows]
+            sound = clean.k[rows], clean.v[rows]
+            truth = Truth(*sound, (own[0] != sound[0]).any(-1) | (own[1] != sound[1]).any(-1))
+            logits[rows] = read_logits(base.model, *own, task.select(rows), reader, truth)
+        nll = score(task, logits)["nll"]
         scores = pd.DataFrame({"nll": nll, "nll_clean": nll_clean}, dtype=float).groupby(seeds)
         rows = scores.mean().reset_index().assign(n_examples=scores.size().to_numpy())
         rows.insert(0, "reader", name)

@@ -8,7 +8,8 @@ to that of the clean state it falls on: keys and values together, of a layer (se
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,8 +17,7 @@ import torch
 from pandas.api.typing import DataFrameGroupBy
 from transformers import PreTrainedModel
 
-from cachemedic.decoding import CleanBank, batches
-from cachemedic.defenses import Truth
+from cachemedic.decoding import CleanBank, batches, decode_logits
 from cachemedic.evaluate import Reader, common_runs, read_logits
 from cachemedic.safeguards import Safeguard
 from cachemedic.task_data import TaskData
@@ -41,6 +41,7 @@ class _Batch:
     top: torch.Tensor  # ids of the top clean logits [B, M, k]
     reference: torch.Tensor  # these logits
     numbers: np.ndarray  # of the examples within their seeds
+    kept: dict[Safeguard, Any] = field(default_factory=dict)  # of the clean cache
 
     @property
     def seeds(self) -> np.ndarray:
@@ -48,10 +49,15 @@ class _Batch:
 
     def read(self, k: torch.Tensor, v: torch.Tensor, reader: Reader) -> torch.Tensor:
         """The compared logits [B, M, k] of a reader of the cache k, v."""
-        truth = None
+        ids, valid = self.task.prefix_ids, self.task.prefix_mask
         if isinstance(reader, Safeguard):
-            truth = Truth(self.k, self.v, (k != self.k).any(-1) | (v != self.v).any(-1))
-        return read_logits(self.model, k, v, self.task, reader, truth).gather(-1, self.top)
+            if reader not in self.kept:  # written once, before all noise
+                self.kept[reader] = reader.write(self.k, self.v, ids, valid)
+            read = reader.read(k, v, ids, valid, self.kept[reader])
+            logits = decode_logits(self.model, read.k, read.v, self.task, read.keep)
+        else:
+            logits = read_logits(self.model, k, v, self.task, reader, truth=None)
+        return logits.gather(-1, self.top)
 
     def distance(self, z: torch.Tensor, reference: torch.Tensor) -> np.ndarray:
         """The 2-norm over the compared logits, mean over the scored tokens of each example [B]."""

@@ -135,12 +135,16 @@ def brackets(rows: pd.DataFrame, name: str, digits: int = 3) -> pd.Series:
 
 
 def results_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """`summary` rows for a reader of the paper; needs the columns base, setting and best_heuristic, too."""
+    """`summary` rows for a reader of the paper.
+
+    Needs the columns base, setting, best_heuristic and bits_per_token (what a reader keeps of the cache), too.
+    """
     conditions = pd.DataFrame({
         "task": rows["task"],
         "base": rows["base"].str.removeprefix("embedded-"),
         "setting": rows["setting"],
         "reader": rows["reader"].str.replace("_", " ") + np.where(rows["best_heuristic"], " *", ""),
+        "kept, bytes": (rows["bits_per_token"] / 8).round().astype(int),
     })  # fmt: skip
     return conditions.join(measures(rows))
 

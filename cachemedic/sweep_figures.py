@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
+from cachemedic.figures import errors
 from cachemedic.report import TEXT_WIDTH, line_styles
 
 REFERENCES = {
@@ -17,11 +18,6 @@ REFERENCES = {
     "shared_rank": ("one map for all types and severities, this rank", "-."),
     "rank_floor": ("rank floor of isotropic noise", "-"),
 }
-
-
-def _errors(rows: pd.DataFrame, name: str) -> list[pd.Series]:
-    """The lengths of error bars below and above column `name`, from its bounds."""
-    return [rows[name] - rows[f"{name}_low"], rows[f"{name}_high"] - rows[name]]
 
 
 def forest(rows: pd.DataFrame, label: str, measures: Mapping[str, str], group: str | None = None) -> Figure:
@@ -39,7 +35,7 @@ def forest(rows: pd.DataFrame, label: str, measures: Mapping[str, str], group: s
             own = rows if group is None else rows[rows[group] == value]
             places = [labels.index(x) + 0.7 * ((i + 0.5) / len(groups) - 0.5) for x in own[label]]
             style = styles[str(value)] | {"linestyle": "none"}
-            ax.errorbar(own[name], places, xerr=_errors(own, name), **style, label=str(value))
+            ax.errorbar(own[name], places, xerr=errors(own, name), **style, label=str(value))
         ax.axvline(0, color="0.6", linewidth=0.8, zorder=0)
         ax.set_xlabel(axis)
         ax.grid(axis="y", visible=False)
@@ -62,7 +58,7 @@ def contraction(rows: pd.DataFrame, conditions: Sequence[str], types: Sequence[s
         of_type = rows[rows["type"] == kind]
         for condition in conditions:
             own = of_type[of_type["condition"] == condition]
-            ax.errorbar(own["severity"], own["rho"], _errors(own, "rho"), **styles[condition], label=condition)
+            ax.errorbar(own["severity"], own["rho"], errors(own, "rho"), **styles[condition], label=condition)
         own = of_type[of_type["condition"] == conditions[0]]
         for name, (label, dashes) in REFERENCES.items():
             width = 2.2 if name == "rank_floor" else 1.2
@@ -94,7 +90,7 @@ def protected_layers(rows: pd.DataFrame, measures: Mapping[str, str]) -> Figure:
             for i, place in enumerate(places):
                 own = rows[(rows["hit"] == hit) & (rows["place"] == place)]
                 x = own["size"] * 1.06 ** (i - 1)  # side by side
-                ax.errorbar(x, own[name], _errors(own, name), **styles[place], label=place)
+                ax.errorbar(x, own[name], errors(own, name), **styles[place], label=place)
             ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
             ax.set_xscale("log", base=2)
             sizes = sorted(rows["size"].unique())
@@ -121,7 +117,7 @@ def sensitivity(rows: pd.DataFrame, readers: Sequence[str]) -> Figure:
     for ax, (name, title) in zip(axes, titles.items(), strict=True):
         for reader in readers:
             own = rows[rows["reader"] == reader]
-            ax.errorbar(own["noise"], own[name], _errors(own, name), **styles[reader], label=reader)
+            ax.errorbar(own["noise"], own[name], errors(own, name), **styles[reader], label=reader)
         ax.set_xscale("symlog", linthresh=0.01, linscale=0.5)
         levels = sorted(rows["noise"].unique())
         ax.set_xticks(levels, [f"{level:g}" for level in levels])
@@ -135,29 +131,34 @@ def sensitivity(rows: pd.DataFrame, readers: Sequence[str]) -> Figure:
 
 
 def amplification_maps(rows: pd.DataFrame, readers: Sequence[str]) -> Figure:
-    """gamma of every layer and head: a map per reader, then that of the last over that of the first.
+    """gamma of every layer and head: a map per reader, and beside each but the first, its ratio to the first.
 
     rows: columns reader, layer, head and gamma, one value each.
     """
     maps = {name: rows[rows["reader"] == name].pivot(index="head", columns="layer", values="gamma") for name in readers}
+    first = maps[readers[0]]
     highest = max(table.to_numpy().max() for table in maps.values())
-    size = (TEXT_WIDTH, 1.25 * (len(readers) + 1))
-    figure, axes = plt.subplots(len(readers) + 1, 1, figsize=size, sharex=True)
-    for ax, (name, table) in zip(axes, maps.items(), strict=False):
-        image = ax.imshow(table, cmap="viridis", vmin=0, vmax=highest, aspect="auto")
-        ax.set_title(name)
-        figure.colorbar(image, ax=ax, label=r"$\gamma$", pad=0.01)
-    ratio = maps[readers[-1]] / maps[readers[0]]
-    span = max(0.01, float((ratio - 1).abs().to_numpy().max()))
-    image = axes[-1].imshow(ratio, cmap="PuOr_r", vmin=1 - span, vmax=1 + span, aspect="auto")
-    axes[-1].set_title(f"{readers[-1]} over {readers[0]}")
-    figure.colorbar(image, ax=axes[-1], label="ratio", pad=0.01)
-    for ax in axes:
-        ax.set_ylabel("head")
-        ax.set_yticks(range(len(ratio.index)), ratio.index)
+    size = (TEXT_WIDTH, 1.5 * len(readers))
+    figure, axes = plt.subplots(len(readers), 2, figsize=size, sharex=True, sharey=True, squeeze=False)
+    for (left, right), (name, table) in zip(axes, maps.items(), strict=True):
+        image = left.imshow(table, cmap="viridis", vmin=0, vmax=highest, aspect="auto")
+        left.set_title(name)
+        left.set_ylabel("head")
+        figure.colorbar(image, ax=left, label=r"$\gamma$", pad=0.01)
+        if table is first:
+            right.set_axis_off()
+            continue
+        ratio = table / first
+        span = max(0.01, float((ratio - 1).abs().to_numpy().max()))
+        image = right.imshow(ratio, cmap="PuOr_r", vmin=1 - span, vmax=1 + span, aspect="auto")
+        right.set_title(f"over {readers[0]}")
+        figure.colorbar(image, ax=right, label="ratio", pad=0.01)
+    for ax in axes.flat:
         ax.grid(visible=False)
-    axes[-1].set_xticks(range(len(ratio.columns)), ratio.columns)
-    axes[-1].set_xlabel("layer")
+    axes[0, 0].set_yticks(range(len(first.index)), first.index)
+    for ax in axes[-1]:
+        ax.set_xticks(range(len(first.columns)), first.columns)
+        ax.set_xlabel("layer")
     return figure
 
 
@@ -175,7 +176,7 @@ def overhead(rows: pd.DataFrame) -> Figure:
         for i, (reader, style) in enumerate(line_styles(list(of_kind["reader"].unique())).items()):
             own = of_kind[of_kind["reader"] == reader]
             x = own["positions"] * 1.05 ** (i - 1)  # side by side
-            left.errorbar(x, own["ratio"], _errors(own, "ratio"), **style, label=reader.replace("_", " "))
+            left.errorbar(x, own["ratio"], errors(own, "ratio"), **style, label=reader.replace("_", " "))
             right.plot(x, own["peak_mebibytes"], **style)
         left.axhline(1, color="0.6", linewidth=0.8, zorder=0)
         left.set_ylabel(f"{kind}s\ntime over plain step")
@@ -207,7 +208,7 @@ def pareto(rows: pd.DataFrame, positions: int) -> Figure:
         own = rows.loc[[row.Index]]
         style = styles[str(row.kind)] | {"linestyle": "none"}
         ax.errorbar(
-            own["ratio"], own["clean_regression"], _errors(own, "clean_regression"), _errors(own, "ratio"), **style
+            own["ratio"], own["clean_regression"], errors(own, "clean_regression"), errors(own, "ratio"), **style
         )
         ax.annotate(
             str(row.reader).replace("_", " "), (row.ratio, row.clean_regression), (4, 4), textcoords="offset points",

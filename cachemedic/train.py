@@ -61,7 +61,7 @@ class Trainer:
         self.valence = shipped_valence(base) if valence is None and config.needs_valence else valence
         self.bank = open_bank(base, config.bank) if bank is None else bank
         if isinstance(self.operator, TokenAware):
-            calibrate(self.operator, base)
+            calibrate(self.operator, base, source=config.bank.source)
         self.first = config.first_layer
         self.quantiser, self.strength = self._quantiser(), self._strength()
         self.optimizer = RunAdam((p for part in self.trained.values() for p in part.parameters()), lr=config.lr)

@@ -112,7 +112,8 @@ class TrainConfig:
         # what is not used is left out: sweeps without it keep the keys that they had before it existed
         unused = {name for name in ("quantiser", "gate", "options") if not getattr(self, name)}
         unused |= {"schedule"} if self.schedule == "constant" else set()
-        defined: list[object] = [{k: v for k, v in asdict(self).items() if k not in unused}]
+        fields = asdict(self) | {"bank": self.bank.defined()}
+        defined: list[object] = [{k: v for k, v in fields.items() if k not in unused}]
         defined += [base.name, weights_digest(base)]
         defined += [head_digest(base)] if self.needs_valence else []
         transform = shipped_transform(base.name) if self.family in ("D", "E") else None

@@ -14,7 +14,6 @@ import torch
 from cachemedic import stats
 from cachemedic.corruption_types import NONE
 from cachemedic.models import Base
-from cachemedic.operators import RepairOperator
 from cachemedic.quantised_evaluation import NEAREST
 from cachemedic.summaries import brackets, summary
 from cachemedic.train import GATE_LOG, Trainer
@@ -41,12 +40,6 @@ PARTS = {
     "valence_controls": ("controls", ["valence", "shuffled weights", "lambda 0 (uniform)", "code excerpt"]),
     "valence_gate": ("mercy gate", ["valence", "gate: rollouts", "gate: proxy"]),
 }
-
-
-def conditions(operator: RepairOperator, config: TrainConfig, names: Sequence[str]) -> dict[str, RepairOperator]:
-    """The stack of each condition of a sweep, one run a seed, by its name."""
-    runs = {name: config.runs_of(condition) for condition, name in enumerate(names)}
-    return {name: RepairOperator.stack([operator.select(run) for run in own]) for name, own in runs.items()}
 
 
 def against(grid: pd.DataFrame, reference: str) -> pd.DataFrame:

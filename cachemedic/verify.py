@@ -53,7 +53,8 @@ class Agreement:
 
 def check_files(results: Path) -> Iterator[Agreement]:
     """Every CSV under `results` against its sidecar, and every sidecar against its CSV."""
-    for stem in sorted({path.stem for suffix in ("csv", "json") for path in results.glob(f"*.{suffix}")}):
+    files = [path for suffix in ("csv", "json") for path in results.rglob(f"*.{suffix}")]
+    for stem in sorted({path.relative_to(results).with_suffix("").as_posix() for path in files}):
         table, sidecar = results / f"{stem}.csv", results / f"{stem}.json"
         missing = [path.name for path in (table, sidecar) if not path.is_file()]
         if missing:

@@ -71,7 +71,8 @@ def scene(name="llama", implementation="sdpa", rank=8, non_finite=False, family=
             for x, value in zip(damaged, (torch.nan, torch.inf), strict=True):
                 x[:, :, :, ::2, 3] = value
                 x[:, 1, :, 1, :] = -1e30
-        *mended, repair = scrubber.scrub(*damaged, ids[:, :PREFIX], positions, codes)
+        stored = *damaged, ids[:, :PREFIX], positions, codes
+        mended, repair = scrubber.scrub(*stored)[:2], scrubber.repair(*stored)
     return Scene(model, operator, ids, mask, tuple(damaged), tuple(mended), repair)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tiny import DOCUMENTS, VOCABULARY, tiny_model, tiny_tokenizer
 
-from cachemedic import base_report, experiments, figures
+from cachemedic import base_report, figures, text_source
 from cachemedic.base_report import BLOCK, Effort, proportion, scored_bytes, unigram_log_probabilities
 from cachemedic.models import Base
 from cachemedic.tasks import perplexity_task
@@ -83,7 +83,7 @@ def test_a_share_that_is_whole_still_has_an_interval() -> None:
 
 
 def test_report_is_complete_and_can_be_drawn(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (base_report, experiments):
+    for module in (base_report, text_source):
         monkeypatch.setattr(module, "documentation", lambda split: LONG)
     report = base_report.measure(base, [0, 1], SMALL)
     assert report.facts["key/value heads"] == 2

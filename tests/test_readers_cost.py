@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from cachemedic.bench.decode import random_cache
 from cachemedic.bench.memory import peak_bytes
-from cachemedic.bench.readers import random_cache, reading_cost
+from cachemedic.bench.readers import reading_cost
 from cachemedic.defenses import blind_defences
 
 
@@ -35,9 +36,12 @@ def test_peak_is_what_lives_at_once():
     assert peak_bytes(lambda: None) == 0
 
 
+TOKEN_AWARE = [f"operator {family}, {way}" for family in "DE" for way in ("write-back", "augmented")]
+
+
 def test_every_reader_has_a_row_at_every_length():
-    frame = reading_cost(tiny_model(), positions=(4, 16), families="AB", rounds=6, rank=2)
-    readers = [*blind_defences(None), "operator A", "operator B"]
+    frame = reading_cost(tiny_model(), positions=(4, 16), families="ABDE", rounds=6, rank=2)
+    readers = [*blind_defences(None), "operator A", "operator B", *TOKEN_AWARE]
     assert frame["reader"].tolist() == 2 * readers
     assert frame["positions"].tolist() == len(readers) * [4] + len(readers) * [16]
     assert (frame["milliseconds"] > 0).all()
@@ -51,3 +55,14 @@ def test_a_defence_holds_a_second_cache_and_an_operator_does_not():
     cache = sum(x.nbytes for x in random_cache(model, positions + 1)) / 2**20
     assert frame["smoothing"] > cache
     assert frame["operator A"] - frame["none"] < 0.1 * cache
+
+
+def test_what_a_reader_keeps_beside_the_cache_counts():
+    model, positions = tiny_model(), 64
+    frame = reading_cost(model, (positions,), "DE", rounds=1, rank=2).set_index("reader")["peak_mebibytes"]
+    beyond = (frame - frame["none"]) * 2**20 / positions
+    ids_and_positions = 16
+    assert beyond["operator D, write-back"] > ids_and_positions
+    assert beyond["operator E, write-back"] > beyond["operator D, write-back"], "the sketch"
+    wider = 3 * 4 * 2 * 8 * 4  # layers, heads, keys and values, a head of 8 grows to 16, fp32
+    assert beyond["operator E, augmented"] >= wider

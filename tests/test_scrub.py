@@ -17,7 +17,8 @@ from cachemedic.safeguards import share_of_cache
 from cachemedic.tasks import perplexity_task, sentiment_task
 from cachemedic.text import documentation
 from cachemedic.token_aware.calibration import calibrate, vectors_of
-from cachemedic.token_aware.operator import DEAD_ZONE, KNOWN_TOLERANCE
+from cachemedic.token_aware.observation import KNOWN_TOLERANCE
+from cachemedic.token_aware.operator import DEAD_ZONE
 from cachemedic.token_aware.scalar_codes import pack
 from cachemedic.token_aware.scrub import Scrubber, positions_of
 

@@ -69,9 +69,9 @@ def test_stability_figures_hold_curves_and_maps():
     maps = frame("reader layer head", ["none", "A"], [0, 1, 2], [0, 1]).rename(columns={"x": "gamma"})
     maps["gamma"] += 0.1
     axes = sweep_figures.amplification_maps(maps, ["none", "A"]).axes
-    ratio = axes[2].images[0].get_array()
+    ratio = axes[3].images[0].get_array()
     assert ratio[1, 2] == pytest.approx(1.2 / 0.6)  # head 1 of layer 2
-    assert axes[2].get_title() == "A over none"
+    assert axes[3].get_title() == "over none"
 
 
 def test_overhead_figures_name_every_reader():

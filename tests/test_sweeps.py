@@ -6,11 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_models import operator_for
+from tiny_repair import base_of, calibrated
 from tiny_training import CONFIG, linear_map, parameters, tiny_bank, tiny_base
 
 from cachemedic import severity, sweeps, train
+from cachemedic.family_study import token_aware_config
 from cachemedic.objective import RepairObjective
+from cachemedic.token_aware.scrub import Scrubber
 from cachemedic.train import Trainer
+from cachemedic.valence import ValenceObjective
 
 
 @pytest.fixture
@@ -72,3 +77,47 @@ def test_the_contraction_sweep_has_what_the_paper_asks_for():
     assert {o.lambda_contr for o in objectives if o.alpha_contr == 0.8} == {0.0, 0.1, 0.5, 1.0}
     assert {o.alpha_contr for o in objectives if o.lambda_contr == 0.5} == {0.5, 0.8, 0.95}
     assert sweep["contraction alone"].objectives[0].lambda_id == 0
+
+
+def test_a_standard_config_takes_family_and_objective():
+    base = tiny_base()
+    plain = sweeps.standard_config(base, "A", (0, 1), smoke=False, steps=7)
+    assert (plain.layers, plain.steps, plain.objectives) == ((0, 1, 2), 7, (RepairObjective(),))
+    valence = sweeps.standard_config(base, "A", (0, 1), smoke=False, steps=7, objective="valence")
+    assert valence.objectives == (ValenceObjective(),)
+    assert valence.bank.split == "operator_train+reviews"
+    sketch = sweeps.standard_config(base, "E", (0, 1), smoke=False, steps=7)
+    assert sketch == token_aware_config(base, "E", (0, 1))
+    with pytest.raises(ValueError, match="did you mean 'valence'"):
+        sweeps.standard_config(base, "A", (0, 1), smoke=True, objective="valance")
+    with pytest.raises(ValueError, match="unknown operator family 'F'"):
+        sweeps.standard_config(base, "F", (0, 1), smoke=True)
+
+
+def test_sweeps_over_what_a_condition_lacks_are_refused():
+    base = tiny_base()
+    valence = sweeps.standard_config(base, "A", (0,), smoke=True, objective="valence")
+    assert sweeps.with_and_without_contraction(valence) == {"valence": valence}
+    with pytest.raises(ValueError, match="objective must be 'canonical'"):
+        sweeps.contraction_sweep(valence)
+    with pytest.raises(ValueError, match="family D has no rank; allowed are A, B, C"):
+        sweeps.rank_sweep(sweeps.standard_config(base, "D", (0,), smoke=True), [4])
+
+
+def test_the_contraction_term_on_and_off_and_ranks():
+    standard = replace(CONFIG, objectives=(RepairObjective(lambda_id=2.0),))
+    both = sweeps.with_and_without_contraction(standard)
+    assert both["contraction"] == standard
+    assert both["no contraction"].objectives == (RepairObjective(lambda_id=2.0, lambda_contr=0.0),)
+    ranks = {name: config.rank for name, config in sweeps.rank_sweep(standard, [2, 3]).items()}
+    assert ranks == {"rank 2": 2, "rank 3": 3}
+
+
+def test_operators_of_d_and_e_scrub_before_the_cache_is_read():
+    base = base_of("gpt2")
+    operators = {"A": operator_for(base.model), "D": calibrated(family="D"), "E": calibrated(family="E")}
+    found = sweeps.readers(base, operators)
+    assert found["A"] is operators["A"]
+    for name in ("D", "E"):
+        assert isinstance(found[name], Scrubber)
+        assert found[name].operator is operators[name]

@@ -198,15 +198,17 @@ def test_text_by_the_name_of_a_hub_data_set(monkeypatch) -> None:
         return {"text": ARTICLES.splitlines(), "sentence": ["good"], "label": [1]}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert len(load_documents("wikitext-2")) == 2
+    assert len(load_documents("wikitext2")) == 2
     assert load_reviews("sst2") == [("good", 1)]
     assert load_documents("somebody/texts", "train")
     assert [name for name, *_ in asked] == ["Salesforce/wikitext", "stanfordnlp/sst2", "somebody/texts"]
 
 
 def test_unknown_text_names_what_is_allowed(tmp_path) -> None:
-    with pytest.raises(ValueError, match="unknown text 'wikitext2'.*did you mean 'wikitext-2'"):
-        load_documents("wikitext2")
+    with pytest.raises(ValueError, match="unknown text 'wikitext-2'.*did you mean 'wikitext2'"):
+        load_documents("wikitext-2")
+    with pytest.raises(ValueError, match="unknown text '/no/such/folder'"):
+        load_documents("/no/such/folder")
     with pytest.raises(ValueError, match="unknown split 'tset'; allowed: train, validation, test"):
         load_documents(tmp_path, "tset")
     with pytest.raises(ValueError, match="holds no test split; expected one of test.txt"):

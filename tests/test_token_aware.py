@@ -19,7 +19,8 @@ def scrub(operator, k, v, architecture="gpt2", c=None):
     c = c or case(architecture)
     scrubber = Scrubber(base_of(architecture).model, operator)
     codes = scrubber.write(c.k, c.v, c.ids, c.valid)
-    return scrubber.scrub(k, v, c.ids, positions_of(c.valid), codes)
+    stored = k, v, c.ids, positions_of(c.valid), codes
+    return *scrubber.scrub(*stored)[:2], scrubber.repair(*stored)
 
 
 def at_once(operator, k, v, architecture):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from small_models import model_of, shaken
-from tiny_repair import base_of, calibrated, case
+from tiny_repair import base_of, calibrated, case, random_ids
 from tiny_training import parameters
 
 from cachemedic.models import load_base
@@ -83,6 +83,8 @@ def test_damaged_statistics_are_refused(tmp_path):
 
     record = json.loads((whole / "statistics.json").read_text())
     other = calibrated("gpt2", "E", projection="random")
+    tampered = bytearray((whole / "code.safetensors").read_bytes())
+    tampered[-2] ^= 1  # one bit of a number: still a file of the same shapes
     for name, content, message in (
         ("statistics.json", b"{", "statistics in .* are damaged"),
         ("statistics.json", b"[]", "statistics in .* are damaged"),
@@ -90,14 +92,34 @@ def test_damaged_statistics_are_refused(tmp_path):
         ("statistics.json", b"{}", "statistics in .* are damaged"),
         ("statistics.json", json.dumps(record | {"of": "embedded-gpt2"}).encode(), "embedded-gpt2 is not the one"),
         ("code.safetensors", None, "statistics in .* are damaged"),
-        ("code.safetensors", (whole / "code.safetensors").read_bytes()[:-8], "statistics in .* are damaged"),
-        ("code.safetensors", (whole / "operator.safetensors").read_bytes(), "statistics in .* are damaged"),
+        ("code.safetensors", (whole / "code.safetensors").read_bytes()[:-8], "code.safetensors is damaged, or not the"),
+        ("code.safetensors", (whole / "operator.safetensors").read_bytes(), "code.safetensors is damaged, or not the"),
+        ("code.safetensors", tampered, "code.safetensors is damaged, or not the"),
+        ("code.safetensors", other.code.to_bytes(), "code.safetensors is damaged, or not the"),
         ("transform.safetensors", None, "statistics in .* are damaged"),
         ("transform.safetensors", b"nothing", "transform.safetensors is damaged"),
         ("transform.safetensors", other.transform.to_bytes(), "transform of .* is not the one"),
     ):
         with pytest.raises(ValueError, match=message):
             damage(name, content)
+
+
+@pytest.mark.parametrize("family", ["D", "E"])
+def test_operators_that_were_calibrated_apart_do_not_stack(family):
+    base = base_of("gpt2")
+    new = [RepairOperator.create(family, base.model.config, (0, 1, 2), seed=seed) for seed in range(4)]
+    windows = [vectors_of(base, random_ids(6, 40, seed)) for seed in (0, 1)]
+    one, same, other = (calibrate(new[i], base, windows[i // 2]) for i in range(3))
+    stacked = RepairOperator.stack([one, same])
+    assert stacked.runs == 2
+    assert stacked.transform.digest == one.transform.digest
+    for apart in ([one, same, other], [one, new[3]], [new[3], one]):
+        with pytest.raises(ValueError, match="same statistics of clean tokens stack: these were calibrated apart"):
+            RepairOperator.stack(apart)
+    if family == "E":  # of one transform, but another code
+        other.attach(one.transform, other.code)
+        with pytest.raises(ValueError, match="these were calibrated apart"):
+            RepairOperator.stack([one, other])
 
 
 def test_operators_of_another_model_are_refused():
@@ -117,7 +139,7 @@ def test_operators_of_another_model_are_refused():
         ("D", {"coordinates": 0}, "coordinates must be 1 or more, not 0"),
         ("D", {"hidden": 0}, "hidden must be 1 or more, not 0"),
         ("E", {"window": -2}, "window must be 0 or more, not -2"),
-        ("E", {"rounds": 0}, "rounds must be 1 or more, not 0"),
+        ("E", {"rounds": -1}, "rounds must be 0 or more, not -1"),
         ("E", {"share": 1.5}, "share 1.5 is out of range: allowed are 0 to 1"),
         ("E", {"share": float("nan")}, "share nan is out of range"),
         ("E", {"projection": "fourier"}, "projection must be 'principal', 'random' or 'learned', not 'fourier'"),

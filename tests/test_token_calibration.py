@@ -6,6 +6,7 @@ from tiny import DOCUMENTS
 from tiny_repair import base_of, random_ids
 from transformers import DynamicCache
 
+from cachemedic import text_source
 from cachemedic.cache import stack_cache, unstack_cache
 from cachemedic.operators import RepairOperator
 from cachemedic.token_aware import calibration
@@ -123,9 +124,9 @@ def test_random_axes_are_orthonormal_and_depend_on_the_seed_alone():
 @pytest.fixture
 def short_texts(monkeypatch):
     """Calibration on little of the tiny documents."""
-    monkeypatch.setattr(calibration, "documentation", lambda split: tuple(DOCUMENTS))
-    few = {"CALIBRATION_SAMPLES": 8, "CODE_SAMPLES": 6, "CALIBRATION_LENGTH": 40, "FISHER_SAMPLES": 4}
-    for name, value in (few | {"FISHER_PREFIX": 20, "FISHER_DECODED": 8}).items():
+    monkeypatch.setattr(text_source, "documentation", lambda split: tuple(DOCUMENTS))
+    few = {"DOCUMENTATION_SAMPLES": 8, "REVIEW_SAMPLES": 4, "REVIEWS": 60, "FISHER_SAMPLES": 4}
+    for name, value in (few | {"CALIBRATION_LENGTH": 40, "FISHER_PREFIX": 20, "FISHER_DECODED": 8}).items():
         monkeypatch.setattr(calibration, name, value)
 
 

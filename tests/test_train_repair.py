@@ -9,7 +9,7 @@ from small_models import shaken
 from tiny import DOCUMENTS
 from tiny_training import CONFIG, linear_map, log_lines, parameters, tiny_bank, tiny_base
 
-from cachemedic import severity
+from cachemedic import severity, text_source
 from cachemedic.corruption import Mixture
 from cachemedic.objective import RepairObjective, contraction_ratio, identity_loss
 from cachemedic.token_aware import calibration
@@ -29,9 +29,9 @@ def config_of(family: str, **changes):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, _calibrated):
     """A severity map for tiny bases, and calibration on little text."""
-    monkeypatch.setattr(calibration, "documentation", lambda split: tuple(DOCUMENTS))
-    few = {"CALIBRATION_SAMPLES": 8, "CODE_SAMPLES": 6, "CALIBRATION_LENGTH": 40, "FISHER_SAMPLES": 2}
-    for name, value in (few | {"FISHER_PREFIX": 20, "FISHER_DECODED": 4}).items():
+    monkeypatch.setattr(text_source, "documentation", lambda split: tuple(DOCUMENTS))
+    few = {"DOCUMENTATION_SAMPLES": 8, "REVIEW_SAMPLES": 4, "REVIEWS": 60, "FISHER_SAMPLES": 2}
+    for name, value in (few | {"CALIBRATION_LENGTH": 40, "FISHER_PREFIX": 20, "FISHER_DECODED": 4}).items():
         monkeypatch.setattr(calibration, name, value)
 
 

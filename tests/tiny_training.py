@@ -8,8 +8,7 @@ import pytest
 import torch
 from tiny import DOCUMENTS, tiny_model, tiny_tokenizer
 
-from cachemedic import bank as bank_module
-from cachemedic import severity
+from cachemedic import severity, text_source
 from cachemedic.bank import Bank, BankConfig, open_bank
 from cachemedic.models import Base
 from cachemedic.objective import RepairObjective
@@ -40,7 +39,7 @@ def tiny_base(architecture: str = "gpt2") -> Base:
 def tiny_bank(base: Base, config: BankConfig, folder: Path) -> Bank:
     """The bank of `config` over the tiny documents."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bank_module, "documentation", lambda split: tuple(DOCUMENTS))
+        patch.setattr(text_source, "documentation", lambda split: tuple(DOCUMENTS))
         return open_bank(base, config, folder)
 
 

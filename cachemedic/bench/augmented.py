@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from cachemedic.attention import protect
-from cachemedic.bench.decode import LAYERS, POSITIONS, ROUNDS, decode
+from cachemedic.bench.decode import LAYERS, POSITIONS, ROUNDS, decode, random_cache
 from cachemedic.bench.materialised import RepeatableLayer
-from cachemedic.bench.readers import random_cache
 from cachemedic.bench.scrub import row, timed
 from cachemedic.bench.timing import interleave
 from cachemedic.operators import RepairOperator
@@ -34,9 +33,11 @@ class RepeatableWideLayer(RepeatableLayer):
         return super().update(*wide, *args, **kwargs)
 
 
-def random_repair(model: PreTrainedModel, layers: Sequence[int], rank: int, length: int) -> AugmentedRead:
+def random_repair(
+    model: PreTrainedModel, layers: Sequence[int], rank: int, length: int, family: str = "E"
+) -> AugmentedRead:
     """The augmented read of one row of `length` tokens, of random numbers."""
-    operator = RepairOperator.create("E", model.config, layers=layers, rank=rank)
+    operator = RepairOperator.create(family, model.config, layers=layers, rank=rank)
     assert isinstance(operator, TokenAware)
     shape, numbers = operator.config.model, torch.Generator().manual_seed(0)
 
@@ -49,6 +50,12 @@ def random_repair(model: PreTrainedModel, layers: Sequence[int], rank: int, leng
     for tail in tails:
         tail[..., rank:] = 0
     return AugmentedRead(operator, (limit, limit), bases, tails)
+
+
+def wide_cache(read: AugmentedRead, k: Tensor, v: Tensor) -> Cache:
+    """Keys and values k, v [1, L, G, T + 1, d], whose last position is free, laid out for the augmented read."""
+    layers: list[Any] = read.cache(k, v).layers
+    return Cache([RepeatableWideLayer(x.keys, x.values) for x in layers])
 
 
 @torch.inference_mode()
@@ -67,12 +74,12 @@ def augmented_cost(
     depth = model.config.num_hidden_layers
     for length in positions:
         k, v = random_cache(model, length + 1)
-        plain = [RepeatableLayer(k[:, layer], v[:, layer]) for layer in range(depth)]
+        plain = Cache([RepeatableLayer(k[:, layer], v[:, layer]) for layer in range(depth)])
         for rank in ranks:
             everywhere = random_repair(model, range(depth), rank, length)
-            wide = [RepeatableWideLayer(x.keys, x.values) for x in everywhere.cache(k, v).layers]
-            caches = {"step": Cache(plain), "all": Cache(wide)}
-            caches["few"] = Cache([wide[i] if i in few else plain[i] for i in range(depth)])
+            wide = wide_cache(everywhere, k, v)
+            caches = {"step": plain, "all": wide}
+            caches["few"] = Cache([(wide if i in few else plain).layers[i] for i in range(depth)])
             reads = {"few": random_repair(model, few, rank, length), "all": everywhere}
 
             def step(name: str, caches: dict = caches, reads: dict = reads) -> float:

@@ -15,6 +15,7 @@ from cachemedic.attention import protect
 from cachemedic.bench.materialised import RepeatableLayer, materialised
 from cachemedic.bench.timing import interleave, median_ratio
 from cachemedic.families import FAMILIES, FoldedOperator
+from cachemedic.operator_config import ModelShape
 from cachemedic.operators import RepairOperator
 
 POSITIONS = (128, 1024, 4096, 16384)  # T, tokens in the cache
@@ -31,14 +32,18 @@ def gpt2_medium(positions: int) -> PreTrainedModel:
     return GPT2LMHeadModel(config).eval().requires_grad_(False)
 
 
+def random_cache(model: PreTrainedModel, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [1, L, G, positions, d] of random numbers."""
+    of = ModelShape.of(model.config)
+    shape = (1, of.num_layers, of.num_kv_heads, positions, of.head_dim)
+    numbers = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=numbers), torch.randn(shape, generator=numbers)
+
+
 def repeatable_cache(model: PreTrainedModel, positions: int) -> Cache:
     """A cache of random numbers with `positions` tokens and a slot for one more."""
-    config = model.config
-    head_dim = config.hidden_size // config.num_attention_heads
-    shape = (1, config.num_attention_heads, positions + 1, head_dim)
-    numbers = torch.Generator().manual_seed(0)
-    layers = range(config.num_hidden_layers)
-    return Cache([RepeatableLayer(*(torch.randn(shape, generator=numbers) for _ in "kv")) for _ in layers])
+    k, v = random_cache(model, positions + 1)
+    return Cache([RepeatableLayer(k[:, i], v[:, i]) for i in range(k.shape[1])])
 
 
 @torch.inference_mode()

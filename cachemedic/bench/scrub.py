@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -17,7 +18,6 @@ from cachemedic.operators import RepairOperator
 from cachemedic.safeguards import WORD_BITS
 from cachemedic.token_aware.operator import TokenAware, coordinates
 from cachemedic.token_aware.scalar_codes import SCALE_LIMIT, allot_bits
-from cachemedic.token_aware.scrub import Scrubber, positions_of
 from cachemedic.token_aware.sketch_cache import SketchCache
 from cachemedic.token_aware.sketch_code import SketchCode
 from cachemedic.token_aware.transform import Transform
@@ -43,7 +43,7 @@ def random_transform(operator: TokenAware, seed: int = 0) -> Transform:
     into[0] = 0  # below the lowest layer there is nothing
     return Transform(
         mean=0.1 * draw(layers, width),
-        scale=draw(layers, width).mul_(0.1).exp_(),
+        scale=draw(layers, width // operator.head_dim).mul_(0.1).exp_().repeat_interleave(operator.head_dim, 1),
         first=draw(layers, width),
         chain_in=into,
         chain_out=0.5 * draw(layers, rank, width) / rank**0.5,
@@ -60,13 +60,14 @@ def random_code(operator: TokenAware, transform: Transform) -> SketchCode:
     return SketchCode(transform, allot_bits(variance, budget), variance.sqrt().clamp_min(SCALE_LIMIT))
 
 
-def uncalibrated(model: PreTrainedModel) -> TokenAware:
-    """Family E for all layers, at work, with random statistics."""
+def uncalibrated(model: PreTrainedModel, family: str = "E", **options: Any) -> TokenAware:
+    """Family D or E for all layers, at work, with random statistics."""
     layers = range(model.config.num_hidden_layers)
-    operator = RepairOperator.create("E", model.config, layers=layers, coordinates=COORDINATES, share=SHARE)
+    options |= {"coordinates": COORDINATES} | ({"share": SHARE} if family == "E" else {})
+    operator = RepairOperator.create(family, model.config, layers=layers, **options)
     assert isinstance(operator, TokenAware)
     transform = random_transform(operator)
-    operator.attach(transform, random_code(operator, transform))
+    operator.attach(transform, random_code(operator, transform) if family == "E" else None)
     torch.nn.init.ones_(operator.strength)
     return operator
 
@@ -99,13 +100,32 @@ def row(operation: str, length: int, layers: int, times: pd.DataFrame, name: str
     }
 
 
-def damaged(x: torch.Tensor, share: float, numbers: torch.Generator) -> torch.Tensor:
-    """x [B, L, G, T, d] with noise of its own size on whole pages of tokens."""
-    pages = -(-x.shape[3] // PAGE)
+def damage(cache: Cache, share: float) -> None:
+    """Adds noise of their own size to keys and values of whole pages of tokens, a share of all, in place."""
+    numbers, length = torch.Generator().manual_seed(0), cache.get_seq_length()
+    pages = -(-length // PAGE)
     hit = torch.zeros(pages, dtype=torch.bool)
     hit[torch.randperm(pages, generator=numbers)[: round(share * pages)]] = True
-    noise = torch.randn(x.shape, generator=numbers) * x.square().mean().sqrt()
-    return x + noise * hit.repeat_interleave(PAGE)[: x.shape[3], None]
+    tokens = hit.repeat_interleave(PAGE)[:length].nonzero()[:, 0]
+    layers: list[Any] = cache.layers
+    for x in (side for layer in layers for side in (layer.keys, layer.values)):
+        stored = x[:, :, tokens]
+        x[:, :, tokens] = stored + torch.randn(stored.shape, generator=numbers) * x.square().mean().sqrt()
+
+
+def scrubbing(cache: SketchCache, sound: Cache, share: float) -> Callable[[], float]:
+    """A contender of `interleave`: the scrub of a cache, timed, after it was damaged."""
+
+    pairs: Iterable[tuple[Any, Any]] = list(zip(cache.layers, sound.layers, strict=True))
+
+    def contender() -> float:
+        for layer, own in pairs:
+            layer.keys.copy_(own.keys)
+            layer.values.copy_(own.values)
+        damage(cache, share)
+        return timed(cache.scrub)()
+
+    return contender
 
 
 @torch.inference_mode()
@@ -113,46 +133,45 @@ def scrub_cost(
     model: PreTrainedModel, length: int = LENGTH, hit: Sequence[float] = HIT, rounds: int = ROUNDS
 ) -> pd.DataFrame:
     """One row for each operation: a prefill that writes the sketch, a scrub of a cache with a share of damaged tokens,
-    a decoding step that writes the sketch, and one behind a cache that was scrubbed; over a plain prefill or step.
+    by the estimator or the quick repair, a decoding step that writes the sketch, and one behind a cache that was
+    scrubbed; over a plain prefill or step.
     """
-    operator = uncalibrated(model)
-    scrubber = Scrubber(model, operator)
+    operators = {"scrub": uncalibrated(model), "quick scrub": uncalibrated(model, rounds=0)}
     numbers = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, length), generator=numbers)
-    valid = torch.ones_like(ids, dtype=torch.bool)
-    positions = positions_of(valid)
 
     def prefill(cache: Cache) -> Cache:
         model(ids, past_key_values=cache, logits_to_keep=1)
         return cache
 
-    def prefill_with_sketch() -> Cache:
+    def prefill_with_sketch(operator: TokenAware) -> SketchCache:
+        cache = SketchCache(model, operator)
         with protect(model, operator):
-            return prefill(SketchCache(model, operator))
+            prefill(cache)
+        return cache
 
-    plain, kept = prefill(DynamicCache()), prefill_with_sketch()
-    k, v = stack_cache(plain)
-    codes = scrubber.write(k, v, ids, valid)
-    contenders = {"prefill": timed(lambda: prefill(DynamicCache())), "write": timed(prefill_with_sketch)}
-    names = {f"scrub, {share:.0%} hit": share for share in hit}
-    for name, share in names.items():
-        bad = damaged(k, share, numbers), damaged(v, share, numbers)
-        contenders[name] = timed(lambda bad=bad: scrubber.scrub(*bad, ids, positions, codes))
+    plain = prefill(DynamicCache())
+    kept = {name: prefill_with_sketch(operator) for name, operator in operators.items()}
+    contenders = {
+        "prefill": timed(lambda: prefill(DynamicCache())),
+        "write": timed(lambda: prefill_with_sketch(operators["scrub"])),
+    }
+    names = [(f"{name}, {share:.0%} hit", name, share) for name in kept for share in hit]
+    contenders |= {label: scrubbing(kept[name], plain, share) for label, name, share in names}
     times = interleave(contenders, rounds, f"scrubs of {length} tokens")
-    layers = len(operator.layers)
+    layers = model.config.num_hidden_layers
     rows = [row("write the sketch in a prefill", length, layers, times, "write", "prefill")]
-    rows += [row(name, length, layers, times, name, "prefill") for name in names]
+    rows += [row(label, length, layers, times, label, "prefill") for label, _, _ in names]
 
     def step(cache: Cache) -> None:  # every one lengthens the cache by a token
         position = torch.tensor([[cache.get_seq_length()]])
         model(torch.tensor([[1]]), past_key_values=cache, position_ids=position)
 
     def step_with_sketch() -> None:
-        with protect(model, operator):
-            step(kept)
+        with protect(model, operators["scrub"]):
+            step(kept["scrub"])
 
-    mended = unstack_cache(*scrubber.scrub(*bad, ids, positions, codes)[:2])
-    del bad, k, v
+    mended = unstack_cache(*stack_cache(kept["quick scrub"]))
     steps = {"step": lambda: step(plain), "scrubbed": lambda: step(mended), "write": step_with_sketch}
     times = interleave({name: timed(work) for name, work in steps.items()}, 4 * rounds + 3, f"steps behind {length}")
     rows.append(row("decode behind a scrubbed cache", length, layers, times, "scrubbed", "step"))

@@ -8,6 +8,7 @@ observation     a stored cache as it is read
 depth_filter    one layer: how much of a damaged token to believe, and what it was
 operator        the families D and E: the walk through the layers
 suspects        which tokens of a stored cache a scrub has to look at
+rewrite         the quick repair: damaged tokens written anew from their codes
 scrub           the repair of a whole stored cache
 augmented       attention reads a cache with its repair, where it may not be written back
 token_record    what a cache remembers of its tokens, written as they are

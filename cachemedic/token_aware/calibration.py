@@ -1,10 +1,16 @@
-"""Calibration of the transform of families D and E on clean caches of a base."""
+"""Calibration of the transform of families D and E on clean caches of a base.
+
+Text is documentation and generated reviews. Quantisers have a range: text of a kind that calibration never saw may lie
+far outside of it (the innovations of reviews are 3 to 13 times as large as those of documentation), so that every kind
+that is to be repaired belongs into it; `calibrate` takes the windows of any other text.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -14,7 +20,8 @@ from cachemedic.bank import sample_windows
 from cachemedic.cache import stack_cache, unstack_cache
 from cachemedic.models import Base
 from cachemedic.safeguards import WORD_BITS
-from cachemedic.text import documentation
+from cachemedic.text import LABELS, sentiment_prompt, sentiment_review
+from cachemedic.text_source import EMBEDDED_TEXT, TextSource
 from cachemedic.token_aware.learned_basis import learn_basis
 from cachemedic.token_aware.operator import TokenAware, coordinates
 from cachemedic.token_aware.sketch_code import SketchCode
@@ -25,7 +32,9 @@ from cachemedic.token_aware.transform import Transform, with_previous
 RIDGE = 10.0
 CHAIN_RANK = 128
 BATCH = 8
-CALIBRATION_SAMPLES, CODE_SAMPLES, CALIBRATION_LENGTH = 96, 24, 544
+DOCUMENTATION_SAMPLES, REVIEW_SAMPLES, CALIBRATION_LENGTH = 96, 24, 544
+REVIEWS = 3000  # generated for the windows of reviews; other ones than those of any task
+CODE_SHARE = 4  # of the windows of each kind, one in so many measures the code
 FISHER_SAMPLES, FISHER_PREFIX, FISHER_DECODED = 96, 128, 32
 
 
@@ -38,11 +47,20 @@ class CleanVectors:
     positions: Tensor
 
 
-def clean_vectors(
-    base: Base, samples: int, length: int, seed: int = 5, split_name: str = "operator_train"
-) -> CleanVectors:
-    """Token vectors of `samples` windows of `length` tokens of one documentation split."""
-    return vectors_of(base, sample_windows(base, documentation(split_name), samples, length, seed))
+def calibration_windows(
+    base: Base, code_alone: bool = False, seed: int = 5, source: TextSource = EMBEDDED_TEXT
+) -> Tensor:
+    """Windows of text [N, T], as long as the context allows: of documents, then of reviews.
+
+    `code_alone`: only as many as a code takes, which has far fewer numbers than a transform.
+    """
+    length = min(base.context - 32, CALIBRATION_LENGTH)
+    rng = np.random.default_rng([seed, 13])
+    drawn = source.reviews_of("operator_train") or [sentiment_review(rng) for _ in range(REVIEWS)]
+    reviews = tuple(f"{sentiment_prompt(text)} {LABELS[label]}" for text, label in drawn)
+    kinds = (source.documents_of("operator_train"), DOCUMENTATION_SAMPLES), (reviews, REVIEW_SAMPLES)
+    share = CODE_SHARE if code_alone else 1
+    return torch.cat([sample_windows(base, text, count // share, length, seed) for text, count in kinds])
 
 
 @torch.inference_mode()
@@ -118,15 +136,19 @@ def _reduced_rank(x: Tensor, y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return full @ axes, axes.T
 
 
+def sensitivity_windows(base: Base, source: TextSource = EMBEDDED_TEXT, seed: int = 7) -> Tensor:
+    """96 windows of 160 tokens [N, T] of the operators' training text."""
+    length = FISHER_PREFIX + FISHER_DECODED
+    return sample_windows(base, source.documents_of("operator_train"), FISHER_SAMPLES, length, seed)
+
+
 def fisher_diagonal(base: Base, text: Tensor | None = None, seed: int = 7) -> Tensor:
     """Mean squared gradient [L, D] of log p(y) in each cached number, y drawn from the model: the Fisher diagonal.
 
-    For the last 32 tokens of windows `text` [N, T], decoded on the cache of those before (None: 96 windows of 160
-    tokens of the operators' training text).
+    For the last 32 tokens of windows `text` [N, T], decoded on the cache of those before (None: those of
+    `sensitivity_windows`).
     """
-    if text is None:
-        documents = documentation("operator_train")
-        text = sample_windows(base, documents, FISHER_SAMPLES, FISHER_PREFIX + FISHER_DECODED, seed)
+    text = sensitivity_windows(base, seed=seed) if text is None else text
     ids, prefix = text.to(base.model.device), text.shape[1] - FISHER_DECODED
     rotation = KeyRotation(base.model)
     generator = torch.Generator().manual_seed(seed)
@@ -149,30 +171,32 @@ def fisher_diagonal(base: Base, text: Tensor | None = None, seed: int = 7) -> Te
     return total / (len(ids) * FISHER_DECODED * (prefix - 1))
 
 
-def calibrate(operator: TokenAware, base: Base, windows: CleanVectors | None = None) -> TokenAware:
+def calibrate(
+    operator: TokenAware, base: Base, windows: CleanVectors | None = None, source: TextSource = EMBEDDED_TEXT
+) -> TokenAware:
     """Gives an operator the transform of a base, and family E its code; returns it.
 
     All layers of an embedded base take the transform that ships. `windows`: clean vectors to measure on, of more than
-    32 tokens (None: of the operators' training text, as long as the context allows). Raises `ValueError` for an
-    operator of another model.
+    32 tokens (None: those of `calibration_windows` of the `source`). Raises `ValueError` for an operator of another
+    model.
     """
     operator.check_model(base.model.config)
     options = operator.config.options
     everything = operator.layers == tuple(range(operator.config.model.num_layers))
     projection = options.get("projection", "principal")
     transform = shipped_transform(base.name) if everything and projection != "random" else None
-    text = None if windows is None else windows.ids
-    if windows is None:
-        count = CALIBRATION_SAMPLES if transform is None else CODE_SAMPLES
-        windows = clean_vectors(base, count, min(base.context - 32, CALIBRATION_LENGTH))
     if transform is None:
-        transform = fit_transform(
-            base, windows, operator.layers, "random" if projection == "random" else "principal", text=text
-        )
-    code = _code(operator, transform, windows) if "share" in options else None
-    if code is not None and projection == "learned":
-        transform = learn_basis(base, code, operator.known_layers)
-        code = _code(operator, transform, windows)
+        measured = windows or vectors_of(base, calibration_windows(base, source=source))
+        text = windows.ids if windows else sensitivity_windows(base, source)
+        axes = "random" if projection == "random" else "principal"
+        transform = fit_transform(base, measured, operator.layers, axes, text=text)
+    code = None
+    if "share" in options:
+        measured = windows or vectors_of(base, calibration_windows(base, code_alone=True, source=source))
+        code = _code(operator, transform, measured)
+        if projection == "learned":
+            transform = learn_basis(base, code, operator.known_layers)
+            code = _code(operator, transform, measured)
     operator.attach(transform, code)
     return operator
 
@@ -180,9 +204,8 @@ def calibrate(operator: TokenAware, base: Base, windows: CleanVectors | None = N
 def _code(operator: TokenAware, transform: Transform, windows: CleanVectors) -> SketchCode:
     """The code of family E, measured on clean windows."""
     options = operator.config.options
-    z = transform.standardise(windows.x[:CODE_SAMPLES, list(operator.layers)])
+    z = transform.standardise(windows.x[:, list(operator.layers)])
     budget = int(options["share"] * WORD_BITS * transform.width * transform.num_layers)
-    is_first = windows.positions[:CODE_SAMPLES] == 0
-    return SketchCode.fit(
-        transform, z, is_first, operator.known_layers, budget, coordinates(operator.config), options["bits"]
-    )
+    is_first = windows.positions == 0
+    m = coordinates(operator.config)
+    return SketchCode.fit(transform, z, is_first, operator.known_layers, budget, m, options["bits"])

@@ -10,14 +10,25 @@ from torch import Tensor
 from cachemedic.token_aware.token_vectors import Rotation, join
 from cachemedic.token_aware.transform import Transform
 
-LIMIT = 40.0  # units of the scale: no clean number comes near
+LIMIT = 40.0  # units of the scale: no clean number lies so far from the mean
+KNOWN_TOLERANCE = 1e-2  # units of the scale: the same for layers that are recomputed from the token ids
+ULPS = 8  # the same in formats of lower precision, in units of their rounding
 SMALL = 1e-6
 GRAIN_RANGE = (-7.0, 3.0)
 
 
 def sane(transform: Transform) -> Tensor:
-    """Magnitudes [P, D] from which on a stored number is no clean one: it is read as zero, like those not finite."""
-    return LIMIT / transform.scale
+    """Magnitudes [P, D] from which on a stored number is no clean one: it is read as zero, like those not finite.
+
+    A stored key is rotated: two numbers of its mean may have come together in one.
+    """
+    mean = 2**0.5 * (transform.mean * transform.scale).abs().amax(-1, keepdim=True)
+    return (LIMIT + mean + transform.first.abs().amax(-1, keepdim=True)) / transform.scale
+
+
+def known_tolerance(stored: Tensor) -> float:
+    """How far, in units of the scale, sound numbers of this dtype may lie from what the token ids say of them."""
+    return max(KNOWN_TOLERANCE, ULPS * torch.finfo(stored.dtype).eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +39,7 @@ class Observation:
     the same in units of `Transform.scale`; lost [N, P, T, D]: elements that are exactly zero, or were put to zero;
     grain [N, P, T, H']: log of the smallest kept magnitude of a head over the mean one, large for coarse quantisation;
     implausible [N, P, T]: whether an element of the token was put to zero; positions [N, T], -1 for padding;
-    rotation of its keys.
+    rotation of its keys; tolerance: see `known_tolerance`.
     """
 
     stored: Tensor
@@ -38,6 +49,7 @@ class Observation:
     implausible: Tensor
     positions: Tensor
     rotation: Rotation
+    tolerance: float
 
     @property
     def is_first(self) -> Tensor:
@@ -57,4 +69,4 @@ def observe(transform: Transform, key: Tensor, value: Tensor, positions: Tensor,
     least = torch.where(kept, size, torch.inf).amin(-1)
     grain = (least.clamp_max(1 / SMALL) / (mean + SMALL) + 1e-3).log().clamp(*GRAIN_RANGE)
     z = rotation.redo(transform.standardise(rotation.undo(stored)))
-    return Observation(stored, z, lost, grain, ~plausible.all(-1), positions, rotation)
+    return Observation(stored, z, lost, grain, ~plausible.all(-1), positions, rotation, known_tolerance(key))

@@ -24,7 +24,6 @@ from cachemedic.token_aware.statistics_files import read_statistics, write_stati
 from cachemedic.token_aware.transform import Transform
 
 DEAD_ZONE = 1e-3  # standard deviations: rounding differs between batch shapes, and must not look like damage
-KNOWN_TOLERANCE = 1e-2  # units of the scale: the same for layers that are recomputed from the token ids
 STRENGTH_GAIN = 32.0  # the step of `strength` from 0, the identity, to 1 takes an optimiser few updates
 
 
@@ -58,8 +57,9 @@ class TokenAware(RepairOperator):
 
     Options: `known_layers`: how many of the lowest layers are computed from the token ids (0: no prior); `coordinates`
     of the innovation, as a mean over the heads of keys and values; `hidden` units of the network; `per_layer` networks
-    in place of one for all; `window`: neighbours on each side that it hears of; `rounds` of projection; `bias`: whether
-    attention gets its logit bias; `correction`: whether tokens are corrected.
+    in place of one for all; `window`: neighbours on each side that it hears of; `rounds` of projection (0: damaged
+    numbers are not used; E then replaces a damaged token by what its code says, and has no network to ask); `bias`:
+    whether attention gets its logit bias; `correction`: whether tokens are corrected.
     """
 
     default_options: dict[str, Any] = {
@@ -102,6 +102,9 @@ class TokenAware(RepairOperator):
         if self.transform is not None:
             other.attach(self.transform, self.code)
         return other
+
+    def _held(self) -> object:
+        return self.transform and self.transform.digest, self.code and self.code.digest
 
     def save_pretrained(self, folder: str | Path) -> None:
         """See `RepairOperator.save_pretrained`; the statistics go into files of their own."""
@@ -154,6 +157,10 @@ class TokenAware(RepairOperator):
             self.attach(self.transform, self.code)  # to the device where the parameters are now
         return self
 
+    def strengths(self, rows: int) -> Tensor:
+        """The share [rows, 1] of a correction that is made, in 0 to 1, for the runs' rows."""
+        return InwardClamp.apply(self.strength * STRENGTH_GAIN).repeat_interleave(rows // self.runs, 0)
+
     def repair(self, seen: Observation, known: Tensor, sketch: Sketch | None = None) -> Repair:
         """Repairs an observed cache of R*B rows.
 
@@ -161,7 +168,7 @@ class TokenAware(RepairOperator):
         stored.
         """
         assert self.transform is not None  # `calibrate` attaches it
-        strength = InwardClamp.apply(self.strength * STRENGTH_GAIN).repeat_interleave(len(seen.z) // self.runs, 0)
+        strength = self.strengths(len(seen.z))
         nothing = torch.zeros_like(seen.z[:, 0, :, 0])
         walk = _Walk(None, nothing[..., None], nothing, nothing)
         parts: list[tuple[Tensor, ...]] = []
@@ -181,10 +188,10 @@ class TokenAware(RepairOperator):
         """A layer that the token ids tell."""
         read = seen.z[:, layer]
         off = (read - exact).abs().amax(-1)
-        hit = (off > KNOWN_TOLERANCE) | seen.implausible[:, layer]
-        size = exact.square().mean(-1).clamp_min(KNOWN_TOLERANCE**2)  # padding has none
+        hit = (off > seen.tolerance) | seen.implausible[:, layer]
+        size = exact.square().mean(-1).clamp_min(seen.tolerance**2)  # padding has none
         walk.known_off = walk.below_off = (read - exact).square().mean(-1) / size
-        correction = (strength * hit)[..., None] * (exact - read)
+        correction = (strength * hit)[..., None] * (exact - read) * self.config.options["correction"]
         walk.below = seen.rotation.undo(read + correction)
         walk.read_below = seen.rotation.undo(read)
         return correction, read.new_zeros(*read.shape[:2], self.config.model.num_kv_heads), off
@@ -208,22 +215,24 @@ class TokenAware(RepairOperator):
             predicted, base = self.code.reconstruct(layer, sketch)
             innovation = (seen.rotation.undo(read) - predicted) @ statistics.basis
             residual = self.code.residual(layer, innovation, sketch.codes[layer]).abs().amax(-1)
-            hit = (residual > DEAD_ZONE) | seen.implausible[
-                :, layer
-            ]  # zeros alone are no sign: sound numbers round to it
+            # zeros alone are no sign: sound numbers round to it
+            hit = (residual > DEAD_ZONE) | seen.implausible[:, layer]
         base = seen.rotation.redo(base)
+        options = self.config.options
+        whole = (strength * hit)[..., None] * options["correction"]
+        if sketch is not None and options["rounds"] == 0:  # the code's word is final
+            return whole * (base - read), read.new_zeros(*read.shape[:2], self.config.model.num_kv_heads), residual
         if walk.read_below is not None:
             walk.exchanged = self._exchanged(walk.read_below, seen, layer, base)
             walk.read_below = None
         exchanged = torch.ones_like(residual) if walk.exchanged is None else walk.exchanged
         told = (residual, walk.known_off, walk.below_off, exchanged)
         sight = Sight(read - base, lost, seen.grain[:, layer], self._prior(layer, walk.left), told)
-        options = self.config.options
         evidence = weigh(statistics, sight, seen.positions, seen.rotation, options["window"])
         found = estimate(
             statistics, sight, evidence, self._judge(layer, evidence.features), seen.rotation, options["rounds"]
         )
-        gate = found.gate * strength[..., None] * hit[..., None] * options["correction"]
+        gate = found.gate * whole
         correction = gate * (base + found.innovation - read)
         walk.below, walk.below_off = seen.rotation.undo(read + correction), evidence.damage
         walk.left = found.variance if sketch is None else walk.left
@@ -279,7 +288,7 @@ def coordinates(config: OperatorConfig) -> int:
 
 def _check_options(config: OperatorConfig) -> None:
     options = config.options
-    for name, least in (("known_layers", 0), ("coordinates", 1), ("hidden", 1), ("window", 0), ("rounds", 1)):
+    for name, least in (("known_layers", 0), ("coordinates", 1), ("hidden", 1), ("window", 0), ("rounds", 0)):
         if not options[name] >= least:
             raise ValueError(f"{name} must be {least} or more, not {options[name]}")
     if config.apply_to != "KV":

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cachemedic.defenses import Defended
 from cachemedic.safeguards import Safeguard
-from cachemedic.token_aware.operator import KNOWN_TOLERANCE
+from cachemedic.token_aware.observation import known_tolerance, sane
 from cachemedic.token_aware.scrub import Scrubber, positions_of
 from cachemedic.token_aware.token_vectors import join, split
 
@@ -15,7 +15,8 @@ from cachemedic.token_aware.token_vectors import join, split
 class PriorAlone(Safeguard):
     """Replaces a token whose lowest layers are not those that its id tells by what the ids predict, in all layers.
 
-    Nothing is stored and no damaged number is believed. Raises `ValueError` for an operator without a prior.
+    So it does with a token that holds, anywhere, a number that no clean one has. Nothing is stored and no damaged
+    number is believed. Raises `ValueError` for an operator without a prior.
     """
 
     def __init__(self, scrubber: Scrubber) -> None:
@@ -39,9 +40,12 @@ class PriorAlone(Safeguard):
             chain.append(transform.predict(len(chain), chain[-1], positions == 0))
         predicted = split(rotation.redo(transform.restore(torch.stack(chain, 1))), k.shape[2])
         lowest = layers[: known.shape[1]]
-        read = rotation.undo(join(k[:, lowest], v[:, lowest]).float())
+        stored = join(k[:, layers], v[:, layers]).float()
+        plausible = (stored.abs() < sane(transform)[:, None]).all(-1).all(1)
+        read = rotation.undo(stored[:, : len(lowest)])
         off = (read - transform.mean[: len(lowest), None]) * transform.scale[: len(lowest), None] - known
-        sound = (off.abs() <= KNOWN_TOLERANCE).all(-1).all(1) | ~valid  # NaN is not sound
+        told = (off.abs() <= known_tolerance(k)).all(-1).all(1)  # false for NaN
+        sound = plausible & (told | ~valid)  # of padding the ids tell nothing
         result = [k.clone(), v.clone()]
         for x, new in zip(result, predicted, strict=True):
             x[:, layers] = torch.where(sound[:, None, None, :, None], x[:, layers], new.to(x.dtype))

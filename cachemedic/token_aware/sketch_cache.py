@@ -125,7 +125,7 @@ class SketchCache(Cache):
             self._age += 1
         return stored
 
-    @torch.no_grad()
+    @torch.inference_mode()  # caches made in that mode may be changed in it only
     def scrub(self) -> ScrubReport:
         """Repairs all cached tokens in place; sound ones keep every bit.
 
@@ -134,20 +134,19 @@ class SketchCache(Cache):
         if self.record is None:
             raise ValueError("there is nothing to scrub: the cache is empty")
         record, device = self.record, self.record.ids.device
-        layers: list[Any] = self.layers
         if self.offloading:  # the next layer may be on its way back
             torch.cuda.default_stream(device).wait_stream(self.prefetch_stream)
-        k, v = (
-            torch.stack([getattr(layer, side)[:, :, : len(record)].to(device) for layer in layers], 1)
-            for side in ("keys", "values")
+        layers = [self.layers[index] for index in self.scrubber.layers]
+        keys, values = (
+            [getattr(layer, side)[:, :, : len(record)].to(device) for layer in layers] for side in ("keys", "values")
         )
-        new_k, new_v, repair = self.scrubber.scrub(k, v, record.ids, record.positions, record.codes(self.scrubber))
-        for index in self.scrubber.layers:
-            _store(layers[index], new_k[:, index], new_v[:, index])
-        changed = ((new_k != k) | (new_v != v)).any(-1).any(2)[:, self.scrubber.layers]  # [B, P, T]
+        found = self.scrubber.mend(keys, values, record.ids, record.positions, record.codes(self.scrubber))
+        if self.offloading:
+            for stored in zip(layers, keys, values, strict=True):
+                _store(*stored)
         valid = record.positions >= 0
-        counts = (changed & valid[:, None]).sum((0, 2)).tolist()
-        self.report = ScrubReport(int(valid.sum()), tuple(counts), repair.suspicion)
+        counts = (found.changed & valid[:, None]).sum((0, 2)).tolist()
+        self.report = ScrubReport(int(valid.sum()), tuple(counts), found.suspicion)
         self._loaded, self._age = False, 0
         return self.report
 

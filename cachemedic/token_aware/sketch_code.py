@@ -8,8 +8,11 @@ for the token itself and q for the one after it.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,6 +35,22 @@ class Sketch:
         """The same of some tokens [B, T'] of each row."""
         parts = ([x.take_along_dim(tokens[..., None], 1) for x in layers] for layers in vars(self).values())
         return Sketch(*parts)
+
+
+@dataclass(frozen=True, eq=False)
+class _Coded:
+    """One layer as stored vectors x = z / scale + mean see it, with those m' of its coordinates that have bits.
+
+    which [m'] of the m; spread [m']; x @ axes [D, m'] - inputs @ echo [q + 1, m'] - centre [m']: the innovation in
+    standard deviations; [inputs, innovation] @ back [q + 1 + m', D] + mean: x.
+    """
+
+    which: Tensor
+    spread: Tensor
+    axes: Tensor
+    echo: Tensor
+    centre: Tensor
+    back: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +108,15 @@ class SketchCode:
                 else:
                     variance[layer] = innovation[~is_first].square().mean(0)
         return cls(transform, code.bits, variance.sqrt().clamp_min(SCALE_LIMIT))
+
+    def to_bytes(self) -> bytes:
+        """The content of a safetensors file, without the transform."""
+        return safetensors.torch.save({"bits": self.bits.cpu(), "spread": self.spread.cpu()})
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the file."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
 
     @property
     def bits_per_token(self) -> int:
@@ -150,13 +178,36 @@ class SketchCode:
         y = innovation / self.spread[layer]
         return (y - high).clamp_min(0) + (y - low).clamp_max(0)
 
-    def residual_of(self, layer: int, x: Tensor, sketch: Sketch) -> Tensor:
-        """Largest residual [B, T] of unrotated token vectors x [B, T, D]: one projection, and no full vector formed."""
-        transform, basis = self.transform, self.basis[layer]
-        weighted = transform.scale[layer][:, None] * basis
-        predicted = sketch.inputs[layer] @ (self.outputs[layer] @ basis)
-        innovation = x @ weighted - (transform.mean[layer] @ weighted + predicted)
-        return self.residual(layer, innovation, sketch.codes[layer]).abs().amax(-1)
+    def residual_of(self, layer: int, x: Tensor, inputs: Tensor, codes: Tensor) -> Tensor:
+        """Largest residual [B, T] of stored, unrotated vectors x [B, T, D]: one projection, and no full vector formed.
+
+        inputs [B, T, q + 1] and codes [B, T, m]: those of the layer in a `Sketch`.
+        """
+        own = self._coded[layer]
+        if len(own.which) == 0:
+            return x.new_zeros(x.shape[:-1])
+        innovation = x @ own.axes - (inputs @ own.echo + own.centre)
+        low, high = cell(codes[..., own.which], self.bits[layer, own.which])
+        return (innovation - innovation.clamp(low, high)).abs().amax(-1)
+
+    def restored(self, layer: int, inputs: Tensor, codes: Tensor) -> Tensor:
+        """Stored, unrotated vectors [n, D] as codes say, from inputs [n, q + 1] and codes [n, m] of a `Sketch`."""
+        own = self._coded[layer]
+        innovation = decode(codes[..., own.which], self.bits[layer, own.which]) * own.spread
+        return torch.addmm(self.transform.mean[layer], torch.cat([inputs, innovation], -1), own.back)
+
+    @cached_property
+    def _coded(self) -> list[_Coded]:
+        """By layer: what `residual_of` and `restored` need of it."""
+        layers = []
+        for layer, bits in enumerate(self.bits):
+            which = bits.nonzero()[:, 0]
+            mean, scale = self.transform.mean[layer], self.transform.scale[layer]
+            basis, spread, outputs = self.basis[layer][:, which], self.spread[layer, which], self.outputs[layer]
+            axes = scale[:, None] * basis / spread
+            back = torch.cat([outputs, basis.T]) / scale
+            layers.append(_Coded(which, spread, axes, outputs @ basis / spread, mean @ axes, back))
+        return layers
 
     def _inputs(self, below: Tensor | None, is_first: Tensor) -> Tensor:
         """Inputs [B, T, q + 1] of the prediction; with nothing below (None) it is the mean."""

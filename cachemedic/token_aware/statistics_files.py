@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import safetensors.torch
-from safetensors import SafetensorError
 
 from cachemedic.models import EMBEDDED, WEIGHTS
 from cachemedic.text import write_atomically
@@ -32,9 +32,8 @@ def write_statistics(folder: Path, transform: Transform, code: SketchCode | None
     if shipped is None:
         transform.save(folder / TRANSFORM)
     if code is not None:
-        tensors = {"bits": code.bits, "spread": code.spread}
-        write_atomically(folder / CODE, safetensors.torch.save(tensors))
-    record = {"transform": digest, "of": shipped, "code": code is not None}
+        write_atomically(folder / CODE, code.to_bytes())
+    record = {"transform": digest, "of": shipped, "code": code and code.digest}
     write_atomically(folder / STATISTICS, (json.dumps(record, indent=2) + "\n").encode())
 
 
@@ -49,12 +48,15 @@ def read_statistics(folder: Path) -> tuple[Transform, SketchCode | None] | None:
         record = json.loads((folder / STATISTICS).read_text())
         name = record["of"]
         transform = shipped_transform(name) if name else Transform.load(folder / TRANSFORM)
-        stored = safetensors.torch.load((folder / CODE).read_bytes()) if record["code"] else None
-        code = None if stored is None else (stored["bits"], stored["spread"])
-    except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
+        stored = (folder / CODE).read_bytes() if record["code"] else None
+    except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"the statistics in {folder} are damaged: {error!r}") from error
     if transform is None or transform.digest != record["transform"]:
         raise ValueError(
             f"the transform of {name or folder} is not the one that the operator in {folder} was made with"
         )
-    return transform, None if code is None else SketchCode(transform, *code)
+    if stored is None:
+        return transform, None
+    if hashlib.sha256(stored).hexdigest() != record["code"]:
+        raise ValueError(f"{folder / CODE} is damaged, or not the code that the operator was made with")
+    return transform, SketchCode(transform, **safetensors.torch.load(stored))

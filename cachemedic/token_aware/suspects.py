@@ -5,40 +5,100 @@ Sound tokens pay one projection a layer, so that a scrub costs what is damaged a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cachemedic.token_aware.observation import sane
-from cachemedic.token_aware.operator import DEAD_ZONE, KNOWN_TOLERANCE, TokenAware
+from cachemedic.token_aware.observation import known_tolerance, sane
+from cachemedic.token_aware.operator import DEAD_ZONE, TokenAware
 from cachemedic.token_aware.sketch_code import Sketch
-from cachemedic.token_aware.token_vectors import Rotation, join
+from cachemedic.token_aware.token_vectors import KeyRotation, Rotation, join
+from cachemedic.token_aware.transform import Transform
 
 CAUTION = 0.5  # of the tolerances: rounding here must hide no token that the operator would repair
-PIECE = 256  # tokens that are repaired at once: their numbers stay in the processor's cache
+CHUNK = 256  # tokens that are checked at once: their numbers stay in the processor's cache
+PIECE = 256  # tokens that are repaired at once, likewise
 
 
-def suspects(
-    operator: TokenAware, k: Tensor, v: Tensor, positions: Tensor, rotation: Rotation, known: Tensor, sketch: Sketch
-) -> Tensor:
-    """Tokens [B, T] of the stored k, v [B, L, G, T, d] that the operator might change."""
-    transform, code = operator.transform, operator.code
-    assert transform is not None  # it has a sketch
-    assert code is not None
-    wild = off = torch.zeros_like(positions, dtype=torch.bool)
-    for place, layer in enumerate(operator.layers):
-        stored = join(k[:, layer : layer + 1], v[:, layer : layer + 1])[:, 0].float()
-        size = stored.abs()
-        wild = wild | ~((size.amin(-1) > 0) & (size.amax(-1) < sane(transform)[place].min()))
+@dataclass(frozen=True, eq=False)
+class Look:
+    """Some tokens at one layer. stored [B, n, D]: as they are read, zero where no clean number can be; wild [B, n]:
+    whether there is such a number; off [B, n]: how far they are from what the ids or the codes say.
+    """
+
+    stored: Tensor
+    wild: Tensor
+    off: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """A stored cache beside its sketch: keys, values [B, G, T, d] by protected layer; positions [B, T], -1 for padding;
+    known [B, j, T, D]: the lowest layers as the token ids say, in units of the scale.
+    """
+
+    operator: TokenAware
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    positions: Tensor
+    rotation: KeyRotation
+    known: Tensor
+    sketch: Sketch
+
+    @cached_property
+    def limits(self) -> list[tuple[Tensor, float]]:
+        """By layer: magnitudes [D] from which on a number is no clean one, and the least of them."""
+        limits = sane(self.transform)
+        return list(zip(limits, limits.amin(-1).tolist(), strict=True))
+
+    @property
+    def transform(self) -> Transform:
+        assert self.operator.transform is not None  # it has a sketch
+        return self.operator.transform
+
+    def chunks(self) -> Iterator[tuple[slice, Rotation]]:
+        """All tokens, some at a time, and the rotation of their keys."""
+        rows, length = self.positions.shape
+        size = max(1, CHUNK // rows)
+        for start in range(0, length, size):
+            tokens = slice(start, min(length, start + size))
+            yield tokens, self.rotation.at(self.positions[:, tokens])
+
+    def tolerance(self, place: int) -> float:
+        """How far off a sound token may be at protected layer number `place`."""
+        return known_tolerance(self.keys[place]) if place < self.known.shape[1] else DEAD_ZONE
+
+    def look(self, place: int, tokens: slice, rotation: Rotation) -> Look:
+        """The tokens at protected layer number `place`."""
+        assert self.operator.code is not None
+        key, value = (x[place][:, None, :, tokens] for x in (self.keys, self.values))
+        stored = join(key, value)[:, 0].float()
+        limits, least = self.limits[place]
+        wild = ~((stored.amax(-1) < least) & (stored.amin(-1) > -least))  # NaN is wild
+        if wild.any():
+            plausible = stored.abs() < limits
+            stored, wild = torch.where(plausible, stored, 0.0), ~plausible.all(-1)
         x = rotation.undo(stored)
-        if place < known.shape[1]:
-            z = (x - transform.mean[place]) * transform.scale[place]
-            off = off | ((z - known[:, place]).abs().amax(-1) > CAUTION * KNOWN_TOLERANCE)
-        else:
-            off = off | (code.residual_of(place, x, sketch) > CAUTION * DEAD_ZONE)
-    return wild | (off & (positions >= 0))
+        if place < self.known.shape[1]:
+            z = (x - self.transform.mean[place]) * self.transform.scale[place]
+            return Look(stored, wild, rotation.redo(z - self.known[:, place, tokens]).abs().amax(-1))
+        inputs, codes = self.sketch.inputs[place][:, tokens], self.sketch.codes[place][:, tokens]
+        return Look(stored, wild, self.operator.code.residual_of(place, x, inputs, codes))
+
+
+def suspects(cache: Checked) -> Tensor:
+    """Tokens [B, T] that the operator might change."""
+    found = torch.zeros_like(cache.positions, dtype=torch.bool)
+    for tokens, rotation in cache.chunks():
+        valid = cache.positions[:, tokens] >= 0
+        for place in range(len(cache.keys)):
+            seen = cache.look(place, tokens, rotation)
+            found[:, tokens] |= seen.wild | ((seen.off > CAUTION * cache.tolerance(place)) & valid)
+    return found
 
 
 def pieces(found: Tensor, window: int) -> Iterator[tuple[Tensor, Tensor, slice]]:
