@@ -82,9 +82,16 @@ def recovery_by_type(grid: pd.DataFrame) -> pd.DataFrame:
     for task, kind, reader in means.index.droplevel("seed").unique():
         undefended, repaired = means.loc[task, kind, "none"], means.loc[task, kind, reader]
         lost = undefended["nll"] - undefended["nll_clean"]
-        interval = stats.ratio_interval(undefended["nll"] - repaired["nll"], lost)
+        interval = _share_of(undefended["nll"] - repaired["nll"], lost)
         rows.append((task, kind, reader, interval.estimate, interval.low, interval.high))
     return pd.DataFrame(rows, columns=["task", "type", "reader", "recovery", "recovery_low", "recovery_high"])
+
+
+def _share_of(undone: pd.Series, lost: pd.Series) -> stats.Interval:
+    """The ratio of means of what was undone to what was lost; NaN where a fault did no damage at all."""
+    if (lost == 0).all():
+        return stats.Interval(*[float("nan")] * 3)
+    return stats.ratio_interval(undone, lost)
 
 
 def recovery_by_severity(grid: pd.DataFrame) -> pd.DataFrame:
@@ -98,8 +105,8 @@ def recovery_by_severity(grid: pd.DataFrame) -> pd.DataFrame:
         undefended = by_reader["none"]
         for reader, own in by_reader.items():
             lost = undefended["nll"] - undefended["nll_clean"]
-            recovered = stats.ratio_interval(undefended["nll"] - own["nll"], lost)
-            spared = stats.ratio_interval(undefended["kl"] - own["kl"], undefended["kl"])
+            recovered = _share_of(undefended["nll"] - own["nll"], lost)
+            spared = _share_of(undefended["kl"] - own["kl"], undefended["kl"])
             row = {"task": task, "type": kind, "severity": severity, "reader": reader}
             for name, interval in (("recovery", recovered), ("kl_recovery", spared)):
                 row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}

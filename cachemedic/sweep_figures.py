@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
@@ -133,7 +134,7 @@ def sensitivity(rows: pd.DataFrame, readers: Sequence[str]) -> Figure:
 def amplification_maps(rows: pd.DataFrame, readers: Sequence[str]) -> Figure:
     """gamma of every layer and head: a map per reader, and beside each but the first, its ratio to the first.
 
-    rows: columns reader, layer, head and gamma, one value each.
+    rows: columns reader, layer, head and gamma, one value each. Ratios beyond 16 are drawn as 16, also downwards.
     """
     maps = {name: rows[rows["reader"] == name].pivot(index="head", columns="layer", values="gamma") for name in readers}
     first = maps[readers[0]]
@@ -148,11 +149,11 @@ def amplification_maps(rows: pd.DataFrame, readers: Sequence[str]) -> Figure:
         if table is first:
             right.set_axis_off()
             continue
-        ratio = table / first
-        span = max(0.01, float((ratio - 1).abs().to_numpy().max()))
-        image = right.imshow(ratio, cmap="PuOr_r", vmin=1 - span, vmax=1 + span, aspect="auto")
+        doublings = np.log2((table / first).clip(1 / 16, 16))
+        span = max(0.02, float(doublings.abs().to_numpy().max()))
+        image = right.imshow(doublings, cmap="PuOr_r", vmin=-span, vmax=span, aspect="auto")
         right.set_title(f"over {readers[0]}")
-        figure.colorbar(image, ax=right, label="ratio", pad=0.01)
+        figure.colorbar(image, ax=right, label=r"$\log_2$ ratio", pad=0.01)
     for ax in axes.flat:
         ax.grid(visible=False)
     axes[0, 0].set_yticks(range(len(first.index)), first.index)

@@ -69,8 +69,8 @@ def test_stability_figures_hold_curves_and_maps():
     maps = frame("reader layer head", ["none", "A"], [0, 1, 2], [0, 1]).rename(columns={"x": "gamma"})
     maps["gamma"] += 0.1
     axes = sweep_figures.amplification_maps(maps, ["none", "A"]).axes
-    ratio = axes[3].images[0].get_array()
-    assert ratio[1, 2] == pytest.approx(1.2 / 0.6)  # head 1 of layer 2
+    doublings = axes[3].images[0].get_array()
+    assert doublings[1, 2] == pytest.approx(np.log2(1.2 / 0.6))  # head 1 of layer 2
     assert axes[3].get_title() == "over none"
 
 
