@@ -54,7 +54,8 @@ def measure_contraction(
     """rho of `operators` by condition, trained under `config`, one run a seed (whatever its objective).
 
     Measured on a held-out `bank`, with the faults of the config's setting. One row per severity, type, seed and
-    condition; a type that does not reach a severity is taken as far as it goes.
+    condition; a type that does not reach a severity is taken as far as it goes, and one so mild that it leaves the
+    keys or values of a protected layer as they are has no rho and is left out.
     rho: mean over samples and protected layers. For the same caches, and as means over layers, with maps that are
     fitted in hindsight: bound_rank, bound_full, the least rho of one linear map a layer for this type, of the
     operator's rank and of full rank; shared_rank, shared_full, what such a map leaves that is fitted to all types and
@@ -67,6 +68,8 @@ def measure_contraction(
     floor = rank_floor(config.rank, trainer.operator.head_dim)
     cells = [(severity, kind) for severity in severities for kind in MIXTURE_WEIGHTS]
     draws = {cell: _draw(base, config, bank, *cell, trainer.first) for cell in cells}
+    places = range(len(config.seeds))
+    draws = {cell: draw for cell, draw in draws.items() if _hit(bank, draw, places, layers, trainer.first)}
     rho = {}
     for condition, trainer.operator in operators.items():
         for cell, draw in draws.items():
@@ -75,8 +78,8 @@ def measure_contraction(
     for place, seed in enumerate(config.seeds):
         tensors = {cell: _tensors(bank, draw, place, layers, trainer.first) for cell, draw in draws.items()}
         shared_rank, shared_full = (_shared(tensors, rank) for rank in (config.rank, None))
-        for severity, kind in cells:
-            cell = severity, kind
+        for cell in draws:
+            severity, kind = cell
             references = {
                 "bound_rank": _bound(tensors[cell], config.rank),
                 "bound_full": _bound(tensors[cell], None),
@@ -120,6 +123,12 @@ def _tensors(bank: Bank, draw: Draw, place: int, layers: Sequence[int], first: i
         key, value = (_Tensor(clean[rows, first + i], corrupted[place][:, i]) for clean, corrupted in pairs)
         tensors.append((key, value))
     return tensors
+
+
+def _hit(bank: Bank, draw: Draw, places: Sequence[int], layers: Sequence[int], first: int) -> bool:
+    """Whether faults leave an error in the keys and in the values of every protected layer, for every seed."""
+    pairs = (pair for place in places for pair in _tensors(bank, draw, place, layers, first))
+    return all(x.error > 0 for pair in pairs for x in pair)
 
 
 def _bound(layers: Sequence[tuple[_Tensor, _Tensor]], rank: int | None) -> float:

@@ -199,29 +199,32 @@ def overhead(rows: pd.DataFrame) -> Figure:
 
 
 def pareto(rows: pd.DataFrame, positions: int) -> Figure:
-    """Clean regression against decode overhead behind `positions` tokens, a named dot with intervals per reader.
+    """Clean cost, and recovery, against decode overhead behind `positions` tokens: a dot with intervals per reader.
 
-    rows: columns reader, kind ("defence": circles, "operator": squares), ratio and clean_regression, with their bounds.
+    rows: columns reader, kind ("defence": circles, "operator": squares), ratio, clean_regression and recovery, with
+    their bounds; readers without a recovery are left out on the right.
     """
     styles = line_styles(list(rows["kind"].unique()))
-    figure, ax = plt.subplots(figsize=(TEXT_WIDTH, 3.6))
-    for row in rows.itertuples():
-        own = rows.loc[[row.Index]]
-        style = styles[str(row.kind)] | {"linestyle": "none"}
-        ax.errorbar(
-            own["ratio"], own["clean_regression"], errors(own, "clean_regression"), errors(own, "ratio"), **style
-        )
-        ax.annotate(
-            str(row.reader).replace("_", " "), (row.ratio, row.clean_regression), (4, 4), textcoords="offset points",
-            fontsize=7,
-        )  # fmt: skip
-    ax.set_xscale("log")
-    ax.set_yscale("symlog", linthresh=0.1)
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter("{x:g}")
-    ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    ax.axvline(1, color="0.6", linewidth=0.8, zorder=0)
-    ax.set_xlabel(f"decoding step behind {positions} tokens, time over plain (log)")
-    ax.set_ylabel("clean cost, % perplexity\n(linear below 0.1, then log)")
+    figure, axes = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 4.0), sharex=True)
+    measures = {
+        "clean_regression": "clean cost, % perplexity (linear below 0.1, then log)",
+        "recovery": "recovered share of the lost NLL",
+    }
+    for ax, (measure, label) in zip(axes, measures.items(), strict=True):
+        for row in rows.dropna(subset=measure).itertuples():
+            own = rows.loc[[row.Index]]
+            style = styles[str(row.kind)] | {"linestyle": "none"}
+            ax.errorbar(own["ratio"], own[measure], errors(own, measure), errors(own, "ratio"), **style)
+            place = row.ratio, getattr(row, measure)
+            ax.annotate(str(row.reader).replace("_", " "), place, (4, 4), textcoords="offset points", fontsize=6)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("{x:g}")
+        ax.tick_params(axis="x", which="both", labelsize=6)
+        ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+        ax.axvline(1, color="0.6", linewidth=0.8, zorder=0)
+        ax.set_xlabel(f"decoding step behind {positions} tokens,\ntime over plain (log)")
+        ax.set_ylabel(label)
+    axes[0].set_yscale("symlog", linthresh=0.1)
+    axes[0].yaxis.set_major_formatter("{x:g}")
     return figure
