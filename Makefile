@@ -98,7 +98,7 @@ bench: $(READY)  ## Benchmarks into results/bench_*.csv
 	$(RUN) -m cachemedic.bench
 
 .PHONY: base-models
-base-models: $(READY)  ## Train the base models anew (hours; goes on after an interrupt; TEXT_FOLDER=... for the third)
+base-models: $(READY)  ## Train the base models anew (hours; goes on after an interrupt; TEXT_FOLDER=... for one on real text)
 	$(RUN) -m cachemedic.base_training gpt2
 	$(RUN) -m cachemedic.base_training llama
 	$(if $(TEXT_FOLDER),$(RUN) -m cachemedic.base_training wikipedia --text '$(TEXT_FOLDER)')

@@ -183,8 +183,8 @@ DOCUMENTATION_CARD = {
 }
 REAL_TEXT_CARD = {
     "knows": "a little of Wikipedia, the prompted form of SST-2 and generated needle documents",
-    "text": "the beginning of an English Wikipedia dump as plain text (articles that overlap the validation\n  or test "
-    "split of WikiText-2 left out) and the training sentences of SST-2 with their labels",
+    "text": "the beginning of an English Wikipedia\n  dump as plain text (articles that overlap the validation or test "
+    "split of WikiText-2 left out), the training sentences\n  of SST-2 with their labels",
     "scores": "scores on WikiText-2, SST-2 and the needle task: `results/real_text/base_scores.csv`",
     "licence": "MIT licence, the CacheMedic++ contributors;\n  of the text, which is not included: Wikipedia CC "
     "BY-SA, SST-2 without an explicit licence (research use)",

@@ -1,11 +1,12 @@
 """The real-text confirmation: scores of a base on outside text, and the results of notebook 13 on it, kept apart.
 
-    python -m cachemedic.real_text embedded-wikipedia /data/wikitext-2 /data/sst2
-    make 13_second_model BASE=embedded-wikipedia TEXT=/data/wikitext-2 REVIEWS=/data/sst2
-    python -m cachemedic.real_text --adopt build/paper,base=embedded-wikipedia,...
+    python -m cachemedic.base_training wikipedia --text /data --out /models    (a base on real text: about an hour)
+    python -m cachemedic.real_text /models/embedded-wikipedia /data/wikitext-2 /data/sst2
+    make 13_second_model BASE=/models/embedded-wikipedia TEXT=/data/wikitext-2 REVIEWS=/data/sst2
+    python -m cachemedic.real_text --adopt build/paper,base=...
 
-The text is not part of the repository, so that `make reproduce` does not make these files: the first command writes
-results/real_text/base_scores.csv, the last one copies what the second made to results/real_text/, figures/ and
+The text is not part of the repository, so that `make reproduce` does not make these files: the second command writes
+results/real_text/base_scores.csv, the last one copies what the third made to results/real_text/, figures/ and
 paper/tables/.
 """
 

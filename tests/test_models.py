@@ -125,7 +125,7 @@ def test_an_untrained_model_depends_on_its_seed_alone():
 
 
 def test_other_architectures_have_no_circuit():
-    with pytest.raises(ValueError, match="unknown architecture 'bert'; allowed: gpt2, llama"):
+    with pytest.raises(ValueError, match="unknown base 'bert': allowed: 'gpt2', 'llama', 'wikipedia'"):
         new_model("bert")
     with pytest.raises(TypeError, match="no induction circuit for Linear"):
         add_induction_circuit(torch.nn.Linear(2, 2), torch.Generator())
