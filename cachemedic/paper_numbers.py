@@ -29,6 +29,7 @@ OVER: Mapping[str, Callable[[pd.Series], float]] = {
     "max": pd.Series.max,
     "mean": pd.Series.mean,
     "sum": pd.Series.sum,
+    "count": pd.Series.count,
     "distinct": pd.Series.nunique,
 }
 
