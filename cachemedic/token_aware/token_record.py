@@ -39,19 +39,22 @@ class TokenRecord:
             return self
         return TokenRecord(self.ids[:, :length], self.positions[:, :length], self.sketch[:, :length], None)
 
-    def codes(self, scrubber: Scrubber) -> Codes:
-        """The sketch as codes by layer, uint8 [B, T, m]; None for family D."""
+    def codes(self, scrubber: Scrubber, tokens: slice = slice(None)) -> Codes:
+        """The sketch of some `tokens` as codes by layer, uint8 [B, T, m]; None for family D."""
         code = scrubber.operator.code
-        return None if code is None else list(unpack(self.sketch, code.bits.flatten()).chunk(len(code.bits), -1))
+        if code is None:
+            return None
+        return list(unpack(self.sketch[:, tokens], code.bits.flatten()).chunk(len(code.bits), -1))
 
     def with_last(self, scrubber: Scrubber) -> TokenRecord:
         """The same with `last`, read from the sketch where it is not known."""
-        code, codes = scrubber.operator.code, self.codes(scrubber)
-        if code is None or codes is None or self.last is not None:
+        code = scrubber.operator.code
+        if code is None or self.last is not None:
             return self
+        newest = slice(-len(code.bits), None)  # a layer looks one token back: as many tokens as layers tell the last
+        recent = self.codes(scrubber, newest)
+        assert recent is not None  # there is a code
         known = scrubber.known(self.ids, self.positions)
-        newest = slice(-len(codes), None)  # a layer looks one token back: as many tokens as layers tell the last one
-        recent = [of_layer[:, newest] for of_layer in codes]
         sketch = code.understand(recent, self.positions[:, newest] == 0, known[:, :, newest])
         return replace(self, last=torch.stack([said[:, -1:] for said in sketch.said]))
 
