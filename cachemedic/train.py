@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 
 from cachemedic import severity
@@ -205,16 +206,22 @@ def load_or_train(base: Base, config: TrainConfig, trained: Path, work: Path, re
     `work` holds checkpoints and logs; an interrupted training goes on from there.
     """
     key = config.key(base)
-    if not retrain and (trained / key / "config.json").exists():
-        operator = RepairOperator.from_pretrained(trained / key)
-        operator.check_model(base.model.config)
-        return operator.to(base.model.device)
-    trainer = Trainer(base, config, work / key)
+    work.mkdir(parents=True, exist_ok=True)
+    with FileLock(work / f"{key}.lock"):  # notebooks that run side by side may ask for the same operators
+        if retrain or not (trained / key / "config.json").exists():
+            _train(base, config, trained / key, work / key)
+    operator = RepairOperator.from_pretrained(trained / key)
+    operator.check_model(base.model.config)
+    return operator.to(base.model.device)
+
+
+def _train(base: Base, config: TrainConfig, folder: Path, work: Path) -> None:
+    """Trains in `work` and writes into `folder`, the operators last."""
+    trainer = Trainer(base, config, work)
     operator = trainer.run()
     if trainer.quantiser is not None:
-        trainer.quantiser.save_pretrained(trained / key)
+        trainer.quantiser.save_pretrained(folder)
     if trainer.keeper is not None:
-        write_atomically(trained / key / GATE_LOG, gate_lines(trainer.folder / "log.jsonl"))
-    operator.save_pretrained(trained / key)
+        write_atomically(folder / GATE_LOG, gate_lines(trainer.folder / "log.jsonl"))
+    operator.save_pretrained(folder)
     (trainer.folder / "checkpoint.pt").unlink()  # the log stays
-    return operator

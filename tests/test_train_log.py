@@ -1,6 +1,7 @@
 """The training log and checkpoints: complete, resumed to the same bytes, and never those of another training."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,3 +120,14 @@ def test_operators_are_trained_once_unless_asked(base, bank, tmp_path, monkeypat
     torch.testing.assert_close(operators(retrain=True), first, rtol=0, atol=0)
     assert len(steps) == 10
     assert len(log_lines(tmp_path / "work" / CONFIG.key(base))) == 20
+
+
+def test_two_that_ask_at_once_train_once(base, bank, tmp_path, monkeypatch):
+    monkeypatch.setattr("cachemedic.train.open_bank", lambda *_: bank)
+    steps, real = [], Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self: steps.append(self.step) or real(self))
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(load_or_train, base, CONFIG, tmp_path / "trained", tmp_path / "work") for _ in range(2)]
+        first, second = (parameters(job.result()) for job in jobs)
+    assert steps == [0, 1, 2, 3, 4]
+    assert all(torch.equal(first[name], second[name]) for name in first)
