@@ -27,7 +27,7 @@ COORDINATES, SHARE = 4, 1 / 64
 HIT = (0.0, 0.01, 0.1, 1.0)  # shares of damaged tokens
 PAGE = 16  # tokens that are damaged together
 LENGTH = 4096
-ROUNDS = 5
+ROUNDS = 7
 
 
 def random_transform(operator: TokenAware, seed: int = 0) -> Transform:
