@@ -170,9 +170,10 @@ def overhead(rows: pd.DataFrame) -> Figure:
     peak_mebibytes.
     """
     kinds = list(rows["kind"].unique())
-    figure, axes = plt.subplots(len(kinds), 2, figsize=(TEXT_WIDTH, 2.3 * len(kinds)), sharex=True, squeeze=False)
+    figure = plt.figure(figsize=(TEXT_WIDTH, 2.6 * len(kinds)))
     positions = sorted(rows["positions"].unique())
-    for (left, right), kind in zip(axes, kinds, strict=True):
+    for part, kind in zip(figure.subfigures(len(kinds), 1, squeeze=False)[:, 0], kinds, strict=True):
+        left, right = part.subplots(1, 2)
         of_kind = rows[rows["kind"] == kind]
         for i, (reader, style) in enumerate(line_styles(list(of_kind["reader"].unique())).items()):
             own = of_kind[of_kind["reader"] == reader]
@@ -192,8 +193,8 @@ def overhead(rows: pd.DataFrame) -> Figure:
             ax.xaxis.set_minor_locator(NullLocator())
         if right.get_yscale() == "linear":
             right.set_ylim(0, None)
-        left.legend(fontsize=7)
-    for ax in axes[-1]:
+        part.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=4)
+    for ax in (left, right):  # of the lowest row
         ax.set_xlabel("context, tokens in the cache")
     return figure
 
@@ -201,30 +202,33 @@ def overhead(rows: pd.DataFrame) -> Figure:
 def pareto(rows: pd.DataFrame, positions: int) -> Figure:
     """Clean cost, and recovery, against decode overhead behind `positions` tokens: a dot with intervals per reader.
 
-    rows: columns reader, kind ("defence": circles, "operator": squares), ratio, clean_regression and recovery, with
-    their bounds; readers without a recovery are left out on the right.
+    rows: columns reader, kind ("defence": named grey dots, "operator": named below), ratio, clean_regression and
+    recovery, with their bounds; readers without a recovery are left out on the right.
     """
-    styles = line_styles(list(rows["kind"].unique()))
+    styles = line_styles(list(rows.loc[rows["kind"] == "operator", "reader"]))
     figure, axes = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 4.0), sharex=True)
     measures = {
-        "clean_regression": "clean cost, % perplexity (linear below 0.1, then log)",
+        "clean_regression": "clean cost, % perplexity\n(linear below 0.1, then log)",
         "recovery": "recovered share of the lost NLL",
     }
     for ax, (measure, label) in zip(axes, measures.items(), strict=True):
         for row in rows.dropna(subset=measure).itertuples():
             own = rows.loc[[row.Index]]
-            style = styles[str(row.kind)] | {"linestyle": "none"}
-            ax.errorbar(own["ratio"], own[measure], errors(own, measure), errors(own, "ratio"), **style)
-            place = row.ratio, getattr(row, measure)
-            ax.annotate(str(row.reader).replace("_", " "), place, (4, 4), textcoords="offset points", fontsize=6)
+            name = str(row.reader).replace("_", " ")
+            style = styles.get(str(row.reader), {"marker": "o", "color": "0.5"}) | {"linestyle": "none"}
+            ax.errorbar(own["ratio"], own[measure], errors(own, measure), errors(own, "ratio"), **style, label=name)
+            if row.kind == "defence":
+                place = row.ratio, getattr(row, measure)
+                ax.annotate(name, place, (4, 4), textcoords="offset points", fontsize=6)
         ax.set_xscale("log")
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.xaxis.set_minor_formatter("{x:g}")
-        ax.tick_params(axis="x", which="both", labelsize=6)
+        ax.set_xticks([1, 2, 5, 10], ["1", "2", "5", "10"])
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
         ax.axvline(1, color="0.6", linewidth=0.8, zorder=0)
         ax.set_xlabel(f"decoding step behind {positions} tokens,\ntime over plain (log)")
         ax.set_ylabel(label)
     axes[0].set_yscale("symlog", linthresh=0.1)
     axes[0].yaxis.set_major_formatter("{x:g}")
+    shown = {name: handle for handle, name in zip(*axes[0].get_legend_handles_labels(), strict=True) if name in styles}
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, fontsize=7)
     return figure
