@@ -101,6 +101,8 @@ bench: $(READY)  ## Benchmarks into results/bench_*.csv
 base-models: $(READY)  ## Train the base models anew (hours; goes on after an interrupt; TEXT_FOLDER=... for one on real text)
 	$(RUN) -m cachemedic.base_training gpt2
 	$(RUN) -m cachemedic.base_training llama
+	$(RUN) -m cachemedic.valence_head embedded-gpt2
+	$(RUN) -m cachemedic.valence_head embedded-llama
 	$(if $(TEXT_FOLDER),$(RUN) -m cachemedic.base_training wikipedia --text '$(TEXT_FOLDER)')
 
 .PHONY: clean
