@@ -101,8 +101,8 @@ bench: $(READY)  ## Benchmarks into results/bench_*.csv
 base-models: $(READY)  ## Train the base models anew (hours; goes on after an interrupt; TEXT_FOLDER=... for one on real text)
 	$(RUN) -m cachemedic.base_training gpt2
 	$(RUN) -m cachemedic.base_training llama
-	$(RUN) -m cachemedic.valence_head embedded-gpt2
-	$(RUN) -m cachemedic.valence_head embedded-llama
+	for base in embedded-gpt2 embedded-llama; do \
+		$(RUN) -m cachemedic.valence_head $$base && $(RUN) -m cachemedic.token_aware.calibration $$base || exit; done
 	$(if $(TEXT_FOLDER),$(RUN) -m cachemedic.base_training wikipedia --text '$(TEXT_FOLDER)')
 
 .PHONY: clean

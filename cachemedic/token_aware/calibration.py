@@ -7,6 +7,7 @@ that is to be repaired belongs into it; `calibrate` takes the windows of any oth
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,14 +19,14 @@ from transformers import DynamicCache
 
 from cachemedic.bank import sample_windows
 from cachemedic.cache import stack_cache, unstack_cache
-from cachemedic.models import Base
+from cachemedic.models import WEIGHTS, Base, load_base
 from cachemedic.safeguards import WORD_BITS
 from cachemedic.text import LABELS, sentiment_prompt, sentiment_review
 from cachemedic.text_source import EMBEDDED_TEXT, TextSource
 from cachemedic.token_aware.learned_basis import learn_basis
 from cachemedic.token_aware.operator import TokenAware, coordinates
 from cachemedic.token_aware.sketch_code import SketchCode
-from cachemedic.token_aware.statistics_files import shipped_transform
+from cachemedic.token_aware.statistics_files import TRANSFORM, shipped_transform
 from cachemedic.token_aware.token_vectors import KeyRotation, join, split
 from cachemedic.token_aware.transform import Transform, with_previous
 
@@ -209,3 +210,14 @@ def _code(operator: TokenAware, transform: Transform, windows: CleanVectors) -> 
     is_first = windows.positions == 0
     m = coordinates(operator.config)
     return SketchCode.fit(transform, z, is_first, operator.known_layers, budget, m, options["bits"])
+
+
+def ship(name: str) -> None:
+    """Fits the transform of all layers of an embedded base and writes it beside the base's weights."""
+    base = load_base(name)
+    windows = vectors_of(base, calibration_windows(base))
+    fit_transform(base, windows, range(base.model.config.num_hidden_layers)).save(WEIGHTS / name / TRANSFORM)
+
+
+if __name__ == "__main__":
+    ship(sys.argv[1])
