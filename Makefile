@@ -60,7 +60,7 @@ test: $(READY)  ## Tests
 	$(RUN) -m pytest
 
 .PHONY: verify
-verify: $(READY)  ## Check the hashes of results, compute a sample of their rows again and compare (about 2 minutes)
+verify: $(READY)  ## Check the hashes of results, compute a sample of their rows again and compare (about 3 minutes)
 	@TQDM_DISABLE=1 $(RUN) -m cachemedic.verify
 
 # Without TeX nothing of this would succeed: say so before an environment is set up.
