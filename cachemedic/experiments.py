@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
+from cachemedic.clean_ranges import CacheStatistics
 from cachemedic.corruption import MIXTURE_WEIGHTS
 from cachemedic.corruption_spec import Axis, CorruptionSpec
 from cachemedic.corruption_types import NONE
@@ -47,11 +48,11 @@ def standard_tasks(
     return tasks
 
 
-def settings(base: Base) -> dict[str, tuple[tuple[int, ...], str]]:
-    """The two settings of the main results: protected layers, and which layers faults hit ("all", or "protected")."""
-    depth = base.model.config.num_hidden_layers
-    middle = tuple(range(depth // 2 - 2, depth // 2 + 2))
-    return {"standard": (tuple(range(depth)), "all"), "protected block": (middle, "protected")}
+def clean_statistics(base: Base, windows: int = 64, source: TextSource = EMBEDDED_TEXT) -> CacheStatistics:
+    """What clean keys and values of a base look like on `windows` texts of the calibration split."""
+    task = standard_tasks(base, "calibration", [0], {"perplexity": windows}, source)["perplexity"]
+    clean = clean_pass(base.model, task)
+    return CacheStatistics.measure(clean.k, clean.v, task.prefix_mask)
 
 
 def run_grid(

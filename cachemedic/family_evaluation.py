@@ -25,7 +25,6 @@ from cachemedic.rivals import rivals
 from cachemedic.safeguards import Safeguard, cache_bits_per_token
 from cachemedic.text import documentation
 from cachemedic.token_aware.calibration import vectors_of
-from cachemedic.token_aware.operator import TokenAware
 from cachemedic.token_aware.scrub import Codes, Scrubber
 from cachemedic.train import load_or_train
 from cachemedic.train_config import TrainConfig
@@ -50,11 +49,6 @@ class Yardsticks:
         shape = ModelShape.of(base.model.config)
         blind = {name: defence for name, defence in blind_defences(statistics).items() if name in HEURISTICS}
         return cls(blind, rivals(clean.k, clean.v, task.prefix_mask, shape))
-
-
-def scrubbers(base: Base, operators: Mapping[str, RepairOperator]) -> dict[str, Scrubber]:
-    """Operators of families D and E at work on a base."""
-    return {name: Scrubber(base.model, op) for name, op in operators.items() if isinstance(op, TokenAware)}
 
 
 def trained(

@@ -9,14 +9,12 @@ import pandas as pd
 
 from cachemedic import severity
 from cachemedic.bank import BankConfig
-from cachemedic.clean_ranges import CacheStatistics
 from cachemedic.decoding import clean_pass
 from cachemedic.defenses import Defence, blind_defences
-from cachemedic.experiments import run_grid, standard_tasks
+from cachemedic.experiments import clean_statistics, standard_tasks
+from cachemedic.main_study import best_blind
 from cachemedic.models import EMBEDDED, Base
 from cachemedic.report import Run
-from cachemedic.stats import best_heuristic
-from cachemedic.summaries import robustness
 from cachemedic.sweeps import standard_config
 from cachemedic.task_data import TaskData
 from cachemedic.text_source import TextSource
@@ -50,12 +48,9 @@ def main_tasks(base: Base, source: TextSource, split: str, seeds: Sequence[int],
 
 def blind_readers(base: Base, source: TextSource, seeds: Sequence[int], run: Run, smoke: bool) -> dict[str, Defence]:
     """No defence ("none"), and the blind heuristic of the highest mean AUC on the validation split, by its own name."""
-    task = standard_tasks(base, "calibration", [0], {"perplexity": 8 if smoke else CALIBRATION}, source)["perplexity"]
-    clean = clean_pass(base.model, task)
-    blind = blind_defences(CacheStatistics.measure(clean.k, clean.v, task.prefix_mask))
+    blind = blind_defences(clean_statistics(base, 8 if smoke else CALIBRATION, source))
     validation = main_tasks(base, source, "validation", seeds[:2], smoke)
-    grid = run_grid(base, validation, blind, run.partial / "validation", severities=(0.25, 1.0))
-    best = best_heuristic(robustness(grid[grid["reader"] != "none"]))
+    best = best_blind(base, blind, validation, run.partial / "validation")
     return {"none": blind["none"], best: blind[best]}
 
 
@@ -69,6 +64,6 @@ def main_configs(base: Base, source: TextSource, seeds: Sequence[int], smoke: bo
     return {family: on_text(standard_config(base, family, seeds, smoke), source) for family in ("A", "D", "E")}
 
 
-def test_bank(source: TextSource, seeds: Sequence[int], smoke: bool) -> BankConfig:
+def unseen_bank(source: TextSource, seeds: Sequence[int], smoke: bool) -> BankConfig:
     """The texts on which contraction is measured."""
     return BankConfig(split="test", samples=(2 if smoke else 8) * len(seeds), source=source)

@@ -88,7 +88,7 @@ def reader_of(base: Base, operator: RepairOperator) -> Reader:
     return Scrubber(base.model, operator) if isinstance(operator, TokenAware) else operator
 
 
-def readers(base: Base, operators: Mapping[str, RepairOperator]) -> dict[str, Reader]:
+def readers_of(base: Base, operators: Mapping[str, RepairOperator]) -> dict[str, Reader]:
     """`reader_of` for each operator."""
     return {name: reader_of(base, operator) for name, operator in operators.items()}
 

@@ -15,18 +15,18 @@ import torch
 from cachemedic import severity
 from cachemedic.bank import BankConfig, open_bank
 from cachemedic.base_report import Effort, language_scores, read, retrieval
-from cachemedic.clean_ranges import CacheStatistics
 from cachemedic.contraction import measure_contraction
 from cachemedic.decoding import CleanBank, clean_pass
 from cachemedic.defenses import NoDefence, blind_defences
 from cachemedic.evaluate import Reader
-from cachemedic.experiments import ID_COLUMNS, run_grid, standard_tasks
-from cachemedic.family_evaluation import scrubbers
+from cachemedic.experiments import ID_COLUMNS, clean_statistics, run_grid, standard_tasks
 from cachemedic.family_study import headline
+from cachemedic.main_study import linear_configs
 from cachemedic.models import Base, load_base
 from cachemedic.operators import RepairOperator
 from cachemedic.report import ROOT
 from cachemedic.summaries import Summarise, by_group, intervals, recovery_by_type, summary
+from cachemedic.sweeps import readers_of
 from cachemedic.task_data import TaskData
 from cachemedic.text import documentation
 from cachemedic.train_config import TrainConfig
@@ -90,13 +90,6 @@ def damage_curves(parameters: Parameters) -> pd.DataFrame:
     return pd.concat(frames)
 
 
-def _config(base: Base, parameters: Parameters) -> TrainConfig:
-    """How the operators of the main results were trained, standard setting."""
-    seeds, layers = tuple(parameters["seeds"]), tuple(range(base.model.config.num_hidden_layers))
-    bank = BankConfig(samples=256 * len(seeds))
-    return TrainConfig(family="A", layers=layers, corrupted_layers="all", seeds=seeds, bank=bank)
-
-
 def _operator(base: Base, config: TrainConfig) -> RepairOperator:
     return RepairOperator.from_pretrained(ROOT / "trained" / config.key(base))
 
@@ -106,10 +99,9 @@ def grid_rows(parameters: Parameters) -> pd.DataFrame:
     needles of the other."""
     severity.use_map(pd.read_csv(ROOT / "results" / "severity_map.csv"))
     first, second = (load_base(parameters[name]) for name in ("base", "second"))
-    calibration, clean = _calibration(first.name, 64)[1:]
-    blind = blind_defences(CacheStatistics.measure(clean.k, clean.v, calibration.prefix_mask))
+    blind = blind_defences(clean_statistics(first))
     study = headline(second, parameters["seeds"])
-    token_aware = scrubbers(second, {f"operator {family}": _operator(second, study[family]) for family in ("D", "E")})
+    token_aware = readers_of(second, {f"operator {family}": _operator(second, study[family]) for family in ("D", "E")})
     undefended: dict[str, Reader] = {"none": NoDefence()}
     frames = []
     readers: Mapping[str, Reader]
@@ -117,7 +109,8 @@ def grid_rows(parameters: Parameters) -> pd.DataFrame:
         (first, blind, "perplexity", "gaussian", 8),
         (second, undefended | token_aware, "needle", "contiguous_overwrite", 4),
     ):
-        own: dict[str, Reader] = {**readers, "operator A": _operator(base, _config(base, parameters))}
+        linear = linear_configs(base, parameters["seeds"])["standard"]
+        own: dict[str, Reader] = {**readers, "operator A": _operator(base, linear)}
         tasks = standard_tasks(base, "test", parameters["seeds"], {task: n})
         rows = run_grid(base, tasks, own, None, types=(kind,), severities=(0.5,))
         frames.append(rows.assign(base=base.name, setting="standard"))
@@ -128,7 +121,7 @@ def contraction(parameters: Parameters) -> pd.DataFrame:
     """rho of operator A of the second base, standard setting, and its bounds."""
     severity.use_map(pd.read_csv(ROOT / "results" / "severity_map.csv"))
     base = load_base(parameters["second"])
-    config = _config(base, parameters)
+    config = linear_configs(base, parameters["seeds"])["standard"]
     bank = open_bank(base, BankConfig(split="test", samples=16 * len(config.seeds)))
     rows = measure_contraction(base, config, {"operator A": _operator(base, config)}, bank)
     return rows.assign(base=base.name, setting="standard")
@@ -139,7 +132,7 @@ def family_rows(parameters: Parameters) -> pd.DataFrame:
     severity.use_map(pd.read_csv(ROOT / "results" / "severity_map.csv"))
     base, seeds = load_base(parameters["second"]), parameters["seeds"]
     configs = headline(base, seeds)
-    found = scrubbers(base, {name: _operator(base, configs[name]) for name in ("D", "E")})
+    found = readers_of(base, {name: _operator(base, configs[name]) for name in ("D", "E")})
     tasks = standard_tasks(base, "test", seeds, {"perplexity": 5})
     readers: dict[str, Reader] = {"none": NoDefence(), **found}
     rows = run_grid(base, tasks, readers, None, types=("contiguous_overwrite",), severities=(0.5,))

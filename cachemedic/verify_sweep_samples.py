@@ -33,7 +33,7 @@ from cachemedic.sweeps import (
     contraction_sweep,
     rank_sweep,
     reader_of,
-    readers,
+    readers_of,
     stacks,
     standard_config,
 )
@@ -83,7 +83,7 @@ def _grid(
 def contraction_rows(parameters: Parameters) -> pd.DataFrame:
     """The operator trained without the contraction term, and by it alone."""
     base, standard = _standard(parameters, steps=200)
-    found = readers(base, _operators(base, contraction_sweep(standard)))
+    found = readers_of(base, _operators(base, contraction_sweep(standard)))
     chosen = {name: found[name] for name in ("lambda 0, alpha 0.8", "contraction alone")}
     return _grid(base, parameters, chosen, "gaussian").assign(setting="standard, rank 8")
 
@@ -99,7 +99,7 @@ def contraction_rho(parameters: Parameters) -> pd.DataFrame:
 def rank_rows(parameters: Parameters) -> pd.DataFrame:
     """All ranks."""
     base, standard = _standard(parameters)
-    return _grid(base, parameters, readers(base, _operators(base, rank_sweep(standard, [4, 8, 16]))), "quant_noise")
+    return _grid(base, parameters, readers_of(base, _operators(base, rank_sweep(standard, [4, 8, 16]))), "quant_noise")
 
 
 def stability_rows(parameters: Parameters) -> pd.DataFrame:
@@ -126,7 +126,7 @@ def objective_rows(parameters: Parameters) -> pd.DataFrame:
     """The canonical and the valence objective."""
     base, config = _valence(parameters)
     stack = _shipped(base, replace(config, objectives=(RepairObjective(), valence_report.VALENCE)))
-    return _grid(base, parameters, readers(base, by_condition(stack, ["canonical", "valence"])), "gaussian", 16)
+    return _grid(base, parameters, readers_of(base, by_condition(stack, ["canonical", "valence"])), "gaussian", 16)
 
 
 def quantised_rows(parameters: Parameters) -> pd.DataFrame:

@@ -11,7 +11,7 @@ import pytest
 from tiny import DOCUMENTS
 from tiny_training import linear_map, tiny_base
 
-from cachemedic import base_training, second_model, severity, text_source
+from cachemedic import base_training, main_study, second_model, severity, text_source
 from cachemedic.base_recipes import RECIPES, recipe, training_text
 from cachemedic.report import Run
 from cachemedic.text_source import EMBEDDED_TEXT, TextSource
@@ -57,7 +57,7 @@ def test_the_blind_reader_is_the_best_of_the_validation_split(monkeypatch):
     monkeypatch.setattr(severity, "_in_use", [linear_map(base.name)])
     severity.reach.cache_clear()
     scored = pd.DataFrame({"reader": ["reset", "masking", "smoothing"], "auc": [0.1, 0.3, 0.2]})
-    monkeypatch.setattr(second_model, "robustness", lambda grid: scored[scored["reader"].isin(grid["reader"])])
+    monkeypatch.setattr(main_study, "robustness", lambda grid: scored[scored["reader"].isin(grid["reader"])])
     readers = second_model.blind_readers(base, EMBEDDED_TEXT, [0, 1], Run("smoke"), smoke=True)
     severity.reach.cache_clear()
     assert list(readers) == ["none", "masking"]

@@ -16,7 +16,8 @@ from cachemedic.bench.timing import interleave, median_ratio
 from cachemedic.cache import stack_cache, unstack_cache
 from cachemedic.operators import RepairOperator
 from cachemedic.safeguards import WORD_BITS
-from cachemedic.token_aware.operator import TokenAware, coordinates
+from cachemedic.token_aware.operator import TokenAware
+from cachemedic.token_aware.options import coordinates
 from cachemedic.token_aware.scalar_codes import SCALE_LIMIT, allot_bits
 from cachemedic.token_aware.sketch_cache import SketchCache
 from cachemedic.token_aware.sketch_code import SketchCode

@@ -1,8 +1,7 @@
 """Calibration of the transform of families D and E on clean caches of a base.
 
-Text is documentation and generated reviews. Quantisers have a range: text of a kind that calibration never saw may lie
-far outside of it (the innovations of reviews are 3 to 13 times as large as those of documentation), so that every kind
-that is to be repaired belongs into it; `calibrate` takes the windows of any other text.
+Text is documentation and generated reviews. Quantisers have a range, and text of a kind that calibration never saw may
+lie outside of it, so that every kind that is to be repaired belongs into it; `calibrate` takes the windows of any text.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from cachemedic.safeguards import WORD_BITS
 from cachemedic.text import LABELS, sentiment_prompt, sentiment_review
 from cachemedic.text_source import EMBEDDED_TEXT, TextSource
 from cachemedic.token_aware.learned_basis import learn_basis
-from cachemedic.token_aware.operator import TokenAware, coordinates
+from cachemedic.token_aware.operator import TokenAware
+from cachemedic.token_aware.options import coordinates
 from cachemedic.token_aware.sketch_code import SketchCode
 from cachemedic.token_aware.statistics_files import TRANSFORM, shipped_transform
 from cachemedic.token_aware.token_vectors import KeyRotation, join, split

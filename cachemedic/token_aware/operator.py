@@ -18,7 +18,7 @@ from cachemedic.operator_config import OperatorConfig
 from cachemedic.operators import Attention, Gates, RepairOperator
 from cachemedic.token_aware.depth_filter import FEATURES, OUTPUTS, TINY, LayerStatistics, Sight, estimate, weigh
 from cachemedic.token_aware.observation import Observation
-from cachemedic.token_aware.scalar_codes import MAX_BITS
+from cachemedic.token_aware.options import check_options, coordinates
 from cachemedic.token_aware.sketch_code import Sketch, SketchCode
 from cachemedic.token_aware.statistics_files import read_statistics, write_statistics
 from cachemedic.token_aware.transform import Transform
@@ -86,7 +86,7 @@ class TokenAware(RepairOperator):
     @classmethod
     def initial_parameters(cls, config: OperatorConfig, generator: torch.Generator) -> dict[str, Tensor]:
         options, layers = config.options, len(config.layers)
-        _check_options(config)
+        check_options(config)
         hidden, places = options["hidden"], layers if options["per_layer"] else 1
         return {
             "strength": torch.zeros(1),
@@ -278,27 +278,3 @@ class SketchAssisted(TokenAware):
     """
 
     default_options = TokenAware.default_options | {"share": 1 / 32, "projection": "principal", "bits": None}
-
-
-def coordinates(config: OperatorConfig) -> int:
-    """How many coordinates of the innovation a layer has: no more than its vectors have numbers."""
-    per_head = min(config.options["coordinates"], config.model.head_dim)
-    return per_head * 2 * config.model.num_kv_heads
-
-
-def _check_options(config: OperatorConfig) -> None:
-    options = config.options
-    for name, least in (("known_layers", 0), ("coordinates", 1), ("hidden", 1), ("window", 0), ("rounds", 0)):
-        if not options[name] >= least:
-            raise ValueError(f"{name} must be {least} or more, not {options[name]}")
-    if config.apply_to != "KV":
-        raise ValueError(
-            f"families D and E repair keys and values together: apply_to must be 'KV', not {config.apply_to!r}"
-        )
-    if not 0 <= options.get("share", 0) <= 1:
-        raise ValueError(f"share {options['share']} is out of range: allowed are 0 to 1 of a bf16 cache")
-    if options.get("projection", "principal") not in ("principal", "random", "learned"):
-        raise ValueError(f"projection must be 'principal', 'random' or 'learned', not {options['projection']!r}")
-    bits = options.get("bits")
-    if bits is not None and not 1 <= bits <= MAX_BITS:
-        raise ValueError(f"bits {bits} is out of range: allowed are 1 to {MAX_BITS}, or None")
