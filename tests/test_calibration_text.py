@@ -14,7 +14,7 @@ from cachemedic.operators import RepairOperator
 from cachemedic.tasks import sentiment_task
 from cachemedic.text import LABELS
 from cachemedic.token_aware import calibration
-from cachemedic.token_aware.calibration import calibrate, calibration_windows
+from cachemedic.token_aware.calibration import calibrate, calibration_windows, vectors_of
 from cachemedic.token_aware.scrub import Scrubber
 from cachemedic.token_aware.token_vectors import join
 
@@ -56,6 +56,17 @@ def test_windows_are_of_documentation_and_of_reviews():
 def test_windows_are_no_longer_than_a_context_with_room_to_decode(few_windows, monkeypatch):
     shorten(monkeypatch, CALIBRATION_LENGTH=544)
     assert calibration_windows(base_of("llama"), code_alone=True).shape[1] == 320 - 32
+
+
+@pytest.mark.usefixtures("few_windows")
+def test_a_model_too_large_for_the_memory_gets_fewer_windows_of_each_kind(monkeypatch):
+    base = base_of("llama")
+    whole = vectors_of(base, calibration_windows(base)).x
+    bytes_of_all = whole.numel() * whole.element_size()
+    shorten(monkeypatch, MEMORY=bytes_of_all // 2)
+    assert len(calibration_windows(base)) == 6
+    shorten(monkeypatch, MEMORY=1)
+    assert len(calibration_windows(base)) == 2
 
 
 @pytest.mark.usefixtures("few_windows")

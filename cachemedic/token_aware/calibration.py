@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from cachemedic.bank import sample_windows
 from cachemedic.cache import stack_cache, unstack_cache
 from cachemedic.models import WEIGHTS, Base, load_base
+from cachemedic.operator_config import ModelShape
 from cachemedic.safeguards import WORD_BITS
 from cachemedic.text import LABELS, sentiment_prompt, sentiment_review
 from cachemedic.text_source import EMBEDDED_TEXT, TextSource
@@ -35,6 +36,7 @@ CHAIN_RANK = 128
 BATCH = 8
 DOCUMENTATION_SAMPLES, REVIEW_SAMPLES, CALIBRATION_LENGTH = 96, 24, 544
 REVIEWS = 3000  # generated for the windows of reviews; other ones than those of any task
+MEMORY = 4 << 30  # bytes that clean vectors may take: a large model is measured on fewer windows
 CODE_SHARE = 4  # of the windows of each kind, one in so many measures the code
 FISHER_SAMPLES, FISHER_PREFIX, FISHER_DECODED = 96, 128, 32
 
@@ -53,15 +55,19 @@ def calibration_windows(
 ) -> Tensor:
     """Windows of text [N, T], as long as the context allows: of documents, then of reviews.
 
-    `code_alone`: only as many as a code takes, which has far fewer numbers than a transform.
+    `code_alone`: only as many as a code takes, which has far fewer numbers than a transform. Of a large model as many
+    as have their vectors in 4 GiB, at least one of each kind.
     """
     length = min(base.context - 32, CALIBRATION_LENGTH)
     rng = np.random.default_rng([seed, 13])
     drawn = source.reviews_of("operator_train") or [sentiment_review(rng) for _ in range(REVIEWS)]
     reviews = tuple(f"{sentiment_prompt(text)} {LABELS[label]}" for text, label in drawn)
     kinds = (source.documents_of("operator_train"), DOCUMENTATION_SAMPLES), (reviews, REVIEW_SAMPLES)
-    share = CODE_SHARE if code_alone else 1
-    return torch.cat([sample_windows(base, text, count // share, length, seed) for text, count in kinds])
+    shape = ModelShape.of(base.model.config)
+    vector = 2 * shape.num_kv_heads * shape.head_dim * torch.float32.itemsize
+    most = MEMORY / (length * shape.num_layers * vector)
+    share = max(CODE_SHARE if code_alone else 1, (DOCUMENTATION_SAMPLES + REVIEW_SAMPLES) / most)
+    return torch.cat([sample_windows(base, text, max(1, int(count / share)), length, seed) for text, count in kinds])
 
 
 @torch.inference_mode()
@@ -95,12 +101,10 @@ def fit_transform(
     """
     if projection not in ("principal", "random"):
         raise ValueError(f"projection must be 'principal' or 'random', not {projection!r}")
-    config = base.model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    x = vectors.x[:, list(layers)]
-    inner = x[:, :, 1:].flatten(2, 2)
-    mean = inner.mean((0, 2))
-    power = (inner - mean[:, None]).square().mean((0, 2))  # [P, D]
+    head_dim = ModelShape.of(base.model.config).head_dim
+    inner = [vectors.x[:, layer, 1:] for layer in layers]  # one layer at a time: of a large model they are gigabytes
+    mean = torch.stack([x.mean((0, 1)) for x in inner])
+    power = torch.stack([(x - m).square().mean((0, 1)) for x, m in zip(inner, mean, strict=True)])  # [P, D]
 
     def by_head(numbers: Tensor) -> Tensor:
         return numbers.unflatten(1, (-1, head_dim)).mean(-1, keepdim=True).expand(-1, -1, head_dim).flatten(1)
@@ -108,16 +112,18 @@ def fit_transform(
     size = by_head(power).rsqrt()
     weight = by_head(fisher_diagonal(base, text)[list(layers)] / size.square())
     scale = size * (weight / weight.mean()).pow(0.25)
-    z = (x - mean[:, None]) * scale[:, None]
     generator = torch.Generator().manual_seed(seed)
-    width = z.shape[-1]
+    width = mean.shape[-1]
     rank = min(width, CHAIN_RANK)
     chain_in, chain_out = torch.zeros(len(layers), 2 * width, rank), torch.zeros(len(layers), rank, width)
-    basis, variance = [], []
-    for layer in range(len(layers)):
-        own = z[:, layer, 1:].reshape(-1, width)
+    basis, variance, first = [], [], []
+    z = torch.empty(0)
+    for layer, place in enumerate(layers):
+        z_below, z = z, (vectors.x[:, place] - mean[layer]) * scale[layer]
+        first.append(z[:, 0].mean(0))
+        own = z[:, 1:].reshape(-1, width)
         if layer:
-            below = with_previous(z[:, layer - 1])[:, 1:].flatten(0, 1)
+            below = with_previous(z_below)[:, 1:].flatten(0, 1)
             chain_in[layer], chain_out[layer] = (x.half().float() for x in _reduced_rank(below, own, rank))
             own = own - below @ chain_in[layer] @ chain_out[layer]
         if projection == "principal":
@@ -126,7 +132,7 @@ def fit_transform(
             axes = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
         basis.append(axes)
         variance.append((own @ axes).square().mean(0))
-    return Transform(mean, scale, z[:, :, 0].mean(0), chain_in, chain_out, torch.stack(basis), torch.stack(variance))
+    return Transform(mean, scale, torch.stack(first), chain_in, chain_out, torch.stack(basis), torch.stack(variance))
 
 
 def _reduced_rank(x: Tensor, y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -177,15 +183,15 @@ def calibrate(
 ) -> TokenAware:
     """Gives an operator the transform of a base, and family E its code; returns it.
 
-    All layers of an embedded base take the transform that ships. `windows`: clean vectors to measure on, of more than
-    32 tokens (None: those of `calibration_windows` of the `source`). Raises `ValueError` for an operator of another
-    model.
+    All layers of an embedded base take the transform that ships, unless the `source` is text from outside. `windows`:
+    clean vectors to measure on, of more than 32 tokens (None: those of `calibration_windows` of the `source`). Raises
+    `ValueError` for an operator of another model.
     """
     operator.check_model(base.model.config)
     options = operator.config.options
     everything = operator.layers == tuple(range(operator.config.model.num_layers))
     projection = options.get("projection", "principal")
-    transform = shipped_transform(base.name) if everything and projection != "random" else None
+    transform = shipped_transform(base.name) if everything and projection != "random" and not source else None
     if transform is None:
         measured = windows or vectors_of(base, calibration_windows(base, source=source))
         text = windows.ids if windows else sensitivity_windows(base, source)
