@@ -11,6 +11,9 @@ OPTIONS := $(if $(BASE),--parameter 'base=$(BASE)') $(if $(SEEDS),--parameter 's
 13_second_model: private OPTIONS += $(if $(TEXT),--parameter 'text=$(TEXT)') \
 	$(if $(REVIEWS),--parameter 'reviews=$(REVIEWS)')
 
+# A notebook has one thread, and this many run at once (make -j4 for more; each takes up to 4 GB): results are the same.
+MAKEFLAGS += --jobs=2
+
 # The environment is known by the content of its pins; the stamp appears last, so an interrupted set-up is repeated.
 READY := $(VENV)/ready-$(firstword $(shell cat requirements.txt pyproject.toml | cksum))
 RUN := $(VENV)/bin/python

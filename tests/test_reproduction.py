@@ -10,13 +10,33 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from toy_project import FIGURE, Project, run_make, started
+from toy_project import FIGURE, TABLE, Project, run_make, started
 
+MEETING = """\
+import pathlib, time
+from cachemedic import write
+pathlib.Path({own!r}).touch()
+waited = 0
+while not pathlib.Path({other!r}).exists() and waited < 600:
+    time.sleep(0.1)
+    waited += 1
+assert waited < 600, "the other one does not run"
+write({output!r})
+"""
+EXCLUSIVE = """\
+import pathlib, time
+from cachemedic import write
+busy = pathlib.Path("busy")
+busy.touch(exist_ok=False)
+time.sleep(1)
+busy.unlink()
+write({output!r})
+"""
 PROGRESS = """\
 import os
 from cachemedic import write
 from tqdm.auto import tqdm
-assert [os.environ[f"{name}_NUM_THREADS"] for name in ("OMP", "MKL", "OPENBLAS")] == ["2", "2", "2"]
+assert [os.environ[f"{name}_NUM_THREADS"] for name in ("OMP", "MKL", "OPENBLAS")] == ["1", "1", "1"]
 for name in tqdm(["results/map.csv"]):
     write(name)
 """
@@ -110,6 +130,19 @@ def test_kernels_have_fixed_threads_and_copies_no_complaint_of_progress_bars(fre
     copy = (fresh.root / "build/notebooks/paper/10_map.ipynb").read_text()
     assert "1/1" in copy, "the bar itself is shown"
     assert "IProgress" not in copy
+
+
+def test_two_notebooks_run_at_once(fresh: Project) -> None:
+    fresh.notebook("10_map", MEETING.format(own="map", other="apart", output="results/map.csv"))
+    fresh.notebook("30_apart", MEETING.format(own="apart", other="map", output="results/apart.csv"))
+    fresh.make("10_map", "30_apart")
+
+
+def test_a_notebook_that_measures_times_runs_alone(fresh: Project) -> None:
+    fresh.write("notebooks/graph.toml", TABLE + "alone = true\n")
+    fresh.notebook("10_map", EXCLUSIVE.format(output="results/map.csv"))
+    fresh.notebook("30_apart", EXCLUSIVE.format(output="results/apart.csv"))
+    fresh.make("10_map", "30_apart")
 
 
 def test_unknown_parameters_fail_before_anything_runs(made: Project) -> None:

@@ -44,7 +44,10 @@ def sha256(data: bytes) -> str:
 
 @dataclass(frozen=True)
 class Notebook:
-    """One row of the table. Names are without folder and suffix; `data` are globs, `minutes` are by profile."""
+    """One row of the table. Names are without folder and suffix; `data` are globs, `minutes` are by profile.
+
+    `alone`: nothing else may run beside it, as it measures times.
+    """
 
     name: str
     needs: tuple[str, ...] = ()
@@ -53,6 +56,7 @@ class Notebook:
     figures: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
     minutes: dict[str, float] = field(default_factory=dict)
+    alone: bool = False
 
     @property
     def sidecars(self) -> tuple[str, ...]:

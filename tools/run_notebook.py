@@ -14,11 +14,12 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,17 @@ def parameter_names(graph: Graph, name: str) -> list[str]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Two makes in one checkout take turns."""
+def locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Holds a lock of that kind; whoever wants one that does not go with it waits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, kind)
         yield
+
+
+def place_on_the_machine(root: Path, alone: bool) -> AbstractContextManager[None]:
+    """Notebooks that measure times run alone, all others beside one another."""
+    return locked(root / "build" / "stamps" / "machine.lock", fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
 
 
 def execute(variant: Variant, name: str, parameters: dict[str, Any], threads: int, retrain: bool) -> None:
@@ -138,11 +144,18 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
+def at_once() -> int:
+    """How many notebooks make runs at once."""
+    found = re.search(r"-j ?(\d+)|--jobs=(\d+)", os.environ.get("MAKEFLAGS", ""))
+    return int(found[1] or found[2]) if found else 1
+
+
 def announcement(variant: Variant, name: str, reason: str, goals: list[str]) -> str:
     """One line: what runs, why, about how long, and what is left after it."""
     others = [other for other in variant.graph.upstream(goals) if other != name]
     left = [other for other in others if variant.stale(other, other in goals)]
-    after = f"; then {len(left)} more, about {sum(map(variant.minutes, left)):.0f} min" if left else ""
+    minutes = sum(map(variant.minutes, left)) / at_once()
+    after = f"; beside or after it {len(left)} more, about {minutes:.0f} min" if left else ""
     return f"running ({reason}), about {variant.minutes(name):.0f} min{after}"
 
 
@@ -153,7 +166,7 @@ def bring_up_to_date(variant: Variant, name: str, options: argparse.Namespace) -
     parameters |= {"device": options.device} if options.device else {}
     check_parameters(graph, name, parameters)
     title = f"{name} [{variant.label}]:"
-    with locked(variant.record_path(name).with_suffix(".lock")):
+    with locked(variant.record_path(name).with_suffix(".lock")):  # two makes in one checkout take turns
         reason = variant.stale(name, name in goals, options.retrain)
         if reason is None:
             say(f"{title} up to date")
@@ -161,10 +174,11 @@ def bring_up_to_date(variant: Variant, name: str, options: argparse.Namespace) -
         free = shutil.disk_usage(graph.root).free
         if free < FREE_DISK:
             raise GraphError(f"{free >> 20} MB of disk space are free, {FREE_DISK >> 20} MB are needed")
-        say(f"{title} {announcement(variant, name, reason, goals)}")
-        inputs, started = graph.inputs(name), time.monotonic()
-        execute(variant, name, parameters, options.threads, options.retrain)
-        hashes, seconds = publish(variant, name), round(time.monotonic() - started, 1)
+        with place_on_the_machine(graph.root, graph[name].alone):
+            say(f"{title} {announcement(variant, name, reason, goals)}")
+            inputs, started = graph.inputs(name), time.monotonic()
+            execute(variant, name, parameters, options.threads, options.retrain)
+            hashes, seconds = publish(variant, name), round(time.monotonic() - started, 1)
         record = {"inputs": inputs, "parameters": dict(variant.parameters), "retrained": options.retrain}
         write_record(variant.record_path(name), record | {"outputs": hashes, "seconds": seconds})
         say(f"{title} done in {seconds / 60:.1f} min")
@@ -186,7 +200,7 @@ def main() -> None:
     option("--profile", default="paper", choices=PROFILES)
     option("--parameter", action="append", default=[], type=parameter, metavar="NAME=VALUE", help="in JSON or text")
     option("--device", help="cpu or cuda; where to compute, not part of what is computed")
-    option("--threads", type=int, default=2, help="fixed, as sums depend on it in the last bit")
+    option("--threads", type=int, default=1, help="fixed, as sums depend on it in the last bit")
     option("--retrain", action="store_true", help="train operators that the repository ships, too")
     option("--goals", nargs="*", help="the targets given to make: notebooks that these only need may stay as shipped")
     options = parser.parse_args()
