@@ -31,7 +31,7 @@ NOTEBOOK = "second_model"  # what its files are called
 
 def base_scores(name: str, source: TextSource, folder: Path = ROOT) -> None:
     """Writes results/real_text/base_scores.csv: how well a base reads the text, with clean and with erased cache."""
-    run = Run("paper", folder, base=name, text_sha256=source.digest, seeds=list(SEEDS))
+    run = Run("paper", folder, base=name, **source.origin, seeds=list(SEEDS))
     report = measure(load_base(name), SEEDS, EFFORT, source)
     run.write_csv(report.scores, "real_text/base_scores")
     run.write_csv(report.needle, "real_text/base_needle")

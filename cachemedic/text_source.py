@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from cachemedic.external_text import load_documents, load_reviews
 from cachemedic.operator_config import nearest_valid
@@ -41,6 +42,11 @@ class TextSource:
     def reviews_of(self, split: str) -> tuple[Review, ...] | None:
         """The reviews that stand for a split, None where they are generated. Raises `ValueError` for an unknown one."""
         return _reviews(self.reviews, _outside(split, REVIEWS)) if self.reviews else None
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """What a record says of it: names without the folders they lie in, which differ by machine, and the digest."""
+        return {"text": Path(self.documents).name, "reviews": Path(self.reviews).name, "text_sha256": self.digest}
 
     @property
     def digest(self) -> str:

@@ -22,13 +22,15 @@ from cachemedic.experiments import ID_COLUMNS, run_grid, standard_tasks
 from cachemedic.family_study import headline
 from cachemedic.models import Base, load_base
 from cachemedic.objective import RepairObjective
+from cachemedic.operator_config import APPLY_TO
 from cachemedic.operators import RepairOperator
 from cachemedic.quantised_evaluation import quantised_scores
 from cachemedic.quantiser import KVQuantiser, QuantiserConfig
 from cachemedic.report import ROOT
 from cachemedic.stability import sensitivity
-from cachemedic.summaries import Summarise, by_group, means_over_seeds, summary
+from cachemedic.summaries import Summarise, by_group, means_over_seeds, recovery_by_type, summary
 from cachemedic.sweeps import (
+    block,
     by_condition,
     contraction_sweep,
     rank_sweep,
@@ -36,6 +38,7 @@ from cachemedic.sweeps import (
     readers_of,
     stacks,
     standard_config,
+    with_and_without_contraction,
 )
 from cachemedic.tasks import perplexity_task
 from cachemedic.text import documentation
@@ -100,6 +103,37 @@ def rank_rows(parameters: Parameters) -> pd.DataFrame:
     """All ranks."""
     base, standard = _standard(parameters)
     return _grid(base, parameters, readers_of(base, _operators(base, rank_sweep(standard, [4, 8, 16]))), "quant_noise")
+
+
+def protected_rows(parameters: Parameters) -> pd.DataFrame:
+    """Four layers in the middle, which alone are hit and repaired."""
+    base, standard = _standard(parameters, steps=60)
+    layers = block(base.model.config.num_hidden_layers, 4, "mid")
+    config = replace(standard, layers=layers, corrupted_layers="protected")
+    found = {"mid 4": reader_of(base, _shipped(base, config))}
+    rows = _grid(base, parameters, found, "gaussian", 12, layers, severity=1.0)
+    return rows.assign(hit="protected", layers="mid 4")
+
+
+def left_out_rows(parameters: Parameters) -> pd.DataFrame:
+    """Operators that never saw overwriting, and those that did, with and without the contraction term."""
+    base, standard = _standard(parameters, steps=100)
+    kind, standard = "contiguous_overwrite", replace(standard, rank=4)
+    terms = with_and_without_contraction(standard)
+    trained_on = {"all types": standard.mixture, "held out": standard.mixture.without(kind)}
+    configs = {
+        f"{name}, {term}": replace(config, mixture=mixture)
+        for name, mixture in trained_on.items()
+        for term, config in terms.items()
+    }
+    return _grid(base, parameters, readers_of(base, _operators(base, configs)), kind).assign(held_out=kind)
+
+
+def target_rows(parameters: Parameters) -> pd.DataFrame:
+    """Repair of keys, of values and of both."""
+    base, standard = _standard(parameters)
+    configs = {target: replace(standard, apply_to=target) for target in APPLY_TO}
+    return _grid(base, parameters, readers_of(base, _operators(base, configs)), "dropout_zero")
 
 
 def stability_rows(parameters: Parameters) -> pd.DataFrame:
@@ -175,6 +209,15 @@ SWEEP_SAMPLES = (
     Sample("rank_grid", "all ranks on quantised text", (*ID_COLUMNS,), NLL, rank_rows),
     Sample("rank_results", "all rows, from the committed rank_grid", ("task", "reader"), bounded(*SPARED),
            _from("rank_grid", _repaired(summary))),
+    Sample("protected_layers_grid", "four layers in the middle, at severity 1", ("hit", "layers", *ID_COLUMNS), NLL,
+           protected_rows),
+    Sample("leave_one_out_grid", "overwriting, left out of training or not", ("held_out", *ID_COLUMNS), NLL,
+           left_out_rows),
+    Sample("leave_one_out_results", "all rows, from the committed leave_one_out_grid", ("held_out", "task", "reader"),
+           bounded(*SPARED), _from("leave_one_out_grid", _over("held_out", _repaired(summary)))),
+    Sample("kv_targets_grid", "all targets on text with zeros", (*ID_COLUMNS,), NLL, target_rows),
+    Sample("kv_targets_by_type", "all rows, from the committed kv_targets_grid", ("task", "type", "reader"),
+           bounded("recovery"), _from("kv_targets_grid", _repaired(recovery_by_type))),
     Sample("stability_sensitivity", "three readers under noise of a tenth of the norm", ("reader", "noise", "seed"),
            {"sensitivity": 1e-2, "distance": 1e-2}, stability_rows),
     Sample("stability_curves", "all rows, from the committed stability_sensitivity", ("reader", "noise"),

@@ -56,6 +56,11 @@ def test_nothing_from_outside_is_the_embedded_text():
     assert TextSource(reviews="sst2")
 
 
+def test_a_record_names_no_folder(source):
+    assert source.origin == {"text": "outside", "reviews": "outside", "text_sha256": source.digest}
+    assert TextSource().origin == {"text": "", "reviews": "", "text_sha256": ""}
+
+
 def test_the_digest_is_that_of_the_content(source, tmp_path):
     shutil.copytree(tmp_path / "outside", tmp_path / "elsewhere")
     assert TextSource(*[str(tmp_path / "elsewhere")] * 2).digest == source.digest
