@@ -67,6 +67,9 @@ verify: $(READY)  ## Check the hashes of results, compute a sample of their rows
 	@TQDM_DISABLE=1 $(RUN) -m cachemedic.verify
 
 # Without TeX nothing of this would succeed: say so before an environment is set up.
+ifneq ($(filter paper,$(MAKECMDGOALS)),)
+$(READY): | tex
+endif
 .PHONY: paper
 paper: tex $(READY)  ## paper/main.pdf from the committed results (needs TeX: latexmk, pdflatex)
 	$(RUN) -m cachemedic.paper_numbers
