@@ -9,7 +9,7 @@ interface is served; models and layers that are not protected pass straight thro
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,8 +23,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from cachemedic.operators import Attention, Gates, Reader
 from cachemedic.token_aware.forward_call import announce
 from cachemedic.token_aware.operator import TokenAware
+from cachemedic.token_aware.sketch_cache import Watch
 
-PREFIX = "cachemedic_"
+PREFIX = "cachemedic_protected_"
 
 
 @dataclass(eq=False)
@@ -38,8 +39,8 @@ class Protection:
 
 # The protections of an attention module, innermost last. Modules are not marked themselves: nothing to undo in them.
 _protections: dict[nn.Module, list[Protection]] = {}
-# For each configuration (by id) that runs through the registered function: it, its own implementation, and its users.
-_redirected: dict[int, tuple[Any, str, list[Protection]]] = {}
+# The protections of each configuration (by id) that names a registered function: PREFIX and its own implementation.
+_redirected: dict[int, list[Protection]] = {}
 
 
 def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -127,6 +128,19 @@ def _register_repairing(implementation: str) -> str:
     return name
 
 
+def _redirect(configs: Iterable[Any]) -> None:
+    """Have attention run through the repairing form of what each configuration names."""
+    for config in configs:
+        implementation = config._attn_implementation
+        if not implementation.startswith(PREFIX):
+            config._attn_implementation_internal = _register_repairing(implementation)
+
+
+def _redirect_again(configs: Iterable[Any], module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A forward pre-hook: `set_attn_implementation` within `protect` must not end the repair."""
+    _redirect(configs)
+
+
 def _attention_modules(model: PreTrainedModel, operator: Reader) -> list[Any]:
     """The self-attention modules of the protected layers."""
     if not (isinstance(model, PreTrainedModel) and model._can_set_attn_implementation()):
@@ -156,9 +170,13 @@ def _attention_modules(model: PreTrainedModel, operator: Reader) -> list[Any]:
 def protect(model: PreTrainedModel, operator: Reader, record_gates: bool = False) -> Iterator[Protection]:
     """Within, `model` reads its cache through `operator`: in a forward pass, a prefill, a decoding step, `generate()`.
 
-    On exit, also after an exception, the model is what it was before. Protections nest, and may end in any order; where
-    two protect one layer, the inner one repairs what the outer one returns. With `record_gates` the yielded protection
-    holds the gates of the last forward pass: `protection.gates[layer] == (a_k, a_v)`.
+    On exit, also after an exception, the model is what it was before. An attention implementation that is set within is
+    repaired too from the next forward pass on, and stays after the exit; `model.set_attn_implementation("eager")`, also
+    for a model that is eager already, is what transformers wants before `config.output_attentions = True`.
+
+    Protections nest, and may end in any order; where two protect one layer, the inner one repairs what the outer one
+    returns. With `record_gates` the yielded protection holds the gates of the last forward pass:
+    `protection.gates[layer] == (a_k, a_v)`.
 
     Families D and E repair what is stored, and take the cache that can: `past_key_values=SketchCache(model, operator)`.
 
@@ -168,31 +186,29 @@ def protect(model: PreTrainedModel, operator: Reader, record_gates: bool = False
     modules = _attention_modules(model, operator)
     protection = Protection(operator, record_gates)
     configs = {id(module.config): module.config for module in modules}
-    for key, config in configs.items():
-        if key not in _redirected:
-            implementation = config._attn_implementation
-            _redirected[key] = (config, implementation, [])
-            config._attn_implementation_internal = _register_repairing(implementation)
-        _redirected[key][2].append(protection)
+    _redirect(configs.values())
+    for key in configs:
+        _redirected.setdefault(key, []).append(protection)
     for module in modules:
         _protections.setdefault(module, []).append(protection)
-    hooks = []
-    if isinstance(operator, TokenAware):
-        # A head calls the base model or, in OPT, a part of it; a caller may leave the head out.
-        for module in {model, model.base_model}:
-            hooks.append(module.register_forward_pre_hook(partial(announce, operator), with_kwargs=True))
+    hooks, watch = [], Watch()
+    # A head calls the base model or, in OPT, a part of it; a caller may leave the head out.
+    for module in {model, model.base_model}:
+        hooks.append(module.register_forward_pre_hook(partial(_redirect_again, list(configs.values()))))
+        if isinstance(operator, TokenAware):
+            hooks.append(module.register_forward_pre_hook(partial(announce, operator, watch), with_kwargs=True))
     try:
         yield protection
     finally:
+        watch.active = False
         for hook in hooks:
             hook.remove()
         for module in modules:
             _protections[module].remove(protection)
             if not _protections[module]:
                 del _protections[module]
-        for key in configs:
-            config, implementation, users = _redirected[key]
-            users.remove(protection)
-            if not users:
-                config._attn_implementation_internal = implementation
+        for key, config in configs.items():
+            _redirected[key].remove(protection)
+            if not _redirected[key]:
                 del _redirected[key]
+                config._attn_implementation_internal = config._attn_implementation.removeprefix(PREFIX)

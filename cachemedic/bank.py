@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 from transformers import DynamicCache
 
@@ -100,7 +101,7 @@ def sample_windows(base: Base, documents: tuple[str, ...], count: int, length: i
 
 
 def open_bank(base: Base, config: BankConfig, folder: Path = CACHE_DIR / "bank") -> Bank:
-    """The bank of `config`, computed on first use and kept under `folder`.
+    """The bank of `config`, computed on first use and kept under `folder`; waits while another process computes it.
 
     Raises `ValueError` if the windows pass the model's context or the text is too short, `OSError` if the disk is full.
     """
@@ -113,11 +114,16 @@ def open_bank(base: Base, config: BankConfig, folder: Path = CACHE_DIR / "bank")
         )
     key = json.dumps([config.defined(), base.name, str(base.model.dtype), weights_digest(base), text_hash(documents)])
     target = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
-    if not (target / "complete").exists():
+    complete = target / "complete"
+    if not complete.exists():
         target.mkdir(parents=True, exist_ok=True)
-        ids = sample_windows(base, documents, config.samples, config.prefix + config.decoded, config.seed)
-        _compute(base, ids, config.prefix, target)
-        write_atomically(target / "complete", key.encode())
+        # sweeps that run side by side share banks, and to begin one truncates its files; the lock of a process that was
+        # killed is free again
+        with FileLock(folder / f"{target.name}.lock"):
+            if not complete.exists():  # nobody else completed it meanwhile
+                ids = sample_windows(base, documents, config.samples, config.prefix + config.decoded, config.seed)
+                _compute(base, ids, config.prefix, target)
+                write_atomically(complete, key.encode())
     fields = {name: torch.from_numpy(np.load(target / f"{name}.npy", mmap_mode="c")) for name in FIELDS}
     return Bank(**fields)
 

@@ -35,9 +35,15 @@ def linear_bound(clean: torch.Tensor, corrupted: torch.Tensor, rank: int | None 
     if total == 0:
         raise ValueError("the corrupted vectors are the clean ones: there is no error to bound")
     # with X = Q R the fitted part of the error is Q Q^T error; its rank-r share is that of the top singular values
-    fitted = torch.linalg.svd(x, full_matrices=False).U.T @ error
+    u, s, _ = torch.linalg.svd(x, full_matrices=False)
+    fitted = u[:, _spanned(s, len(x))].T @ error
     explained = torch.linalg.svdvals(fitted).square()[:rank].sum()
     return float((1 - explained / total).clamp_min(0).sqrt())
+
+
+def _spanned(singular_values: torch.Tensor, rows: int) -> torch.Tensor:
+    """Which singular vectors the rows of a matrix really span; the others are arbitrary."""
+    return singular_values > singular_values.max() * torch.finfo(singular_values.dtype).eps * rows
 
 
 def best_linear_map(clean: torch.Tensor, corrupted: torch.Tensor, rank: int | None = None) -> torch.Tensor:
@@ -51,5 +57,5 @@ def best_linear_map(clean: torch.Tensor, corrupted: torch.Tensor, rank: int | No
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
     fitted = u.T @ error
     right = torch.linalg.svd(fitted, full_matrices=False).Vh[:rank]
-    inverse = torch.where(s > s.max() * torch.finfo(s.dtype).eps * len(x), 1 / s, 0.0)
+    inverse = torch.where(_spanned(s, len(x)), 1 / s, 0.0)
     return -vh.T @ (inverse[:, None] * fitted @ right.T @ right)

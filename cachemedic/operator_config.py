@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from operator import index
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -20,6 +21,14 @@ def nearest_valid(kind: str, value: object, allowed: Iterable[str]) -> ValueErro
     return ValueError(f"unknown {kind} {value!r}: {hint}allowed: {', '.join(map(repr, names)) or 'none'}")
 
 
+def _whole(name: str, value: Any) -> int:
+    """`value` as a plain int; raises `TypeError` unless it is an integer of some kind."""
+    try:
+        return int(index(value))
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, not {value!r}") from None
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """The facts about a base model that an operator depends on."""
@@ -32,15 +41,33 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> ModelShape:
-        """Read from a Hugging Face configuration (of the text part of a multimodal model)."""
+        """Read from a Hugging Face configuration (of the text part of a multimodal model).
+
+        Raises `ValueError` for models with an encoder, and where keys and values are not of one width.
+        """
+        if config.is_encoder_decoder:
+            raise ValueError(
+                f"{config.model_type} has an encoder, whose attention and the attention to it would be repaired too: "
+                "choose a model that is a decoder only"
+            )
         config = config.get_text_config(decoder=True)
         heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        value_dim = getattr(config, "v_head_dim", None) or head_dim
+        latent = getattr(config, "kv_lora_rank", None) is not None
+        if latent or value_dim != head_dim:
+            widths = f"keys of {head_dim} numbers a head and values of {value_dim}"
+            found = "multi-head latent attention" if latent else widths
+            raise ValueError(
+                f"{config.model_type} has {found}: choose a model with multi-head, grouped-query or multi-query "
+                "attention, whose keys and values are of one width"
+            )
         return cls(
             model_type=config.model_type,
             num_layers=config.num_hidden_layers,
             num_heads=heads,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_dim=head_dim,
         )
 
 
@@ -48,7 +75,8 @@ class ModelShape:
 class OperatorConfig:
     """Definition of an operator; JSON-able by `as_json`.
 
-    `options` are those of the family (see its class). Raises `ValueError` for a value outside of what the model allows.
+    `options` are those of the family (see its class). Raises `ValueError` for a value outside of what the model allows,
+    `TypeError` for a layer, rank or number of runs that is no integer.
     """
 
     family: str
@@ -60,6 +88,10 @@ class OperatorConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # NumPy's integers would be refused by JSON
+        object.__setattr__(self, "layers", tuple(_whole("a layer", layer) for layer in self.layers))
+        for name in ("rank", "runs"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
         if self.apply_to not in APPLY_TO:
             raise nearest_valid("apply_to", self.apply_to, APPLY_TO)
         if not self.layers or len(set(self.layers)) != len(self.layers):

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,9 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from cachemedic.operator_config import ModelShape, OperatorConfig, nearest_valid
-from cachemedic.text import write_atomically
 
-WEIGHTS, CONFIG = "operator.safetensors", "config.json"
+WEIGHTS, CONFIG, STATISTICS = "operator.safetensors", "config.json", "statistics.json"
+UNNAMED = "unnamed"  # statistics of folders that were written before their `config.json` named them
 
 Gates = tuple[Tensor | None, Tensor | None]
 
@@ -106,6 +108,7 @@ class RepairOperator(nn.Module, ABC):
 
         Raises:
             ValueError: for an unknown family or option, or a value that the model does not allow.
+            TypeError: for a layer or a rank that is no integer.
         """
         cls = family_class(family)
         for name in options:
@@ -214,19 +217,27 @@ class RepairOperator(nn.Module, ABC):
         return None
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `operator.safetensors` and `config.json` into `folder`, each whole or not at all."""
+        """Write `operator.safetensors`, `config.json` and what the family keeps beside them into `folder`, as one.
+
+        A save that fails to write leaves the operator that was there; one that is killed while it replaces files leaves
+        none.
+        """
         weights = safetensors.torch.save({name: p.detach().contiguous() for name, p in self.named_parameters()})
         record = self.config.as_json() | {"sha256": hashlib.sha256(weights).hexdigest()}
-        write_atomically(Path(folder) / WEIGHTS, weights)
-        write_atomically(Path(folder) / CONFIG, (json.dumps(record, indent=2) + "\n").encode())
+        beside = self._files_beside()
+        if STATISTICS in beside:
+            statistics = beside[STATISTICS]
+            record["statistics"] = None if statistics is None else hashlib.sha256(statistics).hexdigest()
+        config = (json.dumps(record, indent=2) + "\n").encode()
+        _replace_together(Path(folder), beside | {WEIGHTS: weights, CONFIG: config})
 
     @staticmethod
     def from_pretrained(folder: str | Path) -> RepairOperator:
         """Read what `save_pretrained` wrote (on the CPU).
 
         Raises:
-            FileNotFoundError: if one of the two files is missing.
-            ValueError: if one is damaged or they do not belong together.
+            FileNotFoundError: if the weights or `config.json` are missing.
+            ValueError: if a file is damaged or they do not belong together.
         """
         folder = Path(folder)
         for name in (CONFIG, WEIGHTS):
@@ -234,7 +245,7 @@ class RepairOperator(nn.Module, ABC):
                 raise FileNotFoundError(f"{folder} is no saved operator: it has no file {name}")
         try:
             record = json.loads((folder / CONFIG).read_text())
-            expected = record.pop("sha256")
+            expected, statistics = record.pop("sha256"), record.pop("statistics", UNNAMED)
             config = OperatorConfig.from_json(record)
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / CONFIG} is damaged: {error!r}") from error
@@ -253,11 +264,33 @@ class RepairOperator(nn.Module, ABC):
                 f"the weights in {folder} do not have the shapes that its {CONFIG} defines: {found_shapes}"
             )
         operator = cls(config, parameters)
-        operator._read_beside(folder)
+        operator._read_beside(folder, statistics)
         return operator
 
-    def _read_beside(self, folder: Path) -> None:
-        """Hook for families that keep more in their folder than their parameters."""
+    def _files_beside(self) -> dict[str, bytes | None]:
+        """Hook for families that keep more in their folder than their parameters: files, None for one to remove.
+
+        `statistics.json` names the content of the others.
+        """
+        return {}
+
+    def _read_beside(self, folder: Path, named: str | None) -> None:
+        """The inverse hook. `named`: sha256 of `statistics.json`, None if the operator has none, or `UNNAMED`."""
+
+
+def _replace_together(folder: Path, files: Mapping[str, bytes | None]) -> None:
+    """Replaces the files of an operator (None: removes one) in this order, `config.json` last, once all are written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as staged:
+        for name, content in files.items():
+            if content is not None:
+                (Path(staged) / name).write_bytes(content)
+        (folder / CONFIG).unlink(missing_ok=True)  # until the new one is there, the folder holds no operator
+        for name, content in files.items():
+            if content is None:
+                (folder / name).unlink(missing_ok=True)
+            else:
+                os.replace(Path(staged) / name, folder / name)
 
 
 def family_class(family: str) -> type[RepairOperator]:

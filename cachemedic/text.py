@@ -51,12 +51,19 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+def _not_installed(package: str) -> ModuleNotFoundError:
+    return ModuleNotFoundError(
+        f"package {package!r} is part of the documentation corpus but is not installed: install what requirements.txt "
+        "lists, or give text of your own (calibrate: windows= or source=)"
+    )
+
+
 def _package_folder(package: str) -> Path:
     if package == "stdlib":
         return Path(sysconfig.get_paths()["stdlib"])
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"package {package!r} is part of the documentation corpus but is not installed")
+        raise _not_installed(package)
     return Path(spec.origin).parent
 
 
@@ -84,8 +91,10 @@ def _docstrings(package: str) -> list[str]:
 def _version(package: str) -> str:
     if package == "stdlib":
         return sys.version.split()[0]
-    distribution = importlib.metadata.packages_distributions()[package][0]
-    return importlib.metadata.version(distribution)
+    distributions = importlib.metadata.packages_distributions().get(package)
+    if not distributions:
+        raise _not_installed(package)
+    return importlib.metadata.version(distributions[0])
 
 
 @cache

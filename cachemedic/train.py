@@ -210,7 +210,7 @@ def load_or_train(base: Base, config: TrainConfig, trained: Path, work: Path, re
     with FileLock(work / f"{key}.lock"):  # notebooks that run side by side may ask for the same operators
         if retrain or not (trained / key / "config.json").exists():
             _train(base, config, trained / key, work / key)
-    operator = RepairOperator.from_pretrained(trained / key)
+        operator = RepairOperator.from_pretrained(trained / key)
     operator.check_model(base.model.config)
     return operator.to(base.model.device)
 

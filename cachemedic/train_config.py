@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from cachemedic import severity
 from cachemedic.bank import BankConfig, weights_digest
 from cachemedic.corruption import Mixture
 from cachemedic.mercy_gate import MercyGate
 from cachemedic.models import Base
 from cachemedic.objective import RepairObjective, StepOutputs
+from cachemedic.operator_config import ModelShape
 from cachemedic.quantiser import QuantiserConfig
 from cachemedic.token_aware.statistics_files import shipped_transform
 from cachemedic.valence import ValenceObjective
@@ -118,6 +120,9 @@ class TrainConfig:
         defined += [head_digest(base)] if self.needs_valence else []
         transform = shipped_transform(base.name) if self.family in ("D", "E") else None
         defined += [] if transform is None else [transform.digest]
+        shape = ModelShape.of(base.model.config)
+        recalibrated = severity.recalibrated(self.mixture.base, (shape.num_layers, shape.num_kv_heads, 0))
+        defined += [recalibrated] if recalibrated else []
         text = json.dumps(defined, sort_keys=True, default=str)
         return f"{Path(base.name).name}-{self.family}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 

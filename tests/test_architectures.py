@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers as hf
 from small_models import CONFIGS, VOCABULARY, model_of, operator_for, padded_batch, prefill_and_decode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
@@ -120,3 +121,16 @@ def test_a_changed_future_token_moves_no_earlier_logit(name, implementation):
         a, b = model(ids).logits, model(changed).logits
     assert torch.equal(a[:, :6], b[:, :6])
     assert not torch.allclose(a[:, 6:], b[:, 6:])
+
+
+UNSUITABLE = {
+    "bart has an encoder": lambda: hf.BartConfig(d_model=32, encoder_layers=1, decoder_layers=1),
+    "deepseek_v3 has multi-head latent attention": hf.DeepseekV3Config,
+    "mimo_v2_flash has keys of 192 numbers a head and values of 128": hf.MiMoV2FlashConfig,
+}
+
+
+@pytest.mark.parametrize("reason", UNSUITABLE)
+def test_models_that_no_operator_fits_are_refused(reason):
+    with pytest.raises(ValueError, match=f"^{reason}.*: choose a model"):
+        RepairOperator.create("A", UNSUITABLE[reason](), [0])

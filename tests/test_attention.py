@@ -167,6 +167,47 @@ def test_eager_attention_still_returns_its_weights():
     torch.testing.assert_close(weights[0].sum(-1), torch.ones(3, 4, 9))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_implementation_that_is_set_within_is_repaired_too_and_stays(compiled):
+    model = model_of("llama")
+    ids, _ = padded_batch()
+    op, other = operator_for(model), operator_for(model, "C", layers=[1, 2])
+    call = torch.compile(model, backend="eager") if compiled else model
+    with torch.no_grad():
+        plain = call(ids).logits
+        with protect(model, op):
+            expected = call(ids).logits
+            with protect(model, other):
+                both = call(ids).logits
+                model.set_attn_implementation("eager")
+                torch.testing.assert_close(call(ids).logits, both, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(call(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        assert model.config._attn_implementation == "eager"
+        torch.testing.assert_close(call(ids).logits, plain, atol=1e-4, rtol=1e-4)
+        assert model.config._attn_implementation == "eager"
+        with protect(model, op):
+            model.set_attn_implementation("sdpa")
+        assert model.config._attn_implementation == "sdpa"
+        torch.testing.assert_close(call(ids).logits, plain, atol=1e-4, rtol=1e-4)
+        assert model.config._attn_implementation == "sdpa"
+
+
+def test_output_attentions_can_be_switched_on_within():
+    model = model_of("llama", "eager")
+    ids, _ = padded_batch()
+    with protect(model, operator_for(model)), torch.no_grad():
+        expected = model(ids).logits
+        with pytest.raises(ValueError, match="Please set it to 'eager'"):
+            model.config.output_attentions = True
+        model.set_attn_implementation("eager")
+        model.config.output_attentions = True
+        output = model(ids)
+    assert torch.equal(output.logits, expected)
+    assert len(output.attentions) == 3
+    assert model.config.output_attentions
+    assert model.config._attn_implementation == "eager"
+
+
 def test_flash_attention_finds_the_name_it_looks_its_kernel_up_by(monkeypatch):
     name = "some_flash_attention"
     seen = []

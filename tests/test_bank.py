@@ -1,6 +1,13 @@
 """The clean-cache bank against the model itself."""
 
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +21,24 @@ from cachemedic.bank import BATCH, BankConfig, sample_windows, weights_digest
 from cachemedic.models import Base
 
 CONFIG = BankConfig(samples=BATCH + 3, prefix=9, decoded=2)
+# a process that dies in its second batch
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from test_bank import CONFIG, bank_module, tiny_bank, tiny_base
+
+base = tiny_base()
+forward, calls = type(base.model).forward, []
+
+def deadly(self, *args, **kwargs):
+    calls.append(args)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return forward(self, *args, **kwargs)
+
+type(base.model).forward = deadly
+tiny_bank(base, CONFIG, Path(sys.argv[1]))
+"""
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
@@ -64,6 +89,34 @@ def test_an_interrupted_bank_is_computed_anew(base, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         tiny_bank(base, CONFIG, tmp_path)
     assert tiny_bank(base, CONFIG, tmp_path).keys.abs().sum(dim=(1, 2, 3, 4)).min() > 0
+
+
+def test_a_bank_that_another_process_computes_is_waited_for(base, tmp_path, monkeypatch):
+    compute, began, calls = bank_module._compute, threading.Event(), []
+
+    def slowly(*args):
+        calls.append(args)
+        compute(*args)
+        began.set()  # all is written but the mark: whoever began now would truncate it
+        time.sleep(0.3)
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor() as pool:
+        patch.setattr(bank_module, "_compute", slowly)
+        first = pool.submit(tiny_bank, base, CONFIG, tmp_path)
+        assert began.wait(60)
+        second = tiny_bank(base, CONFIG, tmp_path)
+        assert torch.equal(first.result().keys, second.keys)
+    assert len(calls) == 1
+
+    monkeypatch.setattr(bank_module, "FileLock", None)  # a complete bank is read without the lock
+    assert torch.equal(tiny_bank(base, CONFIG, tmp_path).keys, second.keys)
+
+
+def test_a_killed_process_leaves_a_bank_that_the_next_one_completes(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=Path(__file__).parent, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(tmp_path.glob("*/keys.npy"))
+    assert tiny_bank(tiny_base(), CONFIG, tmp_path).keys.abs().sum(dim=(1, 2, 3, 4)).min() > 0
 
 
 def test_bank_files_change_by_no_write_to_the_tensors(base, folder):

@@ -31,6 +31,15 @@ def test_no_map_of_a_rank_beats_the_bound():
             assert rho(clean, corrupted, matrix) >= bound
 
 
+@pytest.mark.parametrize("kept", [0, 3])
+def test_directions_that_were_erased_explain_nothing(kept):
+    clean, _ = vectors(rows=60, dim=8)
+    corrupted = clean.clone()
+    corrupted[:, kept:] = 0
+    best = best_linear_map(clean, corrupted).float() if kept else torch.zeros(8, 8)
+    assert linear_bound(clean, corrupted) == pytest.approx(rho(clean, corrupted, best), abs=1e-5)
+
+
 def test_the_bound_is_reached_by_least_squares():
     clean, noise = vectors()
     corrupted = clean + 0.5 * noise

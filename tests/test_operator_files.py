@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from small_models import shaken
@@ -22,6 +23,23 @@ def test_saving_and_loading_keeps_every_bit(tmp_path, family):
     before, after = dict(op.named_parameters()), dict(loaded.named_parameters())
     assert set(before) == set(after)
     assert all(torch.equal(before[name], after[name]) and after[name].requires_grad for name in before)
+
+
+def test_numpy_numbers_become_plain_ones(tmp_path):
+    op = RepairOperator.create("A", LLAMA, np.arange(2), rank=np.int64(4))
+    op.save_pretrained(tmp_path)
+    assert RepairOperator.from_pretrained(tmp_path).config == op.config
+    for number in (*op.layers, op.rank):
+        assert type(number) is int
+
+
+def test_a_definition_that_json_cannot_hold_leaves_the_saved_operator(tmp_path):
+    good = shaken(RepairOperator.create("A", LLAMA, [0]))
+    good.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        RepairOperator.create("A", LLAMA, [0], seed=1, gate_hidden=np.int64(4)).save_pretrained(tmp_path)
+    loaded = RepairOperator.from_pretrained(tmp_path)
+    assert all(torch.equal(p, loaded.get_parameter(name)) for name, p in good.named_parameters())
 
 
 def test_damaged_or_foreign_checkpoints_are_refused(tmp_path):
@@ -73,3 +91,9 @@ def test_bad_input_gives_one_clear_error(arguments, message):
     defaults = {"family": "A", "model_config": LLAMA, "layers": [0]}
     with pytest.raises(ValueError, match=message):
         RepairOperator.create(**(defaults | arguments))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [({"layers": [0.5]}, "a layer .* not 0.5"), ({"rank": 2.0}, "rank")])
+def test_numbers_that_are_not_whole_are_refused(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        RepairOperator.create(**({"family": "A", "model_config": LLAMA, "layers": [0]} | arguments))

@@ -1,7 +1,9 @@
 """Operators of families D and E on disk, and what is refused before any work."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,9 +70,75 @@ def test_a_transform_that_ships_is_named_and_not_copied(tmp_path):
         part.attach(loaded.transform)
 
 
+@pytest.mark.parametrize("family", ["D", "E"])
+def test_an_operator_is_not_loaded_with_statistics_of_another(family, tmp_path):
+    calibrated("gpt2", "E").save_pretrained(tmp_path)
+    RepairOperator.create(family, GPT2, (0, 1), seed=5).save_pretrained(tmp_path)
+    assert RepairOperator.from_pretrained(tmp_path).transform is None
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "operator.safetensors"]
+
+    calibrated("gpt2", "E").save_pretrained(tmp_path)
+    stray = (tmp_path / "statistics.json").read_bytes()
+    operator = calibrated("gpt2", family, projection="random") if family == "E" else calibrated("gpt2", family)
+    operator.save_pretrained(tmp_path)
+    (tmp_path / "statistics.json").write_bytes(stray)
+    with pytest.raises(ValueError, match="not those that the operator was saved with"):
+        RepairOperator.from_pretrained(tmp_path)
+    (tmp_path / "statistics.json").unlink()
+    with pytest.raises(ValueError, match="statistics in .* are damaged"):
+        RepairOperator.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("call", ["write_bytes", "replace"])
+def test_an_interrupted_save_leaves_the_old_operator_or_none(tmp_path, monkeypatch, before, call):
+    """Interrupted at every write and every rename of a file."""
+    old, new = calibrated("gpt2", "E"), calibrated("gpt2", "E", projection="random", seed=1)
+    owner = Path if call == "write_bytes" else os
+    real = getattr(owner, call)
+    for allowed in range(5):
+        folder = tmp_path / str(allowed)
+        if before:
+            old.save_pretrained(folder)
+        calls: list[object] = []
+
+        def interrupted(*args, allowed=allowed, calls=calls):
+            calls.append(args)
+            if len(calls) > allowed:
+                raise OSError("no space left on device")
+            return real(*args)
+
+        monkeypatch.setattr(owner, call, interrupted)
+        with pytest.raises(OSError, match="no space"):
+            new.save_pretrained(folder)
+        monkeypatch.undo()
+        if before and call == "write_bytes":
+            assert RepairOperator.from_pretrained(folder)._held() == old._held()
+        else:
+            with pytest.raises(FileNotFoundError, match="no file config.json"):
+                RepairOperator.from_pretrained(folder)
+        new.save_pretrained(folder)
+        assert RepairOperator.from_pretrained(folder)._held() == new._held()
+
+
+def test_folders_that_do_not_name_their_statistics_still_load(tmp_path):
+    operator = calibrated("gpt2", "E")
+    operator.save_pretrained(tmp_path)
+    unname_statistics(tmp_path)
+    assert RepairOperator.from_pretrained(tmp_path)._held() == operator._held()
+
+
+def unname_statistics(folder: Path) -> None:
+    """Makes a folder like those that were written before `config.json` named the statistics."""
+    record = json.loads((folder / "config.json").read_text())
+    del record["statistics"]
+    (folder / "config.json").write_text(json.dumps(record))
+
+
 def test_damaged_statistics_are_refused(tmp_path):
     whole = tmp_path / "whole"
     calibrated("gpt2", "E").save_pretrained(whole)
+    unname_statistics(whole)  # else the digest tells all damage of `statistics.json`
 
     def damage(name: str, content: bytes | None) -> None:
         folder = tmp_path / "damaged"

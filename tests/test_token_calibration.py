@@ -1,15 +1,18 @@
 """Calibration on tiny bases: gradients against finite differences, statistics against plain sums."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import DOCUMENTS
 from tiny_repair import base_of, random_ids
-from transformers import DynamicCache
+from tiny_training import tiny_base
+from transformers import DynamicCache, GlmConfig, GlmForCausalLM
 
 from cachemedic import text_source
 from cachemedic.cache import stack_cache, unstack_cache
 from cachemedic.operators import RepairOperator
-from cachemedic.token_aware import calibration
+from cachemedic.token_aware import calibration, learned_basis
 from cachemedic.token_aware.calibration import CleanVectors, calibrate, fisher_diagonal, fit_transform, vectors_of
 from cachemedic.token_aware.token_vectors import KeyRotation, join, split
 from cachemedic.token_aware.transform import with_previous
@@ -146,3 +149,63 @@ def test_calibration_by_itself_is_repeatable_and_keeps_to_the_budget(family):
         assert not first.code.bits[0].any(), "the lowest layer follows from the ids"
         assert torch.equal(first.code.bits, again.code.bits)
         assert torch.equal(first.code.spread, again.code.spread)
+
+
+@pytest.mark.parametrize("part", ["o_proj", "v_proj"])
+def test_a_head_that_nothing_reads_or_writes_leaves_the_scrub_finite(part, monkeypatch):
+    """Pruned models have such heads: their share of the output, or their size, is zero."""
+    base = tiny_base("llama")
+    attention = base.model.model.layers[1].self_attn
+    with torch.no_grad():
+        if part == "o_proj":
+            attention.o_proj.weight[:, :16] = 0  # the two query heads of key/value head 0
+        else:
+            attention.v_proj.weight[:8] = 0
+    windows = vectors_of(base, random_ids(12, 48))
+    transform = fit_transform(base, windows, LAYERS, text=windows.ids)
+    assert (transform.scale.isfinite() & (transform.scale > 0)).all()
+    torch.testing.assert_close(transform.restore(transform.standardise(windows.x)), windows.x, rtol=1e-3, atol=1e-3)
+
+
+@BOTH
+def test_a_scale_that_cannot_be_undone_is_refused(architecture):
+    windows = windows_of(architecture)
+    transform = fit_transform(base_of(architecture), windows, LAYERS, text=windows.ids)
+    for wrong in (0.0, float("nan"), float("inf")):
+        scale = transform.scale.clone()
+        scale[1, 2] = wrong
+        with pytest.raises(ValueError, match="finite and above zero"):
+            replace(transform, scale=scale)
+
+
+def test_axes_of_a_part_of_the_layers_can_be_learned(monkeypatch):
+    monkeypatch.setattr(text_source, "documentation", lambda split: tuple(4 * document for document in DOCUMENTS))
+    monkeypatch.setattr(learned_basis, "STEPS", 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        base = tiny_base("llama")
+        base.model.to(dtype)
+        operator = RepairOperator.create("E", base.model.config, (1, 2), projection="learned", share=0.25)
+        calibrate(operator, base, vectors_of(base, random_ids(12, 48)))
+        assert operator.transform.num_layers == 2
+        eye = torch.eye(operator.transform.width).expand(2, -1, -1)
+        torch.testing.assert_close(operator.transform.basis.mT @ operator.transform.basis, eye, rtol=0, atol=5e-3)
+
+
+def test_windows_too_short_for_the_sensitivity_are_refused():
+    base = base_of("llama")
+    operator = RepairOperator.create("D", base.model.config, LAYERS)
+    with pytest.raises(ValueError, match="windows of 33 tokens are too short to calibrate on: allowed are 34 or more"):
+        calibrate(operator, base, vectors_of(base, random_ids(4, 33)))
+
+
+def test_a_model_that_pairs_the_numbers_of_a_key_differently_is_refused():
+    """Its angles look like those of Llama: only its keys tell."""
+    torch.manual_seed(0)
+    config = GlmConfig(
+        vocab_size=600, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=48, max_position_embeddings=64, pad_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    base = replace(base_of("llama"), model=GlmForCausalLM(config).eval(), name="glm")
+    operator = RepairOperator.create("D", config, (0, 1))
+    with pytest.raises(ValueError, match="does not rotate number i of a key with number i"):
+        calibrate(operator, base, vectors_of(base, random_ids(4, 48)))

@@ -38,6 +38,24 @@ def llama_with_yarn():
     return hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, rope_parameters=YARN)).eval()
 
 
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_angles_that_depend_on_the_length_of_the_text_are_refused(rope_type):
+    """A scrub looks at some tokens at a time: it would take sound keys for damaged ones."""
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if rope_type == "longrope" else {}
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, rope_parameters=rope))
+    with pytest.raises(ValueError, match=f"is '{rope_type}': its angles depend on the length of the text"):
+        KeyRotation(model)
+
+
+def test_a_model_with_layers_without_rotation_is_refused():
+    model = hf.AutoModelForCausalLM.from_config(
+        hf.SmolLM3Config(**SIZES, num_key_value_heads=2, no_rope_layers=[1, 0, 1])
+    )
+    with pytest.raises(ValueError, match="rotates the keys of its layers in different ways"):
+        KeyRotation(model)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen3", "phi", "yarn"])
 def test_keys_are_turned_as_the_model_turns_them(name, monkeypatch):
     model = llama_with_yarn() if name == "yarn" else model_of(name)

@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 from tiny_training import CONFIG, tiny_base
 
-from cachemedic import train
+from cachemedic import severity, train
 from cachemedic.corruption import Mixture
 from cachemedic.objective import RepairObjective
 from cachemedic.train import Trainer
@@ -21,6 +22,21 @@ def test_the_key_names_configuration_and_base(base):
     assert len(keys | {CONFIG.key(base), CONFIG.key(tiny_base("llama"))}) == 5
     local = CONFIG.key(replace(base, name="/models/x"))
     assert "/" not in local
+
+
+def test_operators_of_another_severity_map_have_another_name(base):
+    used, before = severity.load_map(), CONFIG.key(base)
+    severity.use_map(used.assign(parameter=3 * used["parameter"]))
+    assert CONFIG.key(base) != before
+
+
+def test_the_shipped_map_measured_again_makes_no_other_name():
+    shipped, config = pd.read_csv(severity.MAP), replace(CONFIG, mixture=Mixture(base="embedded-llama"))
+    keys = []
+    for factor in (1.0, 1.001, 1.1):
+        severity.use_map(shipped.assign(parameter=factor * shipped["parameter"]))
+        keys.append(config.key(tiny_base("llama")))
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_conditions_are_stacked_seed_major():

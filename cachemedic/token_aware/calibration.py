@@ -36,6 +36,7 @@ CHAIN_RANK = 128
 BATCH = 8
 DOCUMENTATION_SAMPLES, REVIEW_SAMPLES, CALIBRATION_LENGTH = 96, 24, 544
 REVIEWS = 3000  # generated for the windows of reviews; other ones than those of any task
+LEAST_POWER, LEAST_WEIGHT = 1e-6, 1e-8  # over the mean of a layer, or of all: what a dead or unread head counts
 MEMORY = 4 << 30  # bytes that clean vectors may take: a large model is measured on fewer windows
 CODE_SHARE = 4  # of the windows of each kind, one in so many measures the code
 FISHER_SAMPLES, FISHER_PREFIX, FISHER_DECODED = 96, 128, 32
@@ -109,9 +110,10 @@ def fit_transform(
     def by_head(numbers: Tensor) -> Tensor:
         return numbers.unflatten(1, (-1, head_dim)).mean(-1, keepdim=True).expand(-1, -1, head_dim).flatten(1)
 
-    size = by_head(power).rsqrt()
+    power = by_head(power)
+    size = power.clamp_min(LEAST_POWER * power.mean(-1, keepdim=True)).rsqrt()
     weight = by_head(fisher_diagonal(base, text)[list(layers)] / size.square())
-    scale = size * (weight / weight.mean()).pow(0.25)
+    scale = size * (weight / weight.mean()).clamp_min(LEAST_WEIGHT).pow(0.25)
     generator = torch.Generator().manual_seed(seed)
     width = mean.shape[-1]
     rank = min(width, CHAIN_RANK)
@@ -156,6 +158,10 @@ def fisher_diagonal(base: Base, text: Tensor | None = None, seed: int = 7) -> Te
     `sensitivity_windows`).
     """
     text = sensitivity_windows(base, seed=seed) if text is None else text
+    if text.shape[1] < FISHER_DECODED + 2:
+        raise ValueError(
+            f"windows of {text.shape[1]} tokens are too short to calibrate on: allowed are {FISHER_DECODED + 2} or more"
+        )
     ids, prefix = text.to(base.model.device), text.shape[1] - FISHER_DECODED
     rotation = KeyRotation(base.model)
     generator = torch.Generator().manual_seed(seed)
@@ -184,8 +190,9 @@ def calibrate(
     """Gives an operator the transform of a base, and family E its code; returns it.
 
     All layers of an embedded base take the transform that ships, unless the `source` is text from outside. `windows`:
-    clean vectors to measure on, of more than 32 tokens (None: those of `calibration_windows` of the `source`). Raises
-    `ValueError` for an operator of another model.
+    clean vectors to measure on, of 34 tokens or more (None: those of `calibration_windows` of the `source`). Raises
+    `ValueError` for an operator of another model, for too short windows, and for a base that rotates its keys in a way
+    that is not served.
     """
     operator.check_model(base.model.config)
     options = operator.config.options
@@ -193,6 +200,7 @@ def calibrate(
     projection = options.get("projection", "principal")
     transform = shipped_transform(base.name) if everything and projection != "random" and not source else None
     if transform is None:
+        _check_rotation(base)
         measured = windows or vectors_of(base, calibration_windows(base, source=source))
         text = windows.ids if windows else sensitivity_windows(base, source)
         axes = "random" if projection == "random" else "principal"
@@ -202,10 +210,29 @@ def calibrate(
         measured = windows or vectors_of(base, calibration_windows(base, code_alone=True, source=source))
         code = _code(operator, transform, measured)
         if projection == "learned":
-            transform = learn_basis(base, code, operator.known_layers)
+            transform = learn_basis(base, code, operator.layers, operator.known_layers, source)
             code = _code(operator, transform, measured)
     operator.attach(transform, code)
     return operator
+
+
+@torch.inference_mode()
+def _check_rotation(base: Base) -> None:
+    """Raises `ValueError` unless unrotated keys of the lowest layer tell the token alone, whatever its position.
+
+    Some models pair the numbers of a key differently from what their angles suggest. (Without a rotary embedding
+    positions enter the token's vector itself, and there is nothing to check.)
+    """
+    if KeyRotation(base.model).embedding is None:
+        return
+    token = base.model.config.get_text_config().vocab_size // 2  # no padding, whose embedding may be zero
+    lowest = vectors_of(base, torch.full((1, 8), token)).x[0, 0]
+    key = lowest[:, : lowest.shape[-1] // 2]
+    if (key - key.mean(0)).norm() > 0.05 * key.norm():
+        raise ValueError(
+            f"{type(base.model).__name__} does not rotate number i of a key with number i + width / 2; token-aware "
+            "repair serves models with that rotary embedding, or none"
+        )
 
 
 def _code(operator: TokenAware, transform: Transform, windows: CleanVectors) -> SketchCode:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from cachemedic.token_aware.operator import TokenAware
-from cachemedic.token_aware.sketch_cache import SketchCache
+from cachemedic.token_aware.sketch_cache import SketchCache, Watch
 from cachemedic.token_aware.token_prior import LowestLayers
 
 
-def announce(operator: TokenAware, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook of a model that `operator` protects.
+def announce(
+    operator: TokenAware, watch: Watch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """A forward pre-hook of a model that `operator` protects while `watch` is active.
 
     Raises `ValueError` for a cache that is no `SketchCache` of this operator, which would not be repaired, and for a
     call that does not tell ids or positions.
@@ -32,7 +34,7 @@ def announce(operator: TokenAware, module: nn.Module, args: tuple[Any, ...], kwa
         )
     ids = _ids(operator, given)
     past = int(cache.get_seq_length())
-    cache.begin(ids, _positions(cache, given, past, ids))
+    cache.begin(ids, _positions(cache, given, past, ids), watch)
 
 
 def _ids(operator: TokenAware, given: dict[str, Any]) -> Tensor:

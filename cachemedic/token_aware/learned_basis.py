@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,7 @@ from cachemedic.bank import sample_windows
 from cachemedic.cache import stack_cache, unstack_cache
 from cachemedic.models import Base
 from cachemedic.objective import kd_loss
-from cachemedic.text import documentation
+from cachemedic.text_source import EMBEDDED_TEXT, TextSource
 from cachemedic.token_aware.scalar_codes import decode, encode
 from cachemedic.token_aware.sketch_code import SketchCode
 from cachemedic.token_aware.token_vectors import KeyRotation, join, split
@@ -21,26 +22,32 @@ from cachemedic.token_aware.transform import Transform
 STEPS, BATCH, PREFIX, DECODED, LEARNING_RATE = 60, 4, 96, 16, 1e-3
 
 
-def learn_basis(base: Base, code: SketchCode, known: int, seed: int = 3) -> Transform:
-    """The transform of `code` with other axes: of least KL to the clean model where all tokens are read from codes.
+def learn_basis(
+    base: Base, code: SketchCode, layers: Sequence[int], known: int, source: TextSource = EMBEDDED_TEXT, seed: int = 3
+) -> Transform:
+    """The transform of `code` with other axes: of least KL to the clean model where `layers` are read from codes.
 
+    `known` is how many of the layers the token ids tell.
     Gradients pass the quantiser as if it were not there (Bengio et al. 2013); after every update the axes are made
     orthonormal again (a QR retraction).
     """
     transform, rotation = code.transform, KeyRotation(base.model)
-    rows = sample_windows(base, documentation("operator_train"), STEPS * BATCH, PREFIX + DECODED, seed)
+    text = source.documents_of("operator_train")
+    rows = sample_windows(base, text, STEPS * BATCH, PREFIX + DECODED, seed).to(base.model.device)
     axes = transform.basis.clone().requires_grad_()
     optimizer = torch.optim.Adam([axes], lr=LEARNING_RATE)
     for ids in tqdm(rows.split(BATCH), desc=f"axes of the sketch on {base.name}"):
-        positions = torch.arange(PREFIX).expand(len(ids), -1)
+        positions = torch.arange(PREFIX, device=ids.device).expand(len(ids), -1)
         turn = rotation.at(positions)
         with torch.no_grad():
             teacher = base.model(ids, use_cache=True)
             teacher.past_key_values.crop(-DECODED)
             key, value = stack_cache(teacher.past_key_values)
-            z = transform.standardise(turn.undo(join(key, value)))
+            x = turn.undo(join(key, value).float())
+            z = transform.standardise(x[:, list(layers)])
         decoded = transform.restore(_through(code, axes, z, positions == 0, known))
-        stored = unstack_cache(*split(turn.redo(decoded), key.shape[2]))
+        whole = x.index_copy(1, torch.tensor(layers, device=x.device), decoded)
+        stored = unstack_cache(*split(turn.redo(whole).to(key.dtype), key.shape[2]))
         student = base.model(ids[:, PREFIX:], past_key_values=stored).logits
         optimizer.zero_grad()
         kd_loss(teacher.logits[:, PREFIX:], student).backward()

@@ -20,7 +20,7 @@ from cachemedic.token_aware.depth_filter import FEATURES, OUTPUTS, TINY, LayerSt
 from cachemedic.token_aware.observation import Observation
 from cachemedic.token_aware.options import check_options, coordinates
 from cachemedic.token_aware.sketch_code import Sketch, SketchCode
-from cachemedic.token_aware.statistics_files import read_statistics, write_statistics
+from cachemedic.token_aware.statistics_files import read_statistics, statistics_files
 from cachemedic.token_aware.transform import Transform
 
 DEAD_ZONE = 1e-3  # standard deviations: rounding differs between batch shapes, and must not look like damage
@@ -106,14 +106,11 @@ class TokenAware(RepairOperator):
     def _held(self) -> object:
         return self.transform and self.transform.digest, self.code and self.code.digest
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """See `RepairOperator.save_pretrained`; the statistics go into files of their own."""
-        super().save_pretrained(folder)
-        if self.transform is not None:
-            write_statistics(Path(folder), self.transform, self.code)
+    def _files_beside(self) -> dict[str, bytes | None]:
+        return statistics_files(self.transform, self.code)
 
-    def _read_beside(self, folder: Path) -> None:
-        if found := read_statistics(folder):
+    def _read_beside(self, folder: Path, named: str | None) -> None:
+        if found := read_statistics(folder, named):
             self.attach(*found)
 
     def attend(

@@ -30,6 +30,13 @@ class ScrubReport:
     suspicion: Tensor
 
 
+@dataclass(eq=False)
+class Watch:
+    """Whether a protection still tells caches of the tokens that they get."""
+
+    active: bool = True
+
+
 class SketchCache(Cache):
     """The cache to give to a model, or to `generate`, within `protect(model, operator)` for an operator of D or E.
 
@@ -43,6 +50,11 @@ class SketchCache(Cache):
     with `scrub` = n also before the first pass after every n others ("every": n = 1; "load": only when loaded). A copy
     (`copy.copy`, `copy.deepcopy`, `corrupt_cache`) counts as loaded, because what happened to it is not known; call
     `mark_loaded` where tensors were changed or restored in other ways.
+
+    A file (`torch.save`, `pickle`) holds the tensors and the record, neither model nor operator. The cache that comes
+    back counts as loaded, and needs both again:
+
+        cache = torch.load(path, weights_only=False).attach(model, operator)
 
     Args:
         model: whose cache it is.
@@ -59,18 +71,28 @@ class SketchCache(Cache):
     def __init__(
         self, model: PreTrainedModel, operator: TokenAware, scrub: str | int = "load", cache: Cache | None = None
     ) -> None:
-        if operator.runs != 1:
-            raise ValueError(f"a SketchCache takes an operator of one run, not {operator.runs}: `select` one")
-        self.scrubber = Scrubber(model, operator)
+        self._scrubber: Scrubber | None = _scrubber(model, operator)
         self.interval = _interval(scrub)
         self.depth = model.config.get_text_config(decoder=True).num_hidden_layers
         # the storage: its layers, how new ones are made, and how they are offloaded
         self.__dict__.update(vars(DynamicCache() if cache is None else _empty(cache)))
         self.record: TokenRecord | None = None
         self.report: ScrubReport | None = None  # of the last scrub
-        self._writer: RecordWriter | None = None
+        self._writer: RecordWriter | None = None  # during a forward pass
+        self._watch = Watch(active=False)  # of the protection that began it
         self._loaded = False
         self._age = 0  # forward passes since the last scrub
+        self._written_by: tuple[object, ...] = ()  # in a file: `_identity` of the scrubber
+
+    @property
+    def scrubber(self) -> Scrubber:
+        """Raises `ValueError` for a cache from a file that nothing was attached to."""
+        if self._scrubber is None:
+            raise ValueError(
+                "this SketchCache comes from a file, which holds neither model nor operator: call "
+                "`cache.attach(model, operator)` first"
+            )
+        return self._scrubber
 
     @property
     def operator(self) -> TokenAware:
@@ -94,10 +116,25 @@ class SketchCache(Cache):
         """Have all that is stored scrubbed before the next forward pass."""
         self._loaded = True
 
-    def begin(self, ids: Tensor, positions: Tensor) -> None:
+    def attach(self, model: PreTrainedModel, operator: TokenAware) -> SketchCache:
+        """Gives a cache from a file its model and the operator that it was written with; returns the cache.
+
+        Raises `ValueError` for an operator of another definition or calibration, which would misread the sketch.
+        """
+        scrubber = _scrubber(model, operator)
+        if _identity(scrubber) != (self._written_by if self._scrubber is None else _identity(self._scrubber)):
+            raise ValueError(
+                "this SketchCache was written with an operator of another definition or calibration, and this one "
+                "would misread its sketch: attach the one it was written with"
+            )
+        self._scrubber = scrubber
+        return self
+
+    def begin(self, ids: Tensor, positions: Tensor, watch: Watch) -> None:
         """Called before each forward pass over tokens ids [B, M] at positions [B, M], -1 for padding.
 
-        Raises `ValueError` if the cache holds tokens that were not written within `protect`.
+        The pass may write for as long as `watch` is active. Raises `ValueError` if the cache holds tokens that were not
+        written within `protect`.
         """
         recorded = 0 if self.record is None else len(self.record)
         if (stored := int(self.get_seq_length())) != recorded:
@@ -107,14 +144,15 @@ class SketchCache(Cache):
             )
         if self.record is not None and (self._loaded or (self.interval is not None and self._age >= self.interval)):
             self.scrub()
-        self._writer = RecordWriter(self.scrubber, self.record, ids, positions)
+        self._writer, self._watch = RecordWriter(self.scrubber, self.record, ids, positions), watch
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """See `Cache.update`. Raises `ValueError` outside of `protect`."""
         writer = self._writer
-        if writer is None or writer.layer != layer_idx:
+        # the watch: a pass that failed leaves its writer, which knows nothing of a pass outside of `protect`
+        if writer is None or writer.layer != layer_idx or not self._watch.active:
             raise ValueError(
                 "a SketchCache has to know the tokens that it stores: use it within `protect(model, operator)`"
             )
@@ -182,15 +220,39 @@ class SketchCache(Cache):
             self.record = self.record.rows(choose)
 
     def __copy__(self) -> SketchCache:
-        result = object.__new__(type(self))
-        result.__dict__.update(vars(self), layers=[copy.copy(layer) for layer in self.layers], _loaded=True)
-        return result
+        return self._like(vars(self) | {"layers": [copy.copy(layer) for layer in self.layers]})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SketchCache:
-        memo[id(self.scrubber)] = self.scrubber  # the model is not part of its cache
+        own = vars(self) | {"_scrubber": None, "_writer": None}  # the model is not part of its cache
+        return self._like(copy.deepcopy(own, memo) | {"_scrubber": self._scrubber})
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = vars(self) | {"_scrubber": None, "_writer": None}
+        if self._scrubber is not None:
+            state["_written_by"] = _identity(self._scrubber)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _loaded=True)
+
+    def _like(self, state: dict[str, Any]) -> SketchCache:
+        """Another cache in this state, between forward passes, that counts as loaded."""
         result = object.__new__(type(self))
-        result.__dict__.update(copy.deepcopy(vars(self), memo), _loaded=True)
+        result.__dict__.update(state, _writer=None, _loaded=True)
         return result
+
+
+def _scrubber(model: PreTrainedModel, operator: TokenAware) -> Scrubber:
+    """What looks after one cache. Raises `ValueError` for an operator that cannot."""
+    if operator.runs != 1:
+        raise ValueError(f"a SketchCache takes an operator of one run, not {operator.runs}: `select` one")
+    return Scrubber(model, operator)
+
+
+def _identity(scrubber: Scrubber) -> tuple[object, ...]:
+    """What has to agree for a sketch to be understood: all of an operator but its trained parameters."""
+    code = scrubber.operator.code
+    return scrubber.operator.config, scrubber.transform.digest, code and code.digest
 
 
 def _interval(scrub: str | int) -> int | None:

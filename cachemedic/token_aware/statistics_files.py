@@ -9,11 +9,11 @@ from pathlib import Path
 import safetensors.torch
 
 from cachemedic.models import EMBEDDED, WEIGHTS
-from cachemedic.text import write_atomically
+from cachemedic.operators import STATISTICS, UNNAMED
 from cachemedic.token_aware.sketch_code import SketchCode
 from cachemedic.token_aware.transform import Transform
 
-TRANSFORM, STATISTICS, CODE = "transform.safetensors", "statistics.json", "code.safetensors"
+TRANSFORM, CODE = "transform.safetensors", "code.safetensors"
 
 
 def shipped_transform(base_name: str) -> Transform | None:
@@ -22,30 +22,38 @@ def shipped_transform(base_name: str) -> Transform | None:
     return Transform.load(path) if base_name in EMBEDDED and path.exists() else None
 
 
-def write_statistics(folder: Path, transform: Transform, code: SketchCode | None) -> None:
-    """Writes the statistics into `folder`; a transform that ships with this package is only named."""
+def statistics_files(transform: Transform | None, code: SketchCode | None) -> dict[str, bytes | None]:
+    """Content of the files by name, None for one that must not be there; a transform that ships is only named."""
+    files: dict[str, bytes | None] = dict.fromkeys((TRANSFORM, CODE, STATISTICS))
+    if transform is None:
+        return files
     digest, shipped = transform.digest, None
     for name in EMBEDDED:
         found = shipped_transform(name)
         if found is not None and found.digest == digest:
             shipped = name
     if shipped is None:
-        transform.save(folder / TRANSFORM)
+        files[TRANSFORM] = transform.to_bytes()
     if code is not None:
-        write_atomically(folder / CODE, code.to_bytes())
+        files[CODE] = code.to_bytes()
     record = {"transform": digest, "of": shipped, "code": code and code.digest}
-    write_atomically(folder / STATISTICS, (json.dumps(record, indent=2) + "\n").encode())
+    files[STATISTICS] = (json.dumps(record, indent=2) + "\n").encode()
+    return files
 
 
-def read_statistics(folder: Path) -> tuple[Transform, SketchCode | None] | None:
-    """What `write_statistics` wrote; None for an operator that was never calibrated.
+def read_statistics(folder: Path, named: str | None) -> tuple[Transform, SketchCode | None] | None:
+    """The inverse of `statistics_files`; None for an operator that was never calibrated.
 
-    Raises `ValueError` if a file is damaged, missing, or of another transform.
+    `named`: see `RepairOperator._read_beside`.
+    Raises `ValueError` if a file is damaged, missing, or of another operator.
     """
-    if not (folder / STATISTICS).exists():
+    if named is None or (named == UNNAMED and not (folder / STATISTICS).exists()):
         return None
     try:
-        record = json.loads((folder / STATISTICS).read_text())
+        content = (folder / STATISTICS).read_bytes()
+        if named not in (UNNAMED, hashlib.sha256(content).hexdigest()):
+            raise ValueError(f"the statistics in {folder} are damaged, or not those that the operator was saved with")
+        record = json.loads(content)
         name = record["of"]
         transform = shipped_transform(name) if name else Transform.load(folder / TRANSFORM)
         stored = (folder / CODE).read_bytes() if record["code"] else None

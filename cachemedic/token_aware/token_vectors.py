@@ -25,6 +25,9 @@ def split(x: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     return key, value
 
 
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # rope types whose angles depend on the longest position of a call
+
+
 @dataclass(frozen=True, eq=False)
 class Rotation:
     """The rotation of keys at given positions: cos, sin [B, T, rotated width], or None for a model without one."""
@@ -57,21 +60,28 @@ class Rotation:
 class KeyRotation:
     """The rotary position embedding of a model, if it has one.
 
-    Raises `ValueError` for a model whose layers rotate differently, or in other pairs than (i, i + width / 2).
+    Raises `ValueError` for a model whose layers rotate differently, in other pairs than (i, i + width / 2), or by
+    angles that depend on how long the text is.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         found = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1].startswith("rotary_emb")]
-        layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
-        if len(found) > 1 or (
-            found and len(set(layer_types)) > 1 and "layer_type" in inspect.signature(found[0].forward).parameters
-        ):
+        moving = sorted({str(getattr(module, "rope_type", "")) for module in found} & set(LENGTH_DEPENDENT))
+        if moving:
+            raise ValueError(
+                f"the rotary embedding of {type(model).__name__} is {moving[0]!r}: its angles depend on the length of "
+                "the text, so that stored keys cannot be unrotated; token-aware repair serves any other type"
+            )
+        config = model.config.get_text_config()
+        layer_types = getattr(config, "layer_types", None) or []
+        by_type = found and "layer_type" in inspect.signature(found[0].forward).parameters
+        some_without = found and 0 in (getattr(config, "no_rope_layers", None) or [])
+        if len(found) > 1 or some_without or (by_type and len(set(layer_types)) > 1):
             raise ValueError(
                 f"{type(model).__name__} rotates the keys of its layers in different ways; token-aware repair serves "
                 "models with one rotary embedding, or none"
             )
         self.embedding = found[0] if found else None
-        config = model.config.get_text_config()
         self.heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         angles = self.at(torch.ones(1, 1, dtype=torch.long, device=model.device)).angles
         if angles is not None and not all(torch.equal(*a.chunk(2, dim=-1)) for a in angles):

@@ -46,6 +46,8 @@ class Transform:
     variance: Tensor
 
     def __post_init__(self) -> None:
+        if not (self.scale.isfinite() & (self.scale > 0)).all():
+            raise ValueError("every scale of a transform must be finite and above zero")
         for name in HALF:
             object.__setattr__(self, name, getattr(self, name).half().float())
 
