@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHTS = Path(__file__).parent / "weights"
-EMBEDDED = ("embedded-gpt2", "embedded-llama")
+EMBEDDED = ("embedded-gpt2", "embedded-llama", "embedded-wikipedia")
 
 
 @dataclass(frozen=True)
