@@ -19,9 +19,10 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from cachemedic.cache import stack_cache
+from cachemedic.files import write_atomically
 from cachemedic.models import Base, decoder_layers
 from cachemedic.operator_config import nearest_valid
-from cachemedic.text import CACHE_DIR, DOCUMENTATION_SPLITS, sentiment_review, text_hash, write_atomically
+from cachemedic.text import CACHE_DIR, DOCUMENTATION_SPLITS, sentiment_review, text_hash
 from cachemedic.text_source import EMBEDDED_TEXT, TextSource
 
 FIELDS = ("keys", "values", "logits", "hidden", "ids")

@@ -31,6 +31,7 @@ from cachemedic import text
 from cachemedic.base_data import FINISHING, RowSampler, Stage
 from cachemedic.base_init import add_induction_circuit
 from cachemedic.base_recipes import RECIPES, Recipe, TrainingText, recipe, training_text
+from cachemedic.files import write_atomically
 
 CONTEXT = 576
 TOKENS_PER_STEP = 6144
@@ -205,7 +206,7 @@ def export(model: PreTrainedModel, name: str, folder: Path, checkpoints: Path, s
         "tokens_per_step": TOKENS_PER_STEP,
         "licence": "MIT",
     }
-    text.write_atomically(folder / "card.json", (json.dumps(card, indent=2) + "\n").encode())
+    write_atomically(folder / "card.json", (json.dumps(card, indent=2) + "\n").encode())
     told = (
         REAL_TEXT_CARD if plan.folders else {**DOCUMENTATION_CARD, "text": f"the docstrings of {', '.join(packages)}"}
     )
@@ -214,7 +215,7 @@ def export(model: PreTrainedModel, name: str, folder: Path, checkpoints: Path, s
         "width": plan.width, "head_dim": plan.width // plan.heads, "context": CONTEXT, "steps": card["steps"],
         "vocabulary": plan.vocabulary, "tokens_per_step": TOKENS_PER_STEP, **told,
     }  # fmt: skip
-    text.write_atomically(folder / "README.md", CARD.format(**facts).encode())
+    write_atomically(folder / "README.md", CARD.format(**facts).encode())
 
 
 def main() -> None:

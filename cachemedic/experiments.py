@@ -14,11 +14,11 @@ from cachemedic.corruption_spec import Axis, CorruptionSpec
 from cachemedic.corruption_types import NONE
 from cachemedic.decoding import CleanBank, clean_pass
 from cachemedic.evaluate import Reader, evaluate
+from cachemedic.files import write_atomically
 from cachemedic.models import Base
 from cachemedic.severity import GRID, reach
 from cachemedic.task_data import TaskData
 from cachemedic.tasks import needle_task, perplexity_task, sentiment_task
-from cachemedic.text import write_atomically
 from cachemedic.text_source import EMBEDDED_TEXT, TextSource
 
 TYPES = tuple(MIXTURE_WEIGHTS)

@@ -17,10 +17,10 @@ from cachemedic.corruption_types import NONE
 from cachemedic.decoding import CleanBank, clean_pass, decode_logits
 from cachemedic.defenses import Defence, Defended
 from cachemedic.evaluate import Reader, evaluate
+from cachemedic.files import write_atomically
 from cachemedic.models import Base
 from cachemedic.safeguards import plausible
 from cachemedic.task_data import TaskData
-from cachemedic.text import write_atomically
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from cachemedic.files import replace_together
 from cachemedic.operator_config import ModelShape, OperatorConfig, nearest_valid
 
 WEIGHTS, CONFIG, STATISTICS = "operator.safetensors", "config.json", "statistics.json"
@@ -229,7 +228,7 @@ class RepairOperator(nn.Module, ABC):
             statistics = beside[STATISTICS]
             record["statistics"] = None if statistics is None else hashlib.sha256(statistics).hexdigest()
         config = (json.dumps(record, indent=2) + "\n").encode()
-        _replace_together(Path(folder), beside | {WEIGHTS: weights, CONFIG: config})
+        replace_together(Path(folder), beside | {WEIGHTS: weights, CONFIG: config}, last=CONFIG)
 
     @staticmethod
     def from_pretrained(folder: str | Path) -> RepairOperator:
@@ -276,21 +275,6 @@ class RepairOperator(nn.Module, ABC):
 
     def _read_beside(self, folder: Path, named: str | None) -> None:
         """The inverse hook. `named`: sha256 of `statistics.json`, None if the operator has none, or `UNNAMED`."""
-
-
-def _replace_together(folder: Path, files: Mapping[str, bytes | None]) -> None:
-    """Replaces the files of an operator (None: removes one) in this order, `config.json` last, once all are written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as staged:
-        for name, content in files.items():
-            if content is not None:
-                (Path(staged) / name).write_bytes(content)
-        (folder / CONFIG).unlink(missing_ok=True)  # until the new one is there, the folder holds no operator
-        for name, content in files.items():
-            if content is None:
-                (folder / name).unlink(missing_ok=True)
-            else:
-                os.replace(Path(staged) / name, folder / name)
 
 
 def family_class(family: str) -> type[RepairOperator]:

@@ -19,9 +19,9 @@ from typing import Any
 
 import pandas as pd
 
+from cachemedic.files import write_atomically
 from cachemedic.operator_config import nearest_valid
 from cachemedic.report import ROOT
-from cachemedic.text import write_atomically
 
 DECLARATION = Path("paper/numbers.toml")
 OVER: Mapping[str, Callable[[pd.Series], float]] = {

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cachemedic.text import write_atomically
+from cachemedic.files import write_atomically
 
 WEIGHTS, CONFIG = "quantiser.safetensors", "quantiser.json"
 BITS = (4, 3, 2)

@@ -19,9 +19,9 @@ import re
 from pathlib import Path
 
 from cachemedic.base_report import Effort, measure
+from cachemedic.files import write_atomically
 from cachemedic.models import load_base
 from cachemedic.report import ROOT, Run
-from cachemedic.text import write_atomically
 from cachemedic.text_source import TextSource
 
 SEEDS = (0, 1, 2, 3)

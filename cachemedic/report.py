@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cachemedic.text import write_atomically
+from cachemedic.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 AUTHOR = "the CacheMedic++ contributors"

@@ -21,9 +21,9 @@ from cachemedic.corruption_types import NONE, check_type
 from cachemedic.decoding import CleanBank
 from cachemedic.defenses import NoDefence, Reset
 from cachemedic.evaluate import evaluate
+from cachemedic.files import write_atomically
 from cachemedic.models import Base
 from cachemedic.task_data import TaskData
-from cachemedic.text import write_atomically
 
 MAP = Path(__file__).parent / "severity_map.csv"
 GRID = (0.1, 0.25, 0.5, 1.0)  # and 0, the identity

@@ -14,13 +14,14 @@ import importlib.util
 import os
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+
+from cachemedic.files import write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_DOCSTRING = 80  # characters; shorter docstrings are mostly one-line boilerplate
@@ -35,20 +36,6 @@ DOCUMENTATION_SPLITS: dict[str, tuple[str, ...]] = {
 }
 
 CACHE_DIR = Path(os.environ.get("CACHEMEDIC_CACHE", Path.cwd() / "build" / "cache"))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` whole or not at all (temporary file in the same folder, then rename)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)  # mkstemp gives 0600
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _not_installed(package: str) -> ModuleNotFoundError:

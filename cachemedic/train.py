@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from cachemedic import severity
 from cachemedic.bank import Bank, open_bank
+from cachemedic.files import write_atomically
 from cachemedic.mercy_gate import GateKeeper, Verdict
 from cachemedic.models import Base
 from cachemedic.objective import StepOutputs
@@ -24,7 +25,6 @@ from cachemedic.operators import RepairOperator
 from cachemedic.projection import project, proxy
 from cachemedic.quantiser import KVQuantiser
 from cachemedic.run_adam import RunAdam
-from cachemedic.text import write_atomically
 from cachemedic.token_aware.calibration import calibrate
 from cachemedic.token_aware.operator import TokenAware
 from cachemedic.train_config import TrainConfig, sweep_objective

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from cachemedic import text
+from cachemedic.files import write_atomically
 from cachemedic.models import EMBEDDED, WEIGHTS, Base, load_base
-from cachemedic.text import write_atomically
 
 Valence = Callable[[torch.Tensor], torch.Tensor]  # hidden states [..., width] -> [..., m] in [0, 1]
 

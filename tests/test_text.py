@@ -1,7 +1,6 @@
 """Embedded text: splits, generated examples, hashes, and files that are written whole or not at all."""
 
 import itertools
-import os
 import re
 from pathlib import Path
 
@@ -113,20 +112,3 @@ def test_needles_ask_for_what_they_hide():
     assert f"otter {value}" in text.needle_fact("otter", value)
     assert text.needle_question("otter").endswith("otter")
     assert value not in text.needle_question("otter")
-
-
-def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "file.txt"
-    text.write_atomically(path, b"first")
-    assert path.read_bytes() == b"first"
-    assert path.stat().st_mode & 0o777 == 0o644
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", full)
-        with pytest.raises(OSError, match="No space left"):
-            text.write_atomically(path, b"second")
-    assert path.read_bytes() == b"first"
-    assert list(path.parent.iterdir()) == [path]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cachemedic.text import write_atomically
+from cachemedic.files import write_atomically
 
 HALF = ("chain_in", "chain_out", "basis")  # kept and used in half precision's rounding: half the file
 
