@@ -1,4 +1,4 @@
-"""Base models: the two embedded ones, or any Hugging Face causal LM."""
+"""Base models: the embedded ones, or any Hugging Face causal LM."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Base:
 
 
 def load_base(name: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
-    """Load `embedded-gpt2` or `embedded-llama`, or a Hugging Face causal LM by name or local path.
+    """Load one of the `EMBEDDED` bases, or a Hugging Face causal LM by name or local path.
 
     The weights of an embedded base are checked against the sha256 of its card. All parameters are frozen.
     Raises `ValueError` for a name that is none of these, `OSError` for damaged embedded weights.
