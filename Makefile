@@ -109,7 +109,8 @@ base-models: $(READY)  ## Train the base models anew (hours; goes on after an in
 	$(RUN) -m cachemedic.base_training llama
 	for base in embedded-gpt2 embedded-llama; do \
 		$(RUN) -m cachemedic.valence_head $$base && $(RUN) -m cachemedic.token_aware.calibration $$base || exit; done
-	$(if $(TEXT_FOLDER),$(RUN) -m cachemedic.base_training wikipedia --text '$(TEXT_FOLDER)')
+	$(if $(TEXT_FOLDER),$(RUN) -m cachemedic.base_training wikipedia --text '$(TEXT_FOLDER)' && \
+		$(RUN) -m cachemedic.valence_head embedded-wikipedia)
 
 .PHONY: clean
 clean:  ## Remove build/ but for the checkpoints of base models; results and .venv stay
