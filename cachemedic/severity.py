@@ -140,6 +140,7 @@ def recalibrated(base: str | None, shape: tuple[int, int, int]) -> str:
         return ""
     shipped = pd.read_csv(MAP)
     shipped = shipped[shipped["base"].isin(used["base"])]
+    used, shipped = (rows.sort_values(["type", "severity"])[MAP_COLUMNS[3:]] for rows in (used, shipped))
     kinds, numbers = MAP_COLUMNS[3], MAP_COLUMNS[4:]
     if list(used[kinds]) == list(shipped[kinds]) and np.allclose(used[numbers], shipped[numbers], rtol=0.01):
         return ""
