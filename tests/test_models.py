@@ -1,6 +1,5 @@
 """Loading of base models, and the start from which the embedded ones are trained."""
 
-import hashlib
 import json
 
 import pytest
@@ -9,6 +8,7 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import OPTConfig, OPTForCausalLM
 
 from cachemedic import models
+from cachemedic.base_files import defining_digests
 from cachemedic.base_init import INDUCTION_LAYER, PREVIOUS_LAYER, add_induction_circuit
 from cachemedic.base_training import new_model
 from cachemedic.models import decoder_layers, load_base
@@ -29,8 +29,8 @@ def weights(tmp_path, monkeypatch):
     folder = tmp_path / "embedded-gpt2"
     tiny_model().half().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    (folder / "card.json").write_text(json.dumps({"weights_sha256": digest}))
+    digests = defining_digests(folder)
+    (folder / "card.json").write_text(json.dumps({"sha256": digests}))
     return folder
 
 
@@ -59,7 +59,29 @@ def test_damaged_weights_are_refused(weights, at):
     data = bytearray((weights / "model.safetensors").read_bytes())
     data[at] ^= 1
     (weights / "model.safetensors").write_bytes(data)
-    with pytest.raises(OSError, match=r"embedded-gpt2 are damaged: sha256 .*make base-models"):
+    with pytest.raises(OSError, match=r"model.safetensors is damaged: sha256 .*make base-models"):
+        load_base("embedded-gpt2")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_what_says_what_the_weights_mean_is_checked_too(weights, name):
+    text = (weights / name).read_text()
+    (weights / name).write_text(text.replace("0", "1", 1))
+    with pytest.raises(OSError, match=rf"{name} is damaged: sha256 "):
+        load_base("embedded-gpt2")
+    (weights / name).unlink()
+    with pytest.raises(OSError, match=rf"{name} is damaged: no file instead of sha256 "):
+        load_base("embedded-gpt2")
+    (weights / name).write_text(text)
+    (weights / "chat_template.jinja").write_text("another file that transformers would read")
+    with pytest.raises(OSError, match="chat_template.jinja is damaged: sha256 .* instead of no file"):
+        load_base("embedded-gpt2")
+
+
+@pytest.mark.parametrize("card", ["", "{", "[]", '{"sha256": 3}', '{"sha256": "abc"}', '{"weights": {}}'])
+def test_a_damaged_card_is_named(weights, card):
+    (weights / "card.json").write_text(card)
+    with pytest.raises(OSError, match="card.json is missing or damaged"):
         load_base("embedded-gpt2")
 
 
@@ -75,13 +97,14 @@ def test_cut_off_weights_are_refused(weights):
     [
         ("embedded-gtp2", "did you mean 'embedded-gpt2'"),
         ("embeded-llama", "did you mean 'embedded-llama'"),
+        ("smollm-135m", "did you mean 'smollm2-135m'"),
         ("embedded-bert", "unknown base 'embedded-bert'"),
         ("no/such/folder", "unknown base 'no/such/folder'"),
     ],
 )
 def test_an_unknown_name_is_refused_without_a_download(name, hint, monkeypatch):
     monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("looked for on the hub"))
-    with pytest.raises(ValueError, match=rf"{hint}.*embedded-gpt2, embedded-llama, the name of|{hint}"):
+    with pytest.raises(ValueError, match=rf"{hint}.*embedded-gpt2, embedded-llama, .*smollm2-135m, the name of|{hint}"):
         load_base(name)
 
 
