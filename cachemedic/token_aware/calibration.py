@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from cachemedic.bank import sample_windows
 from cachemedic.cache import stack_cache, unstack_cache
-from cachemedic.models import WEIGHTS, Base, load_base
+from cachemedic.models import WEIGHTS, Base, check_format, load_base
 from cachemedic.operator_config import ModelShape
 from cachemedic.safeguards import WORD_BITS
 from cachemedic.text import LABELS, sentiment_prompt, sentiment_review
@@ -195,6 +195,7 @@ def calibrate(
     that is not served.
     """
     operator.check_model(base.model.config)
+    check_format(base.model.dtype)
     options = operator.config.options
     everything = operator.layers == tuple(range(operator.config.model.num_layers))
     projection = options.get("projection", "principal")
