@@ -20,7 +20,7 @@ from cachemedic.data.text import LABELS, sentiment_prompt, sentiment_review
 from cachemedic.data.text_source import EMBEDDED_TEXT, TextSource
 from cachemedic.defenses.safeguards import WORD_BITS
 from cachemedic.models.cache import stack_cache, unstack_cache
-from cachemedic.models.load import WEIGHTS, Base, load_base
+from cachemedic.models.load import WEIGHTS, Base, check_format, load_base
 from cachemedic.models.shape import ModelShape
 from cachemedic.token.learned_basis import learn_basis
 from cachemedic.token.operator import TokenAware
@@ -195,6 +195,7 @@ def calibrate(
     that is not served.
     """
     operator.check_model(base.model.config)
+    check_format(base.model.dtype)
     options = operator.config.options
     everything = operator.layers == tuple(range(operator.config.model.num_layers))
     projection = options.get("projection", "principal")
