@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-if TYPE_CHECKING:
-    from cachemedic.training.valence.step import ValenceStep
+from cachemedic.training.step_data import StepOutputs
 
 EPS = 1e-8
 
@@ -64,31 +62,6 @@ def contraction_ratio(
 def contraction_loss(rho: torch.Tensor, alpha: float | torch.Tensor = 0.8) -> torch.Tensor:
     """Hinge max(0, rho - alpha)^2, elementwise."""
     return (rho - alpha).clamp_min(0).square()
-
-
-@dataclass
-class StepOutputs:
-    """What an objective sees of one training step: R runs, B samples each, M decoded tokens, P protected layers."""
-
-    z_clean: torch.Tensor  # [R, B, M, V] teacher logits
-    z_rep: torch.Tensor  # [R, B, M, V] student logits
-    identity: torch.Tensor  # [R, B, P] identity loss of each layer, meaningful where `is_clean`
-    rho: torch.Tensor  # [R, B, P] contraction ratio of each layer, meaningful where `is_corrupted`
-    is_clean: torch.Tensor  # [R, B] bool: severity 0 or type none
-    is_corrupted: torch.Tensor  # [R, B, P] bool: the corruption changed something in that layer
-    parameters: list[torch.Tensor] = field(default_factory=list)  # phi, [R, ...] each
-    rho_by_side: dict[str, torch.Tensor] = field(default_factory=dict)  # rho_k and rho_v, for the log; NaN where sound
-    valence: ValenceStep | None = None  # where an objective of the sweep asks for it
-
-    def select(self, runs: list[int]) -> StepOutputs:
-        """That of some runs."""
-        tensors = {name: x[runs] for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
-        return StepOutputs(
-            **tensors,
-            parameters=[p[runs] for p in self.parameters],
-            rho_by_side={name: x[runs] for name, x in self.rho_by_side.items()},
-            valence=None if self.valence is None else self.valence.select(runs),
-        )
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

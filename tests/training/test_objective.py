@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from cachemedic.training.objective import (
     RepairObjective,
-    StepOutputs,
     contraction_loss,
     contraction_ratio,
     identity_loss,
@@ -18,6 +17,7 @@ from cachemedic.training.objective import (
     kd_per_token,
     masked_mean,
 )
+from cachemedic.training.step_data import StepOutputs
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -17,8 +17,9 @@ from cachemedic.studies.bench.materialised import MaterialisedOperator, PresetLa
 from cachemedic.training.bank import Bank
 from cachemedic.training.config import TrainConfig
 from cachemedic.training.draws import Draw
-from cachemedic.training.objective import EPS, StepOutputs
+from cachemedic.training.objective import EPS
 from cachemedic.training.run_adam import RunAdam
+from cachemedic.training.step_data import StepOutputs
 from cachemedic.training.student import starting_at
 from cachemedic.training.trainer import Trainer
 
