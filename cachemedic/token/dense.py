@@ -25,17 +25,18 @@ def check_cache_of(model: PreTrainedModel, cache: Cache) -> int:
         raise TypeError(
             f"a cache must hold its keys and values in `layers`, as DynamicCache does; {type(cache).__name__} does not"
         )
-    for number, layer in enumerate(cache.layers):
+    layers: list[Any] = cache.layers
+    for number, layer in enumerate(layers):
         if type(layer) not in (DynamicLayer, StaticLayer, DynamicSlidingWindowLayer):
             raise ValueError(
                 f"layer {number} of this cache is a {type(layer).__name__}, which does not hold the keys and values "
-                "of every token: allowed are layers of a DynamicCache or StaticCache, of a model whose layers all attend"
+                "of every token: allowed are layers of a DynamicCache or StaticCache of a model whose layers all attend"
             )
     shape = ModelShape.of(model.config)
-    if len(cache.layers) != shape.num_layers or not all(layer.is_initialized for layer in cache.layers):
-        written = sum(layer.is_initialized for layer in cache.layers)
+    if len(layers) != shape.num_layers or not all(layer.is_initialized for layer in layers):
+        written = sum(layer.is_initialized for layer in layers)
         raise ValueError(f"{written} layers of this cache hold tokens; the model has {shape.num_layers} layers")
-    lengths = {_held(layer) for layer in cache.layers}
+    lengths = {_held(layer) for layer in layers}
     if len(lengths) != 1:
         raise ValueError(f"all layers must hold the same tokens; these hold {sorted(lengths)} of them")
     return lengths.pop()

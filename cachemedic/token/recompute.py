@@ -50,7 +50,8 @@ def recompute(
     """
     length = check_cache_of(model, cache)
     check_can_recompute(model, cache, length)
-    shape = (len(cache.layers[0].keys), length)
+    layers: list[Any] = cache.layers
+    shape = (len(layers[0].keys), length)
     given = {"ids": ids, "damaged": damaged, "attention_mask": attention_mask, "position_ids": position_ids}
     for name, tensor in given.items():
         if tensor is not None and tuple(tensor.shape) != shape:
@@ -61,22 +62,27 @@ def recompute(
     ids, damaged = ids.to(device), damaged.to(device)
     valid = torch.ones_like(damaged) if attention_mask is None else attention_mask.to(device).bool()
     positions = (valid.cumsum(1) - 1).clamp_min(0) if position_ids is None else position_ids.to(device)
-    _clear(cache, damaged & ~valid)
+    _clear(layers, damaged & ~valid)
     damaged = damaged & valid
     if not damaged.any():
         return
     rows = damaged.any(1).nonzero().squeeze(1)
     count = int(damaged.sum(1).max())
+    if count == length:
+        slots = torch.arange(length, device=device).expand(len(rows), -1)
+        _pass_over(model, layers, ids, positions, valid, rows, slots, damaged[rows])
+        return
     # the damaged slots of each row first and in order; rows with fewer of them repeat others, which are not written
+    if count > PIECE:
+        _clear(layers, damaged)  # a kernel multiplies what lies ahead by zero: it has to be finite
     slots = damaged[rows].logical_not().byte().argsort(dim=1, stable=True)[:, :count]
-    for start in range(0, count, PIECE):
-        piece = slots[:, start : start + PIECE]
-        _pass_over(model, cache, ids, positions, valid, rows, piece, damaged[rows].gather(1, piece))
+    for piece in slots.split(PIECE, dim=1):
+        _pass_over(model, layers, ids, positions, valid, rows, piece, damaged[rows].gather(1, piece))
 
 
 def _pass_over(
     model: PreTrainedModel,
-    cache: Cache,
+    layers: list[Any],
     ids: Tensor,
     positions: Tensor,
     valid: Tensor,
@@ -85,22 +91,27 @@ def _pass_over(
     real: Tensor,
 ) -> None:
     """Computes the tokens at `slots` [R, n] of `rows` [R] and writes those that are `real` [R, n]."""
-    width = min(-(-(int(slots.max()) + 1) // BLOCK) * BLOCK, valid.shape[1])  # nothing behind the last slot is read
+    length = valid.shape[1]
+    if slots.shape[1] == length:  # a prefill: the model makes its own mask, for which it has faster kernels
+        width, mask = length, valid[rows].long()
+    else:
+        width = min(-(-(int(slots.max()) + 1) // BLOCK) * BLOCK, length)  # nothing behind the last slot is read
+        mask = _mask(slots, valid[rows, :width], model.dtype)
     with suppress(_Complete):
         model.base_model(
             input_ids=ids[rows].gather(1, slots),
             position_ids=positions[rows].gather(1, slots),
-            attention_mask=_mask(slots, valid[rows, :width], model.dtype),
-            past_key_values=Patch(cache, rows, slots, real, width),
+            attention_mask=mask,
+            past_key_values=Patch(layers, rows, slots, real, width),
             use_cache=True,
         )
 
 
-def _clear(cache: Cache, unread: Tensor) -> None:
-    """Sets the tokens `unread` [B, T] to zero."""
-    rows, slots = unread.nonzero(as_tuple=True)
+def _clear(layers: list[Any], tokens: Tensor) -> None:
+    """Sets `tokens`, bool [B, T], to zero."""
+    rows, slots = tokens.nonzero(as_tuple=True)
     if len(rows):
-        for layer in cache.layers:
+        for layer in layers:
             for stored in (layer.keys, layer.values):
                 stored[rows.to(stored.device), :, slots.to(stored.device)] = 0
 
@@ -117,12 +128,12 @@ class _Complete(Exception):
 
 
 class Patch(Cache):
-    """The first `width` tokens of `rows` [R] of a cache: an update writes at `slots` [R, n], where `real`."""
+    """The first `width` tokens of `rows` [R] of a cache's layers: an update writes at `slots` [R, n], where `real`."""
 
-    def __init__(self, cache: Cache, rows: Tensor, slots: Tensor, real: Tensor, width: int) -> None:
-        super().__init__(layers=[])
-        self.stored, self.rows, self.width = cache.layers, rows, width
-        self.every_row = len(rows) == len(cache.layers[0].keys)
+    def __init__(self, layers: list[Any], rows: Tensor, slots: Tensor, real: Tensor, width: int) -> None:
+        super().__init__(layers=[])  # which it reports to a model: nothing is cached behind the new tokens
+        self.stored, self.rows, self.width = layers, rows, width
+        self.every_row = len(rows) == len(layers[0].keys)
         self.row, self.place = real.nonzero(as_tuple=True)
         self.at = rows[self.row], slots[self.row, self.place]
 

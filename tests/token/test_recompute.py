@@ -9,11 +9,13 @@ from small_models import CONFIGS, VOCABULARY, model_of, padded_batch
 from transformers import DynamicCache, StaticCache
 
 from cachemedic.cache import stack_cache, unstack_cache
+from cachemedic.token import recompute as recompute_module
 from cachemedic.token.recompute import recompute
 
 PATTERNS = {
     "one row": [(1, 5)],
     "several": [(0, 0), (0, 3), (1, 2), (1, 5), (1, 4), (2, 4), (2, 5)],
+    "all of a row": [(0, 1), *((1, slot) for slot in range(6))],
     "all": [(row, slot) for row in range(3) for slot in range(6)],
 }
 
@@ -92,6 +94,16 @@ STORAGE = {
 def test_other_storage(name, storage):
     model, clean, ids, mask = prefilled(name, length=5, cache=STORAGE[storage])
     damaged = at([(0, 1), (2, 4)], ids)
+    bad = destroy(clean, damaged)
+    recompute(model, bad, ids, damaged, mask)
+    assert_same(bad, clean, mask.bool())
+
+
+def test_many_tokens_are_computed_in_pieces(monkeypatch):
+    monkeypatch.setattr(recompute_module, "PIECE", 3)
+    monkeypatch.setattr(recompute_module, "BLOCK", 4)
+    model, clean, ids, mask = prefilled("llama", length=12)
+    damaged = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.6
     bad = destroy(clean, damaged)
     recompute(model, bad, ids, damaged, mask)
     assert_same(bad, clean, mask.bool())
