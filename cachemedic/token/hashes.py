@@ -80,11 +80,16 @@ class TokenHash:
         rows, _, tokens, _ = sides[0].shape
         size = max(1, GROUP // (rows * tokens))
         multipliers = self.multipliers.flatten().to(sides[0].device)
+        heads, width = self.multipliers.shape[:2]
+        # one buffer for all groups: it stays in the processor's cache
+        exact = torch.empty(size * rows * tokens, heads * width, dtype=torch.double, device=multipliers.device)
         found = []
-        for start in range(0, len(sides), size):  # one group after the other: it stays in the processor's cache
-            words = [_words(x).transpose(1, 2).flatten(2) for x in sides[start : start + size]]  # [B, T, G * words]
-            joined = torch.stack(words) if len(words) > 1 else words[0]
-            found.append(joined.double().flatten(0, -2) @ multipliers)
+        for start in range(0, len(sides), size):
+            group = sides[start : start + size]
+            buffer = exact[: len(group) * rows * tokens]
+            for x, place in zip(group, buffer.view(-1, rows, tokens, heads, width), strict=True):
+                place.copy_(_words(x).transpose(1, 2))
+            found.append(buffer @ multipliers)
         return torch.cat(found).long().view(len(keys), 2, rows, tokens).permute(2, 3, 0, 1)
 
     def by_head(self, x: Tensor) -> Tensor:
