@@ -48,7 +48,7 @@ help:  ## This list
 
 .PHONY: reproduce
 reproduce: $(NOTEBOOKS)  ## Results, figures, tables and the paper's numbers (PROFILE=smoke: minutes, into build/smoke)
-	@$(if $(filter paper,$(PROFILE)),$(if $(BASE)$(SEEDS)$(TEXT)$(REVIEWS),,$(RUN) -m cachemedic.paper_numbers))
+	@$(if $(filter paper,$(PROFILE)),$(if $(BASE)$(SEEDS)$(TEXT)$(REVIEWS),,$(RUN) -m cachemedic.studies.paper_numbers))
 
 # Always asked, seldom run: tools/run_notebook.py compares contents and leaves what is up to date alone.
 .PHONY: $(NOTEBOOKS)
@@ -64,7 +64,7 @@ test: $(READY)  ## Tests
 
 .PHONY: verify
 verify: $(READY)  ## Check the hashes of results, compute a sample of their rows again and compare (about 3 minutes)
-	@TQDM_DISABLE=1 $(RUN) -m cachemedic.verify
+	@TQDM_DISABLE=1 $(RUN) -m cachemedic.studies.verify
 
 # Without TeX nothing of this would succeed: say so before an environment is set up.
 ifneq ($(filter paper,$(MAKECMDGOALS)),)
@@ -72,7 +72,7 @@ $(READY): | tex
 endif
 .PHONY: paper
 paper: tex $(READY)  ## paper/main.pdf from the committed results (needs TeX: latexmk, pdflatex)
-	$(RUN) -m cachemedic.paper_numbers
+	$(RUN) -m cachemedic.studies.paper_numbers
 	@mkdir -p build/paper
 	SOURCE_DATE_EPOCH=0 FORCE_SOURCE_DATE=1 latexmk -cd -pdf -silent -halt-on-error -Werror \
 		-outdir=$(CURDIR)/build/paper paper/main.tex
@@ -101,16 +101,16 @@ lab: $(READY)  ## JupyterLab in notebooks/
 
 .PHONY: bench
 bench: $(READY)  ## Benchmarks into results/bench_*.csv
-	$(RUN) -m cachemedic.bench
+	$(RUN) -m cachemedic.studies.bench
 
 .PHONY: base-models
 base-models: $(READY)  ## Train the base models anew (hours; goes on after an interrupt; TEXT_FOLDER=... for one on real text)
-	$(RUN) -m cachemedic.base_training gpt2
-	$(RUN) -m cachemedic.base_training llama
+	$(RUN) -m cachemedic.studies.pretraining.train gpt2
+	$(RUN) -m cachemedic.studies.pretraining.train llama
 	for base in embedded-gpt2 embedded-llama; do \
-		$(RUN) -m cachemedic.valence_head $$base && $(RUN) -m cachemedic.token_aware.calibration $$base || exit; done
-	$(if $(TEXT_FOLDER),$(RUN) -m cachemedic.base_training wikipedia --text '$(TEXT_FOLDER)' && \
-		$(RUN) -m cachemedic.valence_head embedded-wikipedia)
+		$(RUN) -m cachemedic.training.valence.head $$base && $(RUN) -m cachemedic.token.calibration $$base || exit; done
+	$(if $(TEXT_FOLDER),$(RUN) -m cachemedic.studies.pretraining.train wikipedia --text '$(TEXT_FOLDER)' && \
+		$(RUN) -m cachemedic.training.valence.head embedded-wikipedia)
 
 .PHONY: clean
 clean:  ## Remove build/ but for the checkpoints of base models; results and .venv stay

@@ -11,25 +11,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cachemedic.attention import protect
-    from cachemedic.corruption import corrupt_cache
-    from cachemedic.corruption_spec import CorruptionSpec
-    from cachemedic.models import load_base
-    from cachemedic.operators import RepairOperator
-    from cachemedic.token_aware.calibration import calibrate
-    from cachemedic.token_aware.sketch_cache import SketchCache
+    from cachemedic.corruption.apply import corrupt_cache
+    from cachemedic.corruption.spec import CorruptionSpec
+    from cachemedic.models.load import load_base
+    from cachemedic.repair.attach import protect
+    from cachemedic.repair.operator import RepairOperator
+    from cachemedic.token.calibration import calibrate
+    from cachemedic.token.sketch_cache import SketchCache
 
 __version__ = "0.1.0"
 __all__ = ["CorruptionSpec", "RepairOperator", "SketchCache", "calibrate", "corrupt_cache", "load_base", "protect"]
 
 _HOMES = {
-    "CorruptionSpec": "corruption_spec",
-    "RepairOperator": "operators",
-    "SketchCache": "token_aware.sketch_cache",
-    "calibrate": "token_aware.calibration",
-    "corrupt_cache": "corruption",
-    "load_base": "models",
-    "protect": "attention",
+    "CorruptionSpec": "corruption.spec",
+    "RepairOperator": "repair.operator",
+    "SketchCache": "token.sketch_cache",
+    "calibrate": "token.calibration",
+    "corrupt_cache": "corruption.apply",
+    "load_base": "models.load",
+    "protect": "repair.attach",
 }
 
 

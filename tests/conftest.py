@@ -3,9 +3,9 @@
 import pytest
 from tiny_training import CONFIG, linear_map, tiny_bank, tiny_base
 
-from cachemedic import severity
-from cachemedic.bank import Bank
-from cachemedic.models import Base
+from cachemedic.corruption import severity
+from cachemedic.models.load import Base
+from cachemedic.training.bank import Bank
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,9 @@
 
 import torch
 
-from cachemedic.bench.scrub import random_code, random_transform
-from cachemedic.operators import RepairOperator
-from cachemedic.token_aware.operator import TokenAware
+from cachemedic.repair.operator import RepairOperator
+from cachemedic.studies.bench.scrub import random_code, random_transform
+from cachemedic.token.operator import TokenAware
 
 
 def informed(model, family: str = "E", rank: int = 8, strength: float = 1.0, **options) -> TokenAware:

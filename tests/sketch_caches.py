@@ -6,9 +6,9 @@ import torch
 from small_models import VOCABULARY, model_of, padded_batch
 
 from cachemedic import RepairOperator, SketchCache, calibrate, protect
-from cachemedic.models import Base
-from cachemedic.token_aware.calibration import vectors_of
-from cachemedic.token_aware.operator import DEAD_ZONE
+from cachemedic.models.load import Base
+from cachemedic.token.calibration import vectors_of
+from cachemedic.token.operator import DEAD_ZONE
 
 NEW = 7  # generated tokens
 

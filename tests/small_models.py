@@ -4,7 +4,7 @@ import torch
 import transformers as hf
 from transformers import DynamicCache
 
-from cachemedic.operators import RepairOperator
+from cachemedic.repair.operator import RepairOperator
 
 VOCABULARY, PAD = 61, 0
 SIZES = {

@@ -8,14 +8,14 @@ from tiny import VOCABULARY
 from tiny_training import tiny_base
 from transformers import DynamicCache
 
-from cachemedic.cache import stack_cache
-from cachemedic.models import Base
-from cachemedic.operators import RepairOperator
-from cachemedic.token_aware.calibration import calibrate, vectors_of
-from cachemedic.token_aware.observation import observe
-from cachemedic.token_aware.operator import Repair, TokenAware
-from cachemedic.token_aware.scrub import Scrubber, positions_of
-from cachemedic.token_aware.token_vectors import split
+from cachemedic.models.cache import stack_cache
+from cachemedic.models.load import Base
+from cachemedic.repair.operator import RepairOperator
+from cachemedic.token.calibration import calibrate, vectors_of
+from cachemedic.token.observation import observe
+from cachemedic.token.operator import Repair, TokenAware
+from cachemedic.token.scrub import Scrubber, positions_of
+from cachemedic.token.token_vectors import split
 
 LAYERS = (0, 1, 2)
 LENGTHS = (14, 9, 12, 14)  # of the rows of a `Case`

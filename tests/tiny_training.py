@@ -8,12 +8,13 @@ import pytest
 import torch
 from tiny import DOCUMENTS, tiny_model, tiny_tokenizer
 
-from cachemedic import severity, text_source
-from cachemedic.bank import Bank, BankConfig, open_bank
-from cachemedic.models import Base
-from cachemedic.objective import RepairObjective
-from cachemedic.operators import RepairOperator
-from cachemedic.train_config import TrainConfig
+from cachemedic.corruption import severity
+from cachemedic.data import text_source
+from cachemedic.models.load import Base
+from cachemedic.repair.operator import RepairOperator
+from cachemedic.training.bank import Bank, BankConfig, open_bank
+from cachemedic.training.config import TrainConfig
+from cachemedic.training.objective import RepairObjective
 
 CONFIG = TrainConfig(
     layers=(0, 1, 2),

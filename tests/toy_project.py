@@ -67,7 +67,7 @@ class Project:
         self.write("cachemedic/__init__.py", "from cachemedic.toy import write\n")
         self.write("cachemedic/toy.py", TOY)
         self.write("cachemedic/unused.py", "")
-        self.write("cachemedic/paper_numbers.py", NUMBERS)
+        self.write("cachemedic/studies/paper_numbers.py", NUMBERS)
         self.write("data/text.txt", "words")
         self.notebook("10_map", "from cachemedic import write\nwrite('results/map.csv')")
         self.notebook("20_figure", FIGURE)

@@ -1,0 +1,235 @@
+"""What to corrupt: the specification a person writes, and the event drawn from it for one sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+from cachemedic.corruption import severity
+from cachemedic.corruption.storage_faults import FAULT_TYPES, page_mask, page_offset
+from cachemedic.corruption.types import NONE, TYPES, check_type
+
+ALL_TYPES = TYPES | FAULT_TYPES
+CALIBRATED_POSITIONS = 128  # the prefix length at which severities were calibrated; overwrite lengths scale from it
+
+Axis = str | float | tuple[int, ...]  # "all", a Bernoulli probability, or indices
+Shape = tuple[int, int, int]  # L layers, G key/value heads, T positions
+
+
+@dataclass(frozen=True)
+class CorruptionSpec:
+    """A corruption by type, strength and masks; an event is drawn from it for every sample.
+
+    `severity` is damage as a share of the value of the context, turned into a parameter by the calibrated map of `base`
+    (None: the embedded base that the cache's shape tells); `parameter` sets the type's own parameter directly. Type
+    "none" takes neither, every other type exactly one; the types of `faults` have no severity but 0.
+    `layers` and `heads` (key/value heads): "all", a float p (each is hit with probability p) or a list of indices.
+    `time`: "all_past", ("old_only", n) spares the n newest positions, ("window", a, b) hits a <= t < b only.
+    `share` of the positions that `time` allows is hit, each independently; of types that hit pages, a share of pages.
+    Raises `ValueError` for any value out of its range.
+    """
+
+    type: str
+    severity: float | None = None
+    parameter: float | None = None
+    share: float = 1.0
+    layers: Axis = "all"
+    heads: Axis = "all"
+    time: str | tuple[str, int] | tuple[str, int, int] = "all_past"
+    base: str | None = None
+
+    def __post_init__(self) -> None:
+        check_type(self.type, (*ALL_TYPES, NONE))
+        given = [name for name in ("severity", "parameter") if getattr(self, name) is not None]
+        if self.type == NONE:
+            if given:
+                raise ValueError(f"corruption type 'none' takes no {given[0]}, got {getattr(self, given[0])!r}")
+        elif len(given) != 1:
+            raise ValueError(
+                f"corruption type {self.type!r} needs exactly one of severity and parameter, "
+                f"got severity={self.severity!r} and parameter={self.parameter!r}"
+            )
+        if self.severity is not None and not (self.severity >= 0 and math.isfinite(self.severity)):
+            raise ValueError(f"severity {self.severity!r} is out of range: a number from 0 upwards")
+        if self.severity and self.type in FAULT_TYPES:
+            fault = FAULT_TYPES[self.type]
+            raise ValueError(
+                f"the severity of {self.type} is not calibrated, got severity={self.severity!r}; give parameter=..., "
+                f"{fault.parameter} from {fault.low:g} to {fault.high:g}"
+            )
+        if self.parameter is not None:
+            ALL_TYPES[self.type].check(self.type, self.parameter)
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share {self.share!r} is out of range: a number from 0 to 1")
+        for name in ("layers", "heads"):
+            object.__setattr__(self, name, _checked_axis(name, getattr(self, name)))
+        object.__setattr__(self, "time", _checked_time(self.time))
+
+    @property
+    def needs_donor(self) -> bool:
+        """Whether another prompt's cache is needed to draw it."""
+        return self.type != NONE and ALL_TYPES[self.type].needs_donor
+
+
+def targeted(
+    spec: CorruptionSpec, *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None
+) -> CorruptionSpec:
+    """The same corruption on the named layers and heads only (None leaves that axis as it is)."""
+    return replace(
+        spec,
+        layers=spec.layers if layers is None else tuple(layers),
+        heads=spec.heads if heads is None else tuple(heads),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class CorruptionEvent:
+    """One corruption of one sample: type, strength, and the three masks."""
+
+    type: str
+    severity: float  # nan where the strength was given as a parameter
+    parameter: float
+    share: float
+    layers: torch.Tensor  # [L] bool
+    heads: torch.Tensor  # [L, G] bool
+    time: torch.Tensor  # [T] bool
+    offset: int  # positions between a page and the donor's page that a stale one holds
+
+    @property
+    def is_active(self) -> bool:
+        """Whether any entry is hit at all."""
+        return self.type != NONE and self.parameter != 0 and self.n_heads > 0 and self.n_positions > 0
+
+    @property
+    def n_layers(self) -> int:
+        """Layers with at least one head hit."""
+        return int((self.layers & self.heads.any(1)).sum())
+
+    @property
+    def n_heads(self) -> int:
+        """Heads hit, over all layers."""
+        return int((self.layers[:, None] & self.heads).sum())
+
+    @property
+    def n_positions(self) -> int:
+        """Positions hit."""
+        return int(self.time.sum())
+
+    def at_layer(self, layer: int) -> CorruptionEvent:
+        """The same event on one layer alone."""
+        return replace(self, layers=self.layers[layer : layer + 1], heads=self.heads[layer : layer + 1])
+
+    def as_record(self) -> dict[str, Any]:
+        """For a JSON log; `severity` is None where the strength was given as a parameter."""
+        return {
+            "type": self.type,
+            "severity": None if math.isnan(self.severity) else self.severity,
+            "parameter": self.parameter,
+            "share": self.share,
+            "n_layers": self.n_layers,
+            "n_heads": self.n_heads,
+            "n_positions": self.n_positions,
+        }
+
+
+def draw_event(spec: CorruptionSpec, shape: Shape, generator: torch.Generator) -> CorruptionEvent:
+    """One sample's event for a cache of `shape` (L, G, T).
+
+    The number of random draws depends on `shape` alone, so that events of different specifications under one seed share
+    theirs (common random numbers). Raises `ValueError` where a mask does not fit the cache.
+    """
+    n_layers, n_heads, n_positions = shape
+    u = torch.rand(n_layers + n_layers * n_heads + n_positions + 1, generator=generator, device=generator.device)
+    u_layers, u_heads, u_time, u_start = u.cpu().split([n_layers, n_layers * n_heads, n_positions, 1])
+    layers = _axis_mask("layer", spec.layers, u_layers)
+    heads = _axis_mask("head", spec.heads, u_heads.view(n_layers, n_heads))
+    start, stop = _allowed_positions(spec.time, n_positions)
+    severity, parameter, share = _strength(spec, shape)
+    if spec.type == "contiguous_overwrite":
+        parameter = min(parameter, stop - start)
+        start += int(u_start.item() * (stop - start - parameter + 1))
+        stop = start + int(parameter)
+    if spec.type != NONE and ALL_TYPES[spec.type].paged:
+        time = page_mask(parameter * share, start, stop, u_time)
+    else:
+        positions = torch.arange(n_positions)
+        time = (positions >= start) & (positions < stop) & (u_time < share)
+    offset = page_offset(u_start.item(), n_positions)
+    return CorruptionEvent(spec.type, float(severity), float(parameter), share, layers, heads, time, offset)
+
+
+def _strength(spec: CorruptionSpec, shape: Shape) -> tuple[float, float, float]:
+    """Severity, parameter and share of positions; severity 0 hits no position, whatever the type."""
+    if spec.type == NONE or spec.severity == 0:
+        return 0.0, 0.0, 0.0
+    if spec.severity is None:
+        assert spec.parameter is not None  # checked by the specification
+        if spec.type == "contiguous_overwrite" and spec.parameter > shape[2]:
+            raise ValueError(
+                f"overwrite length {spec.parameter!r} is out of range: the cache holds {shape[2]} positions"
+            )
+        return math.nan, spec.parameter, spec.share
+    parameter, share = severity.resolve(spec.type, spec.severity, spec.base, shape)
+    if spec.type == "contiguous_overwrite":
+        parameter = max(1, round(parameter * shape[2] / CALIBRATED_POSITIONS))
+    return spec.severity, parameter, share * spec.share
+
+
+def _checked_axis(name: str, value: Any) -> Axis:
+    if value == "all":
+        return "all"
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0:
+        if all(isinstance(i, Integral) and not isinstance(i, bool) and int(i) >= 0 for i in value):
+            return tuple(int(i) for i in value)
+    elif isinstance(value, Real) and not isinstance(value, Integral) and 0 <= float(value) <= 1:
+        return float(value)
+    raise ValueError(
+        f"{name}={value!r} is not a mask; allowed: 'all', a float from 0 to 1 (each is hit with that probability), "
+        "or a non-empty list of indices from 0"
+    )
+
+
+def _checked_time(value: Any) -> Any:
+    if value == "all_past":
+        return value
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0:
+        mode, *numbers = value
+        if all(isinstance(n, Integral) and int(n) >= 0 for n in numbers) and (
+            (mode == "old_only" and len(numbers) == 1)
+            or (mode == "window" and len(numbers) == 2 and numbers[0] < numbers[1])
+        ):
+            return (mode, *(int(n) for n in numbers))
+    raise ValueError(
+        f"time={value!r} is not a position mask; allowed: 'all_past', ('old_only', n_recent) or "
+        "('window', a, b) with 0 <= a < b"
+    )
+
+
+def _axis_mask(name: str, axis: Axis, u: torch.Tensor) -> torch.Tensor:
+    """A boolean mask in the shape of the uniform draws `u`, over its last dimension."""
+    if axis == "all":
+        return torch.ones_like(u, dtype=torch.bool)
+    if isinstance(axis, float):
+        return u < axis
+    assert isinstance(axis, tuple)  # checked by the specification
+    if max(axis) >= u.shape[-1]:
+        raise ValueError(f"{name} {max(axis)} is out of range: the cache has {u.shape[-1]} (0 to {u.shape[-1] - 1})")
+    mask = torch.zeros_like(u, dtype=torch.bool)
+    mask[..., list(axis)] = True
+    return mask
+
+
+def _allowed_positions(time: Any, n_positions: int) -> tuple[int, int]:
+    """The range [start, stop) of positions that a `time` mask allows in a cache of `n_positions`."""
+    if time == "all_past":
+        return 0, n_positions
+    mode, *numbers = time
+    start, stop = (0, n_positions - numbers[0]) if mode == "old_only" else numbers
+    if not start < stop <= n_positions:
+        raise ValueError(f"time={time!r} does not fit a cache of {n_positions} positions")
+    return start, stop

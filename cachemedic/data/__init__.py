@@ -1,0 +1,10 @@
+"""Text, and the tasks that are made of it.
+
+From the bottom up:
+
+text           embedded text: documentation and generated reviews
+external_text  WikiText-2, SST-2 and Wikipedia from a folder or by name
+text_source    one interface to both
+task_data      the tensors of a task
+tasks          perplexity, sentiment and needle tasks
+"""

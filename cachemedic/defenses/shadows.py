@@ -1,0 +1,169 @@
+"""Checksums with a second, coarse copy of the cache, from which damaged tokens are read.
+
+A checksum covers one token in one layer, keys and values of all heads: damage is found token by token.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from cachemedic.defenses.clean_ranges import is_first
+from cachemedic.defenses.ecc import CHECKSUM_BITS, token_checksums
+from cachemedic.defenses.heuristics import Defended
+from cachemedic.defenses.safeguards import WORD_BITS, Safeguard, cache_bits_per_token, plausible
+from cachemedic.models.shape import ModelShape
+
+GROUP = 32  # values that share a scale and a zero point
+
+Cache = tuple[torch.Tensor, torch.Tensor]  # keys and values
+
+
+@dataclass(frozen=True)
+class Checksummed(Safeguard):
+    """Finds the damaged tokens of each layer by checksum and puts a copy in their place."""
+
+    shape: ModelShape
+
+    @abstractmethod
+    def copy_bits(self) -> float:
+        """What is kept beside the checksums, in bits per token."""
+
+    @abstractmethod
+    def copy(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> Cache:
+        """What damaged tokens will be read as: clean k, v [B, L, G, T, d] as the copy gives them back."""
+
+    def bits_per_token(self) -> float:
+        return CHECKSUM_BITS * self.shape.num_layers + self.copy_bits()
+
+    def write(
+        self, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor
+    ) -> tuple[torch.Tensor, Cache]:
+        return token_checksums(k, v), self.copy(k, v, valid)
+
+    def read(
+        self, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor, kept: tuple[torch.Tensor, Cache]
+    ) -> Defended:
+        checksums, copy = kept
+        return self.repair(token_checksums(k, v) != checksums, plausible(k), plausible(v), copy)
+
+    def repair(self, damaged: torch.Tensor, k: torch.Tensor, v: torch.Tensor, copy: Cache) -> Defended:
+        """What attention reads where tokens are damaged [B, L, T]."""
+        hit = damaged[:, :, None, :, None]
+        return Defended(torch.where(hit, copy[0], k), torch.where(hit, copy[1], v))
+
+
+@dataclass(frozen=True)
+class GroupQuantisedShadow(Checksummed):
+    """A copy in 1 to 8 bits a value: keys in groups of 32 positions per channel, values of 32 channels per position.
+
+    The layout of KIVI (Liu et al. 2024). The scale and zero point of a group take 16 bits each and are counted; groups
+    of positions count as full.
+    """
+
+    bits: int = 2
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"bits {self.bits} is out of range: 1 to 8")
+
+    def copy_bits(self) -> float:
+        heads, dim, overhead = self.shape.num_kv_heads, self.shape.head_dim, 2 * WORD_BITS
+        keys = heads * dim * (self.bits + overhead / GROUP)
+        values = heads * dim * self.bits + -(heads * dim // -GROUP) * overhead
+        return self.shape.num_layers * (keys + values)
+
+    def copy(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> Cache:
+        by_channel = group_quantise(k.mT, self.bits, valid[:, None, None, None, :]).mT
+        tokens = v.movedim(2, 3)  # [B, L, T, G, d]
+        by_token = group_quantise(tokens.flatten(3), self.bits, torch.ones_like(valid[:1, :1])).view(tokens.shape)
+        return by_channel, by_token.movedim(3, 2)
+
+
+def group_quantise(x: torch.Tensor, bits: int, present: torch.Tensor) -> torch.Tensor:
+    """x [..., n] after uniform quantisation to `bits` in groups of 32, with a bf16 scale and zero point each.
+
+    The levels span a group from its least to its largest value; the two levels of 1 bit are the mean plus and minus the
+    mean deviation. Entries that are not `present` (bool, broadcast to x) belong to no group and come back as they are.
+    """
+    n = x.shape[-1]
+    pad = -n % GROUP
+    present = F.pad(present.expand(x.shape), (0, pad)).unflatten(-1, (-1, GROUP))
+    groups = F.pad(x.float(), (0, pad)).unflatten(-1, (-1, GROUP))
+    if bits == 1:
+        count = present.sum(-1, keepdim=True).clamp_min(1)
+        mean = (groups * present).sum(-1, keepdim=True) / count
+        deviation = ((groups - mean).abs() * present).sum(-1, keepdim=True) / count
+        low, high = mean - deviation, mean + deviation
+    else:
+        low = groups.masked_fill(~present, torch.inf).amin(-1, keepdim=True)
+        high = groups.masked_fill(~present, -torch.inf).amax(-1, keepdim=True)
+    levels = 2**bits - 1
+    zero = low.bfloat16().float()
+    scale = ((high - zero) / levels).bfloat16().float()
+    codes = ((groups - zero) / scale.clamp_min(torch.finfo(scale.dtype).tiny)).round_().clamp_(0, levels)
+    read = torch.where(present, codes * scale + zero, groups)
+    return read.flatten(-2)[..., :n].to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankShadow(Checksummed):
+    """Coordinates on the principal directions of clean caches, in bf16; keys and values apart, all heads of a layer.
+
+    mean_k, mean_v [2, L, G * d]: of all positions but the first, and of the first, where attention has its sink;
+    basis_k, basis_v [L, G * d, r]. Both belong to the model and cost nothing per token.
+    """
+
+    mean_k: torch.Tensor
+    mean_v: torch.Tensor
+    basis_k: torch.Tensor
+    basis_v: torch.Tensor
+
+    @classmethod
+    def fit(
+        cls, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor, shape: ModelShape, share: float
+    ) -> LowRankShadow:
+        """As many directions as fit, with the checksums, into `share` of the bytes of a bf16 cache.
+
+        k, v [N, L, G, T, d] and valid [N, T] are a calibration split. Raises `ValueError` if no direction fits.
+        """
+        rank = directions(shape, share)
+        if rank < 1:
+            raise ValueError(f"a share of {share} of the cache does not pay for one direction and the checksums")
+        (mean_k, basis_k), (mean_v, basis_v) = (_principal(x, valid, rank) for x in (k, v))
+        return cls(shape, mean_k, mean_v, basis_k, basis_v)
+
+    def copy_bits(self) -> float:
+        return WORD_BITS * 2 * self.shape.num_layers * self.basis_k.shape[-1]
+
+    def copy(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> Cache:
+        return (
+            self._project(k, valid, self.mean_k, self.basis_k),
+            self._project(v, valid, self.mean_v, self.basis_v),
+        )
+
+    def _project(self, x: torch.Tensor, valid: torch.Tensor, mean: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+        tokens = x.movedim(2, 3)  # [B, L, T, G, d]
+        centre = mean.to(x)[is_first(valid).long()].movedim(2, 1)  # [B, L, T, G * d]
+        basis = basis.to(x)
+        stored = ((tokens.flatten(3) - centre) @ basis).bfloat16()
+        return (stored.to(x) @ basis.mT + centre).view(tokens.shape).movedim(3, 2)
+
+
+def directions(shape: ModelShape, share: float) -> int:
+    """How many bf16 coordinates of each layer's keys, and of its values, fit with the checksums into `share`."""
+    budget = share * cache_bits_per_token(shape) / shape.num_layers - CHECKSUM_BITS
+    return max(0, min(int(budget // (2 * WORD_BITS)), shape.num_kv_heads * shape.head_dim))
+
+
+def _principal(x: torch.Tensor, valid: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means [2, L, C] and the principal directions [L, C, rank] of x [N, L, G, T, d], C = G * d."""
+    tokens = x.movedim(3, 1).flatten(3)  # [N, T, L, C]
+    first = is_first(valid)
+    means = torch.stack([tokens[at].mean(0) for at in (valid & ~first, first)])
+    centred = (tokens - means[first.long()])[valid].movedim(0, 1).double()  # [L, S, C]
+    _, directions = torch.linalg.eigh(centred.mT @ centred)  # by increasing variance
+    return means, directions[..., -rank:].to(x)

@@ -1,0 +1,106 @@
+"""What a reader does to the cache itself: the error that it leaves, and whether it knows which tokens are damaged."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cachemedic.corruption.spec import CorruptionSpec
+from cachemedic.data.task_data import TaskData
+from cachemedic.defenses.safeguards import Safeguard
+from cachemedic.evaluation.decoding import CleanBank, decode_logits
+from cachemedic.evaluation.detection import detection_auroc
+from cachemedic.evaluation.evaluate import corrupt_examples
+from cachemedic.repair.folded import QueryGatedAdditive
+from cachemedic.repair.operator import RepairOperator
+from cachemedic.token.scrub import Scrubber, positions_of
+from cachemedic.training.objective import EPS
+
+
+class _QueryProbe(QueryGatedAdditive):
+    """An untrained operator, the identity, that keeps the queries it sees."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.seen: dict[int, list[Tensor]] = defaultdict(list)
+
+    def attend(self, layer: int, attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Any:
+        self.seen[layer].append(query)
+        return super().attend(layer, attention, query, key, value)
+
+
+def queries_of(model: PreTrainedModel, clean: CleanBank, task: TaskData) -> Tensor:
+    """The queries [N, L, H, M, d] of the continuations, decoded on the clean caches."""
+    depth = model.config.get_text_config().num_hidden_layers
+    identity = RepairOperator.create("A", model.config, layers=range(depth), rank=1)
+    probe = _QueryProbe(identity.config, dict(identity.named_parameters()))
+    decode_logits(model, clean.k, clean.v, task, operator=probe)
+    return torch.stack([torch.cat(probe.seen[layer]) for layer in range(depth)], 1)
+
+
+@torch.inference_mode()
+def repair_quality(
+    model: PreTrainedModel, task: TaskData, clean: CleanBank, spec: CorruptionSpec, readers: Mapping[str, Safeguard]
+) -> pd.DataFrame:
+    """The error that safeguards leave in the caches of a task, one row per reader and seed.
+
+    rho, rho_k, rho_v: norms left over norms found, means over examples and layers (layers without damage left out);
+    score_error: the same for the attention scores q k of the continuation's queries; auroc: of the suspicion of a
+    `Scrubber` about tokens, where part of them is damaged (else NaN). Examples of several runs are run-major.
+    """
+    k, v, _ = corrupt_examples(clean, task, spec, np.arange(len(task)))
+    ids, valid = task.prefix_ids, task.prefix_mask
+    positions = positions_of(valid)
+    queries = queries_of(model, clean, task)
+    damaged = (_differ(clean.k, k) | _differ(clean.v, v)).any(1)  # [B, T]
+    rows = []
+    for name, reader in readers.items():
+        kept = reader.write(clean.k, clean.v, ids, valid)
+        if isinstance(reader, Scrubber):
+            new_k, new_v, repair = reader.scrub(k, v, ids, positions, kept)
+            suspicion = repair.suspicion.mean(1)
+        else:
+            read = reader.read(k, v, ids, valid, kept)
+            new_k, new_v, suspicion = read.k, read.v, None
+        errors = {
+            "k": (_size(new_k - clean.k), _size(torch.nan_to_num(k) - clean.k)),
+            "v": (_size(new_v - clean.v), _size(torch.nan_to_num(v) - clean.v)),
+            "s": (_scores(queries, new_k - clean.k), _scores(queries, torch.nan_to_num(k) - clean.k)),
+        }
+        left, found = (errors["k"][i] + errors["v"][i] for i in (0, 1))
+        ratios = {"rho": _ratio(left, found), "rho_k": _ratio(*errors["k"]), "rho_v": _ratio(*errors["v"])}
+        frame = pd.DataFrame({**ratios, "score_error": _ratio(*errors["s"])}).groupby(task.seeds.numpy()).mean()
+        for seed, means in frame.iterrows():
+            mine = (task.seeds == seed)[:, None] & valid
+            auroc = float("nan") if suspicion is None else detection_auroc(suspicion[mine], damaged[mine])
+            rows.append({"reader": name, "seed": seed, **means.to_dict(), "auroc": auroc})
+    return pd.DataFrame(rows)
+
+
+def _differ(clean: Tensor, other: Tensor) -> Tensor:
+    return (clean != other).any(-1).any(2)  # [B, L, T]
+
+
+def _size(error: Tensor) -> Tensor:
+    """Norms [B, L] of errors [B, L, G, T, d]."""
+    return torch.linalg.vector_norm(error.flatten(2), dim=2)
+
+
+def _scores(queries: Tensor, error: Tensor) -> Tensor:
+    """Norms [B, L] of what errors of keys [B, L, G, T, d] do to attention scores."""
+    repeats = queries.shape[2] // error.shape[2]
+    return _size(queries @ error.repeat_interleave(repeats, 2).mT)
+
+
+def _ratio(left: Tensor, found: Tensor) -> np.ndarray:
+    """Means [B] over the layers in which there was something to find."""
+    hit = found > EPS
+    ratio = torch.where(hit, left / found.clamp_min(EPS), 0).sum(1) / hit.sum(1).clamp_min(1)
+    return torch.where(hit.any(1), ratio, torch.nan).numpy()

@@ -1,0 +1,49 @@
+"""The facts about a base model that an operator depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The facts about a base model that an operator depends on."""
+
+    model_type: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> ModelShape:
+        """Read from a Hugging Face configuration (of the text part of a multimodal model).
+
+        Raises `ValueError` for models with an encoder, and where keys and values are not of one width.
+        """
+        if config.is_encoder_decoder:
+            raise ValueError(
+                f"{config.model_type} has an encoder, whose attention and the attention to it would be repaired too: "
+                "choose a model that is a decoder only"
+            )
+        config = config.get_text_config(decoder=True)
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        value_dim = getattr(config, "v_head_dim", None) or head_dim
+        latent = getattr(config, "kv_lora_rank", None) is not None
+        if latent or value_dim != head_dim:
+            widths = f"keys of {head_dim} numbers a head and values of {value_dim}"
+            found = "multi-head latent attention" if latent else widths
+            raise ValueError(
+                f"{config.model_type} has {found}: choose a model with multi-head, grouped-query or multi-query "
+                "attention, whose keys and values are of one width"
+            )
+        return cls(
+            model_type=config.model_type,
+            num_layers=config.num_hidden_layers,
+            num_heads=heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=head_dim,
+        )

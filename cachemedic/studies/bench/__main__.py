@@ -1,0 +1,66 @@
+"""Benchmarks on the CPU, into results/bench_*.csv: `python -m cachemedic.studies.bench`, or some: `... token_aware`.
+
+About three quarters of an hour for all of them on an idle machine of two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+
+from cachemedic.core.errors import nearest_valid
+from cachemedic.models.load import load_base
+from cachemedic.studies.bench import augmented, decode, scrub, training
+from cachemedic.studies.report import ROOT, Run
+from cachemedic.training.bank import open_bank
+
+
+def decoding() -> dict[str, pd.DataFrame]:
+    """A step through folded operators."""
+    return {"bench_decode": decode.overhead(decode.gpt2_medium(max(decode.POSITIONS) + 1))}
+
+
+def token_aware() -> dict[str, pd.DataFrame]:
+    """What families D and E do to a prefill, a stored cache and a step."""
+    medium = decode.gpt2_medium(max(decode.POSITIONS) + 1)
+    return {"bench_token_aware": pd.concat([scrub.scrub_cost(medium), augmented.augmented_cost(medium)])}
+
+
+def train() -> dict[str, pd.DataFrame]:
+    """A step of training, and its parts."""
+    base = load_base("embedded-gpt2")
+    ladders, parts = [], []
+    for setting in training.SETTINGS:
+        config = training.sweep(setting, base)
+        bank = open_bank(base, config.bank)
+        ladders.append(training.ladder(base, bank, config).assign(setting=setting))
+        trainer = training.trainer_of(training.LADDER[-1], base, config, bank)
+        parts.append(training.step_parts(trainer).assign(setting=setting))
+    return {"bench_training": pd.concat(ladders), "bench_training_step": pd.concat(parts)}
+
+
+PARTS: dict[str, Callable[[], dict[str, pd.DataFrame]]] = {
+    "decode": decoding,
+    "token_aware": token_aware,
+    "training": train,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m cachemedic.studies.bench", description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"which of {', '.join(PARTS)}; all by default")
+    names = parser.parse_args().parts or list(PARTS)
+    for name in names:
+        if name not in PARTS:
+            parser.error(str(nearest_valid("benchmark", name, PARTS)))
+    run = Run("paper", folder=ROOT, threads=torch.get_num_threads(), dtype="float32", device="cpu")
+    for part in names:
+        for name, frame in PARTS[part]().items():
+            print(f"\n{name}\n{run.write_csv(frame, name).drop(columns='config_hash').to_string(index=False)}")
+
+
+if __name__ == "__main__":
+    main()

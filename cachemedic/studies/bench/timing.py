@@ -1,0 +1,36 @@
+"""Timing by interleaved repetitions: what competes is measured in turn, and compared within one turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pandas as pd
+import scipy.stats
+from tqdm import tqdm
+
+from cachemedic.evaluation.statistics import LEVEL, Interval
+
+
+def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int, what: str) -> pd.DataFrame:
+    """Times of all contenders, one row a round and one column each.
+
+    A contender does its work once, times it itself, so that preparation stays out, and returns the time. Every other
+    round goes backwards, so that a machine that slows down favours nobody. A round before the first warms up.
+    """
+    times = []
+    for turn in tqdm(range(-1, rounds), desc=what):
+        order = list(contenders) if turn % 2 else list(contenders)[::-1]
+        measured = {name: contenders[name]() for name in order}
+        if turn >= 0:
+            times.append(measured)
+    return pd.DataFrame(times, columns=list(contenders))
+
+
+def median_ratio(numerator: pd.Series, denominator: pd.Series) -> Interval:
+    """The median over rounds of the ratio within a round, with its distribution-free interval (order statistics).
+
+    Fewer than six rounds bound no median at this level: the limits are then NaN.
+    """
+    ratios = numerator / denominator
+    bounds = scipy.stats.quantile_test(ratios, q=ratios.median(), p=0.5).confidence_interval(LEVEL)
+    return Interval(float(ratios.median()), float(bounds.low), float(bounds.high))

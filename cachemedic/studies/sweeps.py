@@ -1,0 +1,142 @@
+"""Sweeps over what defines a trained operator: conditions by name, trained in as few loops as they allow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cachemedic.core.errors import nearest_valid
+from cachemedic.evaluation.evaluate import Reader
+from cachemedic.models.load import Base
+from cachemedic.repair.folded import FoldedOperator
+from cachemedic.repair.operator import RepairOperator, family_class
+from cachemedic.studies.family_study import token_aware_config
+from cachemedic.token.operator import TokenAware
+from cachemedic.token.scrub import Scrubber
+from cachemedic.training.bank import WITH_REVIEWS, BankConfig
+from cachemedic.training.config import TrainConfig
+from cachemedic.training.objective import RepairObjective
+from cachemedic.training.trainer import load_or_train
+from cachemedic.training.valence.objective import ValenceObjective
+
+OBJECTIVES = ("canonical", "valence")
+SAMPLES = 256  # texts of the bank for each seed
+FUTURE = 4  # tokens that the valence objective looks ahead
+CONTRACTION_WEIGHTS = (0.0, 0.1, 0.5, 1.0)
+CONTRACTION_TARGETS = (0.5, 0.95)  # beside the default, 0.8
+ALONE = 1000.0  # a weight of the contraction term beside which distillation does not count
+PLACES = ("early", "mid", "late")
+
+
+def standard_config(
+    base: Base, family: str, seeds: Sequence[int], smoke: bool, steps: int = 300, objective: str = "canonical"
+) -> TrainConfig:
+    """The standard setting, faults on and repair of all layers, from which conditions are made by `replace`.
+
+    `steps` are those of families A to C; D and E train as the family study trains them. The "valence" objective sees
+    reviews besides documentation, so that its sequences differ in valence. Raises `ValueError` for another objective or
+    an unknown family.
+    """
+    if objective not in OBJECTIVES:
+        raise nearest_valid("objective", objective, OBJECTIVES)
+    if issubclass(family_class(family), FoldedOperator):
+        layers = tuple(range(base.model.config.num_hidden_layers))
+        bank = BankConfig(samples=(8 if smoke else SAMPLES) * len(seeds))
+        steps, batch = (4, 4) if smoke else (steps, TrainConfig.batch)
+        config = TrainConfig(family=family, layers=layers, seeds=tuple(seeds), bank=bank, steps=steps, batch=batch)
+    else:
+        config = token_aware_config(base, family, seeds, smoke)
+    if objective == "canonical":
+        return config
+    bank = replace(config.bank, split=config.bank.split + WITH_REVIEWS, decoded=FUTURE)
+    return replace(config, objectives=(ValenceObjective(),), bank=bank)
+
+
+def contraction_sweep(standard: TrainConfig) -> dict[str, TrainConfig]:
+    """Conditions that differ in the contraction term: its weight, its target, and the term alone (no identity term).
+
+    Raises `ValueError` for another than the canonical objective, which alone has this term.
+    """
+    if standard.valence_objectives:
+        raise ValueError("the contraction term is one of the canonical objective: objective must be 'canonical'")
+    objectives = [RepairObjective(lambda_contr=weight) for weight in CONTRACTION_WEIGHTS]
+    objectives += [RepairObjective(alpha_contr=target) for target in CONTRACTION_TARGETS]
+    named = {f"lambda {o.lambda_contr:g}, alpha {o.alpha_contr:g}": o for o in objectives}
+    named["contraction alone"] = RepairObjective(lambda_contr=ALONE, alpha_contr=0.0, lambda_id=0.0)
+    return {name: replace(standard, objectives=(objective,)) for name, objective in named.items()}
+
+
+def with_and_without_contraction(standard: TrainConfig) -> dict[str, TrainConfig]:
+    """Conditions "contraction" and "no contraction"; of the valence objective, which has no such term, "valence"."""
+    (objective,) = standard.objectives
+    if not isinstance(objective, RepairObjective):
+        return {"valence": standard}
+    free = replace(objective, lambda_contr=0.0)
+    return {"contraction": standard, "no contraction": replace(standard, objectives=(free,))}
+
+
+def rank_sweep(standard: TrainConfig, ranks: Sequence[int]) -> dict[str, TrainConfig]:
+    """Conditions "rank r" that differ in the rank. Raises `ValueError` for a family without one."""
+    if not issubclass(family_class(standard.family), FoldedOperator):
+        raise ValueError(f"family {standard.family} has no rank; allowed are A, B, C")
+    return {f"rank {rank}": replace(standard, rank=rank) for rank in ranks}
+
+
+def reader_of(base: Base, operator: RepairOperator) -> Reader:
+    """What reads a damaged cache with an operator: D and E scrub it, A to C act inside attention."""
+    return Scrubber(base.model, operator) if isinstance(operator, TokenAware) else operator
+
+
+def readers_of(base: Base, operators: Mapping[str, RepairOperator]) -> dict[str, Reader]:
+    """`reader_of` for each operator."""
+    return {name: reader_of(base, operator) for name, operator in operators.items()}
+
+
+def block(depth: int, size: int, place: str) -> tuple[int, ...]:
+    """`size` layers in a row of a model of `depth`: its first ("early"), middle ("mid") or last ("late") ones.
+
+    Raises `ValueError` for another place, or more layers than there are.
+    """
+    if place not in PLACES:
+        raise nearest_valid("place of a block", place, PLACES)
+    if not 1 <= size <= depth:
+        raise ValueError(f"a block of {size} layers does not fit a model of {depth}")
+    first = {"early": 0, "mid": (depth - size) // 2, "late": depth - size}[place]
+    return tuple(range(first, first + size))
+
+
+def stacks(base: Base, conditions: Mapping[str, TrainConfig]) -> list[tuple[TrainConfig, list[str]]]:
+    """What trains the `conditions` of one objective each: configurations, and the names of their conditions in order.
+
+    Those that differ in nothing but their objective train as one stack, with common data and draws. Raises
+    `ValueError` for a condition of several objectives.
+    """
+    named: dict[str, list[str]] = {}
+    for name, config in conditions.items():
+        if len(config.objectives) != 1:
+            raise ValueError(f"condition {name!r} must have one objective, not {len(config.objectives)}")
+        named.setdefault(replace(config, objectives=(RepairObjective(),)).key(base), []).append(name)
+    return [
+        (replace(conditions[names[0]], objectives=tuple(conditions[name].objectives[0] for name in names)), names)
+        for names in named.values()
+    ]
+
+
+def by_condition(stack: RepairOperator, names: Sequence[str]) -> dict[str, RepairOperator]:
+    """The operators of each condition of a stack, one run a seed, by its name; runs are seed-major."""
+    runs = {name: range(i, stack.runs, len(names)) for i, name in enumerate(names)}
+    return {name: RepairOperator.stack([stack.select(run) for run in own]) for name, own in runs.items()}
+
+
+def train_sweep(
+    base: Base, conditions: Mapping[str, TrainConfig], trained: Path, work: Path, retrain: bool = False
+) -> dict[str, RepairOperator]:
+    """The operators of every condition, a stack of one run a seed.
+
+    `conditions` are those of `stacks`; `trained`, `work` and `retrain` those of `load_or_train`.
+    """
+    operators: dict[str, RepairOperator] = {}
+    for config, names in stacks(base, conditions):
+        operators |= by_condition(load_or_train(base, config, trained, work, retrain), names)
+    return {name: operators[name] for name in conditions}

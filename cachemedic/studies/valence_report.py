@@ -1,0 +1,149 @@
+"""What the valence experiments report: conditions against a reference, and what the gate did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cachemedic.corruption.types import NONE
+from cachemedic.evaluation import statistics as stats
+from cachemedic.models.load import Base
+from cachemedic.studies.quantised_evaluation import NEAREST
+from cachemedic.studies.summaries import brackets, summary
+from cachemedic.training.config import TrainConfig
+from cachemedic.training.trainer import GATE_LOG, Trainer
+from cachemedic.training.valence.objective import ValenceObjective
+
+VALENCE = ValenceObjective()
+# Parts (b) to (d): the objective with one thing changed.
+VARIANTS = {
+    "valence": VALENCE,
+    "without soft": replace(VALENCE, lambda_soft=0),
+    "without feature": replace(VALENCE, lambda_feature=0),
+    "without sequence": replace(VALENCE, lambda_sequence=0),
+    "without future valence": replace(VALENCE, lambda_valence=0),
+    "lambda 0 (uniform)": replace(VALENCE, lam=0),
+    "lambda 5": replace(VALENCE, lam=5.0),
+    "lambda 8": replace(VALENCE, lam=8.0),
+    "shuffled weights": replace(VALENCE, weighting="shuffled"),
+    "code excerpt": ValenceObjective.preset("excerpt"),
+}
+PARTS = {
+    "valence_terms": ("terms removed", ["valence", *[name for name in VARIANTS if name.startswith("without")]]),
+    "valence_lambda": ("strength of the weights", ["lambda 0 (uniform)", "lambda 5", "valence", "lambda 8"]),
+    "valence_controls": ("controls", ["valence", "shuffled weights", "lambda 0 (uniform)", "code excerpt"]),
+    "valence_gate": ("mercy gate", ["valence", "gate: rollouts", "gate: proxy"]),
+}
+
+
+def against(grid: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """`summaries.summary` of every task and reader, and its paired difference to the reader `reference`.
+
+    difference: of the mean KL over types and severities, in nats a token, below zero where the reader is better;
+    with the limits of a 95% t interval over seeds.
+    """
+    kl = grid[grid["type"] != NONE].groupby(["task", "reader", "seed"])["kl"].mean()
+    rows = []
+    for task, reader in kl.index.droplevel("seed").unique():
+        interval = stats.paired_interval(kl[task, reader], kl[task, reference])
+        rows.append((task, reader, interval.estimate, interval.low, interval.high))
+    columns = ["task", "reader", "difference", "difference_low", "difference_high"]
+    return summary(grid).merge(pd.DataFrame(rows, columns=columns), on=["task", "reader"])
+
+
+def difference_table(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """`against` rows for a reader of the paper."""
+    return pd.DataFrame({
+        "task": rows["task"],
+        "reader": rows["reader"],
+        "recovery (KL)": brackets(rows, "kl_recovery"),
+        "recovery (NLL)": brackets(rows, "recovery"),
+        "clean cost, %": brackets(rows, "clean_regression", 2),
+        f"KL less that of {reference}, 1e-3": brackets(1e3 * rows[["difference", "difference_low", "difference_high"]],
+                                                        "difference"),
+        "seeds": rows["n_seeds"],
+    })  # fmt: skip
+
+
+def gate_log(folders: Mapping[str, Path]) -> pd.DataFrame:
+    """The checks of the mercy gate beside trained operators, by a name for each folder.
+
+    Columns gate, seed, step, projected, baseline, blocked.
+    """
+    rows = []
+    for name, folder in folders.items():
+        for line in (folder / GATE_LOG).read_text().splitlines():
+            check = json.loads(line)
+            seed = int(check["run_id"].split("/")[1].removeprefix("seed"))
+            rows.append((name, seed, *(check[k] for k in ("step", "projected", "baseline", "blocked"))))
+    return pd.DataFrame(rows, columns=["gate", "seed", "step", "projected", "baseline", "blocked"])
+
+
+def gate_table(checks: pd.DataFrame) -> pd.DataFrame:
+    """How often each gate was asked and blocked, and the mean ratio of projected to baseline valence by seed."""
+    ratio = checks.assign(ratio=checks["projected"] / checks["baseline"])
+    rows = []
+    for name, part in ratio.groupby("gate", sort=False):
+        interval = stats.t_interval(part.groupby("seed")["ratio"].mean())
+        rows.append({
+            "gate": name,
+            "checks": len(part),
+            "blocked": int(part["blocked"].sum()),
+            "projected / teacher": str(interval),
+            "lowest ratio": part["ratio"].min(),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def bits_table(scores: pd.DataFrame) -> pd.DataFrame:
+    """Perplexity of each reader (`quantised_scores`), and NLL lost and won over rounding to nearest, over seeds."""
+    nll = scores.set_index(["reader", "seed"])["nll"]
+    rows = []
+    for reader, part in scores.groupby("reader", sort=False):
+        lost = stats.paired_interval(part["nll"], part["nll_clean"])
+        row = {
+            "reader": reader,
+            "bits": part["bits"].iloc[0],
+            "bytes_per_token": part["bytes_per_token"].iloc[0],
+            "perplexity": float(np.exp(part["nll"]).mean()),
+            "lost": lost.estimate,
+            "lost_low": lost.low,
+            "lost_high": lost.high,
+        }
+        nearest = f"{reader.partition(',')[0]}, {NEAREST}"
+        if nearest in nll and nearest != reader:
+            gain = stats.paired_interval(nll[nearest], nll[reader])
+            row |= {"gain": gain.estimate, "gain_low": gain.low, "gain_high": gain.high}
+        rows.append(row | {"n_seeds": len(part)})
+    return pd.DataFrame(rows)
+
+
+def bits_for_paper(rows: pd.DataFrame) -> pd.DataFrame:
+    """`bits_table` rows for a reader of the paper."""
+    won = brackets(rows, "gain").where(rows["gain"].notna(), "--")
+    return pd.DataFrame({
+        "cache": rows["reader"],
+        "bytes a token": rows["bytes_per_token"].astype(int),
+        "perplexity": rows["perplexity"],
+        "NLL lost": brackets(rows, "lost"),
+        "won over nearest": won,
+        "seeds": rows["n_seeds"],
+    })  # fmt: skip
+
+
+@torch.no_grad()
+def effective_sequences(base: Base, config: TrainConfig, names: Sequence[str], batches: int) -> pd.DataFrame:
+    """The effective number of sequences, (sum w)^2 / sum w^2, of each condition: mean over the first `batches`.
+
+    Columns condition, batch, effective.
+    """
+    trainer = Trainer(base, replace(config, seeds=config.seeds[:1], gate=None), Path())
+    parts = [trainer.objective(trainer.forward(trainer.draw(step)))["effective"] for step in range(batches)]
+    effective = torch.stack(parts).mean(0).tolist()
+    return pd.DataFrame({"condition": names, "batch": config.batch, "effective": effective})

@@ -1,0 +1,132 @@
+"""Checks the committed results: every byte by its hash, and a stated sample of rows by computing it again.
+
+    python -m cachemedic.studies.verify     # what `make verify` runs
+
+It takes about three minutes, and the exit status is 1 if anything differs.
+
+Rows are computed from scratch with the shipped base models and operators, no cache of results is read. Other machines
+round differently, so each column has a tolerance, which the table states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cachemedic.repair.operator import RepairOperator
+from cachemedic.studies.report import ROOT
+
+Parameters = Mapping[str, Any]  # of the run that made a CSV, as its sidecar records them
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of results/`csv`.csv that can be computed on their own.
+
+    what: which rows, in words; keys: the columns that name a row; tolerance: for each compared column the largest
+    difference, of values above 1 relative to them; compute: the rows anew, with the parameters of the sidecar.
+    """
+
+    csv: str
+    what: str
+    keys: tuple[str, ...]
+    tolerance: Mapping[str, float]
+    compute: Callable[[Parameters], pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One line of the table: a file or a column of a sample, what was found, and whether that is as it should be."""
+
+    name: str
+    checked: str
+    found: str
+    holds: bool
+
+
+def check_files(results: Path) -> Iterator[Agreement]:
+    """Every CSV under `results` against its sidecar, and every sidecar against its CSV."""
+    files = [path for suffix in ("csv", "json") for path in results.rglob(f"*.{suffix}")]
+    for stem in sorted({path.relative_to(results).with_suffix("").as_posix() for path in files}):
+        table, sidecar = results / f"{stem}.csv", results / f"{stem}.json"
+        missing = [path.name for path in (table, sidecar) if not path.is_file()]
+        if missing:
+            yield Agreement(f"{stem}.csv", "sha256", f"{missing[0]} is missing", False)
+            continue
+        found = hashlib.sha256(table.read_bytes()).hexdigest()
+        expected = json.loads(sidecar.read_text())["sha256"]
+        differs = f"{found[:12]} is not {expected[:12]}"
+        yield Agreement(f"{stem}.csv", "sha256", "as recorded" if found == expected else differs, found == expected)
+
+
+def check_operators(trained: Path) -> Iterator[Agreement]:
+    """Every shipped operator under `trained` against the sha256 and the shapes that its config states."""
+    for folder in sorted(path for path in trained.iterdir() if path.is_dir()):
+        try:
+            RepairOperator.from_pretrained(folder)
+        except (ValueError, FileNotFoundError) as error:
+            yield Agreement(folder.name, "sha256", str(error), False)
+        else:
+            yield Agreement(folder.name, "sha256", "as recorded", True)
+
+
+def compare(sample: Sample, committed: pd.DataFrame, computed: pd.DataFrame) -> Iterator[Agreement]:
+    """One line for each compared column of a sample; a computed row that was not committed is a disagreement."""
+    keys = list(sample.keys)
+    pairs = computed.merge(committed, how="left", on=keys, suffixes=("", " committed"), indicator="found")
+    known = pairs["found"] == "both"
+    if not known.all():
+        yield Agreement(sample.csv, "rows", f"no row for {pairs[~known][keys].iloc[0].to_dict()}", False)
+    if len(pairs) > len(computed):
+        yield Agreement(sample.csv, "rows", f"{', '.join(keys)} do not name one row each", False)
+    for column, tolerance in sample.tolerance.items():
+        new, old = (pairs.loc[known, name].astype(float) for name in (column, f"{column} committed"))
+        # a value that is not defined has to be undefined in both
+        difference = ((new - old).abs() / old.abs().clip(1)).mask(new.isna() & old.isna(), 0.0).fillna(np.inf)
+        largest = float(difference.max()) if len(difference) else np.inf
+        found = f"{largest:.1e}, allowed {tolerance:.0e}"
+        yield Agreement(sample.csv, f"{column} of {int(known.sum())} rows", found, largest <= tolerance)
+
+
+def check_sample(sample: Sample, results: Path) -> Iterator[Agreement]:
+    """Computes a sample and compares it with what is under `results`."""
+    parameters = json.loads((results / f"{sample.csv}.json").read_text())["parameters"]
+    committed = pd.read_csv(results / f"{sample.csv}.csv")
+    yield from compare(sample, committed, sample.compute(parameters))
+
+
+def report(agreements: Iterator[Agreement]) -> int:
+    """Prints the lines as they come; returns how many of them do not hold."""
+    failures = 0
+    for line in agreements:
+        failures += not line.holds
+        print(f"  {'agrees' if line.holds else 'DIFFERS':8} {line.name:28} {line.checked:34} {line.found}", flush=True)
+    return failures
+
+
+def main() -> None:
+    from cachemedic.studies.verify_samples import SAMPLES  # here: they build on `Sample`
+
+    print("Files, as their sidecars record them")
+    failures = report(check_files(ROOT / "results")) + report(check_operators(ROOT / "trained"))
+    for sample in SAMPLES:
+        print(f"{sample.csv}: {sample.what}", flush=True)
+        started = time.perf_counter()
+        failures += report(check_sample(sample, ROOT / "results"))
+        print(f"  ({time.perf_counter() - started:.0f} s)", flush=True)
+    if failures:
+        sys.exit(f"error: {failures} of the lines above differ")
+    print("All agree. Times (results/bench_*.csv) are checked by their hashes only: they differ from run to run.")
+
+
+if __name__ == "__main__":
+    main()

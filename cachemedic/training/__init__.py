@@ -1,0 +1,17 @@
+"""Trains operators by self-distillation of the frozen model.
+
+From the bottom up:
+
+objective     the repair objective
+bank          clean caches and teacher logits, computed once
+config        what defines a training
+draws         the samples and faults of a step
+gram          identity loss and contraction ratio from Gram matrices
+student       the student's forward pass from the first corrupted layer on
+repair_terms  the same two terms for the families D and E
+forward       one training step
+run_adam      Adam for a stack of runs
+log           the training log
+trainer       the loop; resumes where it was
+valence/      valence-weighted distillation
+"""

@@ -1,0 +1,130 @@
+"""The forward pass of a training step: what the students read, what they say, and what objectives see of it.
+
+A cache changes before it is read, in `read_cache` and by families D and E (`repaired`), or inside attention, by
+`protect` and families A to C.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from cachemedic.corruption.types import NONE
+from cachemedic.models.load import Base
+from cachemedic.repair.attach import Protection, protect
+from cachemedic.repair.folded import FoldedOperator
+from cachemedic.repair.operator import RepairOperator
+from cachemedic.token.operator import TokenAware
+from cachemedic.training.bank import Bank
+from cachemedic.training.config import TrainConfig
+from cachemedic.training.draws import Draw
+from cachemedic.training.gram import Gram, layer_terms
+from cachemedic.training.objective import StepOutputs
+from cachemedic.training.repair_terms import measure_repair, repair_read
+from cachemedic.training.student import shared_prefix, starting_at
+from cachemedic.training.valence.head import Valence
+from cachemedic.training.valence.quantiser import KVQuantiser
+from cachemedic.training.valence.rollouts import Observation, Read, observing
+from cachemedic.training.valence.step import observe_step
+
+
+@dataclass(frozen=True)
+class Students:
+    """The R students of a sweep: the frozen base, what is trained around it, and the clean caches that teach it."""
+
+    base: Base
+    config: TrainConfig
+    bank: Bank
+    operator: RepairOperator
+    first: int  # layer
+    quantiser: KVQuantiser | None = None
+    valence: Valence | None = None
+    strength: torch.Tensor | None = None  # [R] learned lambdas of the valence objective
+
+
+def forward(students: Students, draw: Draw) -> StepOutputs:
+    """The student pass of one step, all runs at once, and the terms of the repair."""
+    base, config, bank, first = students.base, students.config, students.bank, students.first
+    model, conditions = base.model, len(config.objectives)
+    runs = draw.rows.repeat_interleave(conditions, 0)  # [R, B]
+    found = read_cache(students, draw)
+    read = repaired(students, draw, found)
+    ids = bank.ids[runs.flatten(), bank.prefix :].to(model.device)
+    positions = torch.arange(bank.prefix, bank.ids.shape[1], device=model.device).expand(len(ids), -1)
+    hidden = bank.hidden[runs.flatten(), first].to(model.device, model.dtype)
+    with (
+        shared_prefix(model, read.keys.to(model.dtype), read.values.to(model.dtype), first, read.conditions, read.bias),
+        starting_at(model, first, hidden),
+        protect(model, students.operator, record_gates=True) as protection,
+        observing(model) if config.observes_valence else nullcontext(Observation()) as seen,
+    ):
+        logits = model(ids, position_ids=positions, use_cache=False).logits
+    if isinstance(students.operator, TokenAware):
+        terms = measure_repair(bank, config.layers, draw, found, read)
+    else:
+        terms = _measure(students, draw, read, protection)
+    untouched = [[e.type == NONE or e.severity == 0 for e in events] for events in draw.events]
+    is_clean = torch.tensor(untouched, device=model.device).repeat_interleave(conditions, 0)
+    outputs = StepOutputs(
+        z_clean=bank.logits[runs].to(model.device),
+        z_rep=logits.float().unflatten(0, (config.runs, -1)),
+        identity=terms["identity"],
+        rho=terms["rho"],
+        is_clean=is_clean if students.quantiser is None else torch.zeros_like(is_clean),  # few bits are a fault
+        is_corrupted=terms["found"] > 0,
+        parameters=list(students.operator.parameters()),
+        rho_by_side={"rho_k": terms["rho_k"], "rho_v": terms["rho_v"]},
+    )
+    if config.observes_valence:
+        assert students.valence is not None  # `Trainer` sees to it
+        sampled = max((o.tokens_sampled for o in config.valence_objectives), default=0)
+        view = observe_step(base, bank, students.operator, read, draw, config.seeds, seen, students.valence, sampled)
+        view.strength = students.strength
+        view.steps = None if students.quantiser is None else list(students.quantiser.parameters())
+        outputs.valence = view
+    return outputs
+
+
+def read_cache(students: Students, draw: Draw) -> Read:
+    """The caches as the students find them: corrupted, one for all runs of a seed, or of every run's own quantiser."""
+    device, conditions = students.base.model.device, len(students.config.objectives)
+    corrupted = draw.keys.to(device), draw.values.to(device)
+    if students.quantiser is None:
+        return Read(*corrupted, conditions, students.first)
+    clean = [x[draw.rows].to(device) for x in (students.bank.keys, students.bank.values)]
+    read = [
+        # storage holds few bits; a fault replaces what it hits
+        torch.where((sound == hit).repeat_interleave(conditions, 0), stored, hit.repeat_interleave(conditions, 0))
+        for sound, hit, stored in zip(clean, corrupted, students.quantiser(*clean), strict=True)
+    ]
+    return Read(read[0], read[1], conditions=1, first=0)
+
+
+def repaired(students: Students, draw: Draw, found: Read) -> Read:
+    """The caches that the students attend to: those of D and E are repaired before, others inside attention."""
+    if isinstance(students.operator, TokenAware):
+        return repair_read(students.base, students.bank, students.operator, draw, found)
+    return found
+
+
+def _measure(students: Students, draw: Draw, read: Read, protection: Protection) -> dict[str, torch.Tensor]:
+    """`identity`, `rho`, `rho_k`, `rho_v` and `found`, what was changed in the cache, of protected layers [R, B, P]."""
+    config, bank, operator = students.config, students.bank, students.operator
+    assert isinstance(operator, FoldedOperator)  # only a fold has Gram terms
+    rows = draw.rows.repeat_interleave(len(read.keys) // len(draw.rows), 0)
+    terms: dict[str, list[torch.Tensor]] = {name: [] for name in ("identity", "rho", "rho_k", "rho_v", "found")}
+    for layer in config.layers:
+        grams = [
+            # detached: a quantiser would lower rho by doing more damage
+            Gram.of(clean[rows, layer].to(after.device), after[:, :, layer - read.first].detach())
+            for clean, after in zip((bank.keys, bank.values), (read.keys, read.values), strict=True)
+        ]
+        gate_k, gate_v = (
+            None if gate is None else gate.unflatten(0, (config.runs, -1)) for gate in protection.gates[layer]
+        )
+        for name, value in layer_terms(grams[0], grams[1], operator.factors(layer), (gate_k, gate_v)).items():
+            terms[name].append(value)
+        terms["found"].append((grams[0].found + grams[1].found).repeat_interleave(read.conditions, 0))
+    return {name: torch.stack(values, -1) for name, values in terms.items()}

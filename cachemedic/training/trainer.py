@@ -1,0 +1,227 @@
+"""Training of repair operators: all runs of a sweep in one loop, on the clean-cache bank.
+
+Runs are seeds x conditions, seed-major. Conditions of one seed share data and corruption draws (paired comparisons);
+different seeds share none.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+
+from cachemedic.core.files import write_atomically
+from cachemedic.corruption import severity
+from cachemedic.models.load import Base
+from cachemedic.repair.operator import RepairOperator
+from cachemedic.token.calibration import calibrate
+from cachemedic.token.operator import TokenAware
+from cachemedic.training.bank import Bank, open_bank
+from cachemedic.training.config import TrainConfig, sweep_objective
+from cachemedic.training.draws import Draw, draw_step
+from cachemedic.training.forward import Students, forward
+from cachemedic.training.log import drop_after, gate_lines, log_records
+from cachemedic.training.objective import StepOutputs
+from cachemedic.training.run_adam import RunAdam
+from cachemedic.training.valence.gate import GateKeeper, Verdict
+from cachemedic.training.valence.head import Valence, shipped_valence
+from cachemedic.training.valence.objective import ValenceObjective
+from cachemedic.training.valence.projection import project, proxy
+from cachemedic.training.valence.quantiser import KVQuantiser
+
+GATE_LOG = "gate.jsonl"
+CALIBRATION = 64  # caches of the bank from which an untrained quantiser takes the ranges of channels
+
+
+class Trainer:
+    """Trains the operators of one `TrainConfig`; `folder` receives checkpoint and log, and is resumed from.
+
+    `valence` is the head that a valence objective or a mercy gate needs, from last hidden states [..., width] to
+    [0, 1]^m (None: the one that comes with the base).
+    Raises `ValueError` for a configuration that does not fit the base, before the bank is computed.
+    """
+
+    def __init__(
+        self, base: Base, config: TrainConfig, folder: Path, bank: Bank | None = None, valence: Valence | None = None
+    ) -> None:
+        self.base, self.config, self.folder = base, config, folder
+        seeds = [seed for seed in config.seeds for _ in config.objectives]
+        self.operator = RepairOperator.create(
+            config.family, base.model.config, layers=config.layers, rank=config.rank, apply_to=config.apply_to,
+            seed=seeds, runs=config.runs, **config.options,
+        ).to(base.model.device)  # fmt: skip
+        shape = self.operator.config.model
+        for corruption in config.mixture.weights:  # severities must be calibrated
+            severity.reach(corruption, config.mixture.base, (shape.num_layers, shape.num_kv_heads, config.bank.prefix))
+        self.objective = sweep_objective(config.objectives, len(config.seeds))
+        self.valence = shipped_valence(base) if valence is None and config.needs_valence else valence
+        self.bank = open_bank(base, config.bank) if bank is None else bank
+        if isinstance(self.operator, TokenAware):
+            calibrate(self.operator, base, source=config.bank.source)
+        self.first = config.first_layer
+        self.quantiser, self.strength = self._quantiser(), self._strength()
+        self.optimizer = RunAdam((p for part in self.trained.values() for p in part.parameters()), lr=config.lr)
+        self.keeper = None if config.gate is None else GateKeeper(config.gate, config.runs)
+        self.step = 0
+        self.key = config.key(base)
+        conditions = range(len(config.objectives))
+        self.run_ids = [f"{self.key}/seed{seed}/condition{c}" for seed in config.seeds for c in conditions]
+
+    def _quantiser(self) -> KVQuantiser | None:
+        if self.config.quantiser is None:
+            return None
+        keys, values = (x[:CALIBRATION] for x in (self.bank.keys, self.bank.values))
+        return KVQuantiser.calibrated(self.config.quantiser, keys, values, self.config.runs).to(self.base.model.device)
+
+    def _strength(self) -> torch.nn.ParameterDict | None:
+        if not any(o.learn_lam for o in self.config.valence_objectives):
+            return None
+        begin = [o.lam if isinstance(o, ValenceObjective) else 0.0 for o in self.config.objectives]
+        lam = torch.tensor(begin * len(self.config.seeds), device=self.base.model.device)
+        return torch.nn.ParameterDict({"lam": torch.nn.Parameter(lam)})
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Module]:
+        """What the optimiser moves, by its name in a checkpoint."""
+        alone = self.config.quantiser is not None and self.config.quantiser.alone
+        parts = {"operator": None if alone else self.operator, "quantiser": self.quantiser, "strength": self.strength}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def students(self) -> Students:
+        strength = None if self.strength is None else self.strength["lam"]
+        return Students(
+            self.base, self.config, self.bank, self.operator, self.first, self.quantiser, self.valence, strength
+        )
+
+    def draw(self, step: int) -> Draw:
+        """Samples, events and corrupted caches of one step."""
+        return draw_step(self.config, self.bank, self.first, step)
+
+    def forward(self, draw: Draw) -> StepOutputs:
+        """The student pass of one step and the terms of the repair."""
+        return forward(self.students, draw)
+
+    def train_step(self) -> list[dict]:
+        """One update of all runs; returns the log records, one a run.
+
+        Raises `FloatingPointError` if a loss is not finite, `MercyGateError` if the gate blocks a run for too long.
+        """
+        if self.config.schedule == "linear":
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.lr * (1 - self.step / self.config.steps)
+        draw = self.draw(self.step)
+        outputs = self.forward(draw)
+        parts = self.objective(outputs)
+        self.optimizer.zero_grad()
+        parts["loss"].sum().backward()  # runs share no parameter: each gets the gradient of its own loss
+        norms = self._clip()
+        diverged = ~(parts["loss"].isfinite() & norms.isfinite())
+        if diverged.any():
+            runs = diverged.nonzero().flatten().tolist()
+            raise FloatingPointError(f"loss or gradient of runs {runs} is not finite at step {self.step + 1}")
+        verdict = self._update(outputs)
+        self.step += 1
+        return log_records(self.run_ids, self.step, draw.events, outputs, parts, verdict)
+
+    def _update(self, outputs: StepOutputs) -> Verdict | None:
+        """The update, under the eyes of the gate if it is due."""
+        gate = self.config.gate
+        if self.keeper is None or gate is None or not gate.due(self.step + 1):
+            self.optimizer.step()
+            return None
+        by_proxy = gate.projection == "proxy"
+        return self.keeper.step(self.optimizer, lambda: proxy(outputs) if by_proxy else project(self.students, gate))
+
+    def _clip(self) -> torch.Tensor:
+        """Clips the gradient of each run by its norm; returns the norms [R] before that."""
+        parameters = [p for part in self.trained.values() for p in part.parameters()]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norms = torch.stack([g.view(len(g), -1).square().sum(1) for g in gradients]).sum(0).sqrt()
+        scale = (self.config.clip / norms.clamp_min(1e-12)).clamp_max(1.0)
+        for gradient in gradients:
+            gradient.mul_(scale.view(-1, *[1] * (gradient.ndim - 1)))
+        return norms
+
+    def save(self) -> None:
+        """Checkpoint: what is trained, optimiser, gate and step, whole or not at all."""
+        state = {"key": self.key, "step": self.step} | {k: part.state_dict() for k, part in self._state().items()}
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomically(self.folder / "checkpoint.pt", buffer.getvalue())
+
+    def _state(self) -> dict[str, Any]:
+        keeper = {} if self.keeper is None else {"gate": self.keeper}
+        return {**self.trained, "optimizer": self.optimizer, **keeper}
+
+    def resume(self) -> None:
+        """Go back to the checkpoint, if there is one, and drop the log lines that came after it.
+
+        Raises `ValueError` if the checkpoint is damaged or of another configuration or base.
+        """
+        checkpoint, log = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
+        if checkpoint.exists():
+            try:
+                state = torch.load(io.BytesIO(checkpoint.read_bytes()), weights_only=True, map_location="cpu")
+            except Exception as error:  # of many kinds, according to where the damage is
+                raise ValueError(f"{checkpoint} is damaged; delete it to train from the start: {error}") from error
+            if state["key"] != self.key:
+                raise ValueError(f"{checkpoint} belongs to {state['key']}, not to {self.key}: choose another folder")
+            for name, part in self._state().items():
+                part.load_state_dict(state[name])
+            self.step = state["step"]
+        if log.exists():
+            drop_after(log, self.step)
+
+    def run(self) -> RepairOperator:
+        """Train to the end, from the last checkpoint on if there is one, and return the operator stack."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.resume()
+        what = f"train {self.config.family} x {self.config.runs} runs on {self.base.name}"
+        with (
+            open(self.folder / "log.jsonl", "a", encoding="utf-8") as log,
+            tqdm(total=self.config.steps, initial=self.step, desc=what) as bar,
+        ):
+            while self.step < self.config.steps:
+                records = self.train_step()
+                log.writelines(json.dumps(record) + "\n" for record in records)
+                bar.update()
+                bar.set_postfix(loss=f"{sum(r['loss_total'] for r in records) / len(records):.4f}")
+                if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
+                    log.flush()
+                    self.save()
+        return self.operator
+
+
+def load_or_train(base: Base, config: TrainConfig, trained: Path, work: Path, retrain: bool = False) -> RepairOperator:
+    """The trained operators of `config`: those kept under `trained` (unless `retrain`), else trained and kept there.
+
+    What else was trained or measured lies beside the operators, in trained / config.key(base): a quantiser
+    (`KVQuantiser.from_pretrained`), and the checks of a mercy gate (`gate.jsonl`).
+    `work` holds checkpoints and logs; an interrupted training goes on from there.
+    """
+    key = config.key(base)
+    work.mkdir(parents=True, exist_ok=True)
+    with FileLock(work / f"{key}.lock"):  # notebooks that run side by side may ask for the same operators
+        if retrain or not (trained / key / "config.json").exists():
+            _train(base, config, trained / key, work / key)
+        operator = RepairOperator.from_pretrained(trained / key)
+    operator.check_model(base.model.config)
+    return operator.to(base.model.device)
+
+
+def _train(base: Base, config: TrainConfig, folder: Path, work: Path) -> None:
+    """Trains in `work` and writes into `folder`, the operators last."""
+    trainer = Trainer(base, config, work)
+    operator = trainer.run()
+    if trainer.quantiser is not None:
+        trainer.quantiser.save_pretrained(folder)
+    if trainer.keeper is not None:
+        write_atomically(folder / GATE_LOG, gate_lines(trainer.folder / "log.jsonl"))
+    operator.save_pretrained(folder)
+    (trainer.folder / "checkpoint.pt").unlink()  # the log stays

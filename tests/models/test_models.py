@@ -1,0 +1,131 @@
+"""Loading of base models, and the start from which the embedded ones are trained."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+from transformers import OPTConfig, OPTForCausalLM
+
+from cachemedic.models import load as models
+from cachemedic.models.load import decoder_layers, load_base
+from cachemedic.studies.pretraining.initialisation import INDUCTION_LAYER, PREVIOUS_LAYER, add_induction_circuit
+from cachemedic.studies.pretraining.train import new_model
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def folder(request, tmp_path):
+    """A causal LM as Hugging Face saves it, in a local folder."""
+    tiny_model(request.param).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """The folder of the embedded bases, with one in it."""
+    monkeypatch.setattr(models, "WEIGHTS", tmp_path)
+    folder = tmp_path / "embedded-gpt2"
+    tiny_model().half().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "card.json").write_text(json.dumps({"weights_sha256": digest}))
+    return folder
+
+
+def test_a_local_folder_is_loaded_frozen(folder):
+    ids = torch.arange(1, 9)[None]
+    base = load_base(folder)
+    assert base.name == str(folder)
+    assert base.context == 320
+    assert not base.model.training
+    assert not any(p.requires_grad for p in base.model.parameters())
+    expected = tiny_model("llama" if base.model.config.model_type == "llama" else "gpt2")(ids).logits
+    torch.testing.assert_close(base.model(ids).logits, expected)
+    assert base.tokenizer("a bridge")["input_ids"] == tiny_tokenizer()("a bridge")["input_ids"]
+    assert load_base(str(folder), dtype=torch.bfloat16).model.dtype == torch.bfloat16
+
+
+def test_an_embedded_base_is_loaded_in_single_precision(weights):
+    base = load_base("embedded-gpt2")
+    assert base.name == "embedded-gpt2"
+    assert base.model.dtype == torch.float32
+    torch.testing.assert_close(base.model.lm_head.weight, tiny_model().half().float().lm_head.weight)
+
+
+@pytest.mark.parametrize("at", [0, 1000, -1])
+def test_damaged_weights_are_refused(weights, at):
+    data = bytearray((weights / "model.safetensors").read_bytes())
+    data[at] ^= 1
+    (weights / "model.safetensors").write_bytes(data)
+    with pytest.raises(OSError, match=r"embedded-gpt2 are damaged: sha256 .*make base-models"):
+        load_base("embedded-gpt2")
+
+
+def test_cut_off_weights_are_refused(weights):
+    data = (weights / "model.safetensors").read_bytes()
+    (weights / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(OSError, match="damaged"):
+        load_base("embedded-gpt2")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("embedded-gtp2", "did you mean 'embedded-gpt2'"),
+        ("embeded-llama", "did you mean 'embedded-llama'"),
+        ("embedded-bert", "unknown base 'embedded-bert'"),
+        ("no/such/folder", "unknown base 'no/such/folder'"),
+    ],
+)
+def test_an_unknown_name_is_refused_without_a_download(name, hint, monkeypatch):
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("looked for on the hub"))
+    with pytest.raises(ValueError, match=rf"{hint}.*embedded-gpt2, embedded-llama, the name of|{hint}"):
+        load_base(name)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is not embedded .* and could not be loaded as a local folder"):
+        load_base(tmp_path)
+
+
+def test_the_list_of_layers_is_found():
+    opt = OPTForCausalLM(OPTConfig(
+        vocab_size=8, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, ffn_dim=8, word_embed_proj_dim=8,
+    ))  # fmt: skip
+    gpt2, llama = tiny_model(), tiny_model("llama")
+    assert decoder_layers(gpt2) == (gpt2.transformer, "h")
+    assert decoder_layers(llama) == (llama.model, "layers")
+    assert decoder_layers(opt) == (opt.model.decoder, "layers")
+    opt.config.num_hidden_layers = 5
+    with pytest.raises(ValueError, match="no list of 5 decoder layers"):
+        decoder_layers(opt)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_an_untrained_model_has_an_induction_circuit(architecture):
+    """On random tokens, repeated: one head reads the previous token, another what followed the last time."""
+    model, length = new_model(architecture).eval(), 60
+    model.set_attn_implementation("eager")
+    once = torch.randperm(2047, generator=torch.Generator().manual_seed(0))[:length] + 1
+    with torch.inference_mode():
+        weights = model(torch.cat([once, once])[None], output_attentions=True).attentions
+    again = torch.arange(length, 2 * length - 1)
+    for layer, read in ((PREVIOUS_LAYER, again - 1), (INDUCTION_LAYER, again - length + 1)):
+        by_head = weights[layer][0, :, again, read].mean(-1)
+        assert by_head[0] > 0.2
+        assert (by_head[1:] < 0.02).all()  # the other heads start at random
+
+
+def test_an_untrained_model_depends_on_its_seed_alone():
+    first, second, other = (new_model("gpt2", seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["transformer.wte.weight"], other["transformer.wte.weight"])
+
+
+def test_other_architectures_have_no_circuit():
+    with pytest.raises(ValueError, match="unknown base 'bert': allowed: 'gpt2', 'llama', 'wikipedia'"):
+        new_model("bert")
+    with pytest.raises(TypeError, match="no induction circuit for Linear"):
+        add_induction_circuit(torch.nn.Linear(2, 2), torch.Generator())

@@ -1,0 +1,99 @@
+"""Operators on disk, and definitions that are refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from small_models import shaken
+from transformers import GPT2Config, LlamaConfig
+
+from cachemedic.repair.operator import RepairOperator
+
+LLAMA = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3, vocab_size=50)
+
+
+@pytest.mark.parametrize("family", ["A", "B", "C"])
+def test_saving_and_loading_keeps_every_bit(tmp_path, family):
+    op = shaken(RepairOperator.create(family, LLAMA, [0, 2], rank=4, apply_to="V", runs=2))
+    op.save_pretrained(tmp_path / "op")
+    loaded = RepairOperator.from_pretrained(tmp_path / "op")
+    assert loaded.config == op.config
+    assert type(loaded) is type(op)
+    before, after = dict(op.named_parameters()), dict(loaded.named_parameters())
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) and after[name].requires_grad for name in before)
+
+
+def test_numpy_numbers_become_plain_ones(tmp_path):
+    op = RepairOperator.create("A", LLAMA, np.arange(2), rank=np.int64(4))
+    op.save_pretrained(tmp_path)
+    assert RepairOperator.from_pretrained(tmp_path).config == op.config
+    for number in (*op.layers, op.rank):
+        assert type(number) is int
+
+
+def test_a_definition_that_json_cannot_hold_leaves_the_saved_operator(tmp_path):
+    good = shaken(RepairOperator.create("A", LLAMA, [0]))
+    good.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        RepairOperator.create("A", LLAMA, [0], seed=1, gate_hidden=np.int64(4)).save_pretrained(tmp_path)
+    loaded = RepairOperator.from_pretrained(tmp_path)
+    assert all(torch.equal(p, loaded.get_parameter(name)) for name, p in good.named_parameters())
+
+
+def test_damaged_or_foreign_checkpoints_are_refused(tmp_path):
+    op = RepairOperator.create("A", LLAMA, [0, 2], rank=4)
+    with pytest.raises(FileNotFoundError, match="no file config.json"):
+        RepairOperator.from_pretrained(tmp_path / "nothing")
+
+    op.save_pretrained(tmp_path)
+    weights, config = tmp_path / "operator.safetensors", tmp_path / "config.json"
+    good, record = weights.read_bytes(), json.loads(config.read_text())
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(ValueError, match="sha256"):
+        RepairOperator.from_pretrained(tmp_path)
+    weights.write_bytes(good)
+
+    config.write_text(json.dumps(record | {"rank": 5}))
+    with pytest.raises(ValueError, match="shapes"):
+        RepairOperator.from_pretrained(tmp_path)
+    config.write_text(json.dumps(record | {"ranks": 4}))
+    with pytest.raises(ValueError, match="did you mean 'rank'"):
+        RepairOperator.from_pretrained(tmp_path)
+    config.write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        RepairOperator.from_pretrained(tmp_path)
+
+    with pytest.raises(ValueError, match="gpt2"):
+        op.check_model(GPT2Config(n_layer=3, n_embd=64, n_head=4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"family": "AA"}, "unknown operator family 'AA': did you mean 'A'"),
+        ({"gate_hiden": 4}, "did you mean 'gate_hidden'"),
+        ({"head_embedding": True}, "unknown option of operator family A 'head_embedding'"),
+        ({"apply_to": "Q"}, "allowed: 'K', 'KV', 'V'"),
+        ({"layers": [3]}, "layer 3 is out of range: the model has layers 0 to 2"),
+        ({"layers": [-1]}, "layer -1 is out of range"),
+        ({"layers": []}, "one or more distinct"),
+        ({"layers": [1, 1]}, "one or more distinct"),
+        ({"rank": 17}, "rank 17 is out of range: allowed are 1 to the head size, 16"),
+        ({"rank": 0}, "rank 0 is out of range"),
+        ({"gate_hidden": 0}, "gate_hidden must be 1 or more, not 0"),
+        ({"runs": 0}, "runs must be 1 or more"),
+        ({"seed": [1, 2]}, "2 numbers for 1 runs"),
+    ],
+)
+def test_bad_input_gives_one_clear_error(arguments, message):
+    defaults = {"family": "A", "model_config": LLAMA, "layers": [0]}
+    with pytest.raises(ValueError, match=message):
+        RepairOperator.create(**(defaults | arguments))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [({"layers": [0.5]}, "a layer .* not 0.5"), ({"rank": 2.0}, "rank")])
+def test_numbers_that_are_not_whole_are_refused(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        RepairOperator.create(**({"family": "A", "model_config": LLAMA, "layers": [0]} | arguments))

@@ -1,0 +1,136 @@
+"""The mercy gate: what it takes back, run by run and bit for bit, what it says, and when it gives up."""
+
+import logging
+
+import pytest
+import torch
+
+from cachemedic.training.run_adam import RunAdam
+from cachemedic.training.valence.gate import GateKeeper, MercyGateError
+from cachemedic.training.valence.objective import MercyGate
+
+RUNS = 3
+
+
+def stack(optimizer: type[torch.optim.Optimizer] = RunAdam, updates: int = 0):
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(RUNS, *shape, generator=generator)) for shape in ((4, 2), (3,))]
+    adam = optimizer(parameters, lr=1e-2)
+    for update in range(updates):
+        gradients(parameters, update)
+        adam.step()
+    return parameters, adam
+
+
+def gradients(parameters, update: int) -> None:
+    generator = torch.Generator().manual_seed(100 + update)
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def state_of(parameters, adam, run: int) -> list[torch.Tensor]:
+    return [x[run].clone() for p in parameters for x in (p.detach(), *adam.state[p].values())]
+
+
+def projecting(*valences: float):
+    return lambda: (torch.tensor(valences), torch.full((RUNS,), 0.5))
+
+
+@pytest.mark.parametrize("updates", [0, 3])
+def test_a_blocked_run_is_what_it_was_and_the_others_move_on(updates):
+    parameters, adam = stack(updates=updates)
+    free_parameters, free = stack(updates=updates)
+    before = state_of(parameters, adam, 1)
+    keeper = GateKeeper(MercyGate(), RUNS)
+    gradients(parameters, updates)
+    gradients(free_parameters, updates)
+    verdict = keeper.step(adam, projecting(0.46, 0.44, 0.45))  # the bound is 0.45
+    free.step()
+    assert verdict.blocked.tolist() == [False, True, False]
+    assert all(torch.equal(x, y) for x, y in zip(state_of(parameters, adam, 1), before, strict=True))
+    for run in (0, 2):
+        same = zip(state_of(parameters, adam, run), state_of(free_parameters, free, run), strict=True)
+        assert all(torch.equal(x, y) for x, y in same)
+    # and from here the blocked run goes on as if the update had never been tried
+    again, fresh = stack(updates=updates)
+    for p, q in ((parameters, adam), (again, fresh)):
+        gradients(p, 50)
+        q.step()
+    assert all(torch.equal(x, y) for x, y in zip(state_of(parameters, adam, 1), state_of(again, fresh, 1), strict=True))
+
+
+def test_steps_are_those_of_torch():
+    mine, adam = stack(updates=40)
+    other, reference = stack(torch.optim.Adam, updates=40)
+    assert all(torch.equal(x, y) for x, y in zip(mine, other, strict=True))
+    assert all(
+        torch.equal(adam.state[x]["exp_avg_sq"], reference.state[y]["exp_avg_sq"])
+        for x, y in zip(mine, other, strict=True)
+    )
+
+
+def test_any_optimiser_can_be_set_back_as_a_whole_but_not_in_part():
+    parameters, adam = stack(torch.optim.Adam, updates=2)
+    before = [p.detach().clone() for p in parameters], {p: dict(adam.state[p]) for p in parameters}
+    steps = [adam.state[p]["step"].clone() for p in parameters]
+    keeper = GateKeeper(MercyGate(), RUNS)
+    gradients(parameters, 9)
+    keeper.step(adam, projecting(0.1, 0.1, 0.1))
+    assert all(torch.equal(p, q) for p, q in zip(parameters, before[0], strict=True))
+    assert all(torch.equal(adam.state[p]["step"], s) for p, s in zip(parameters, steps, strict=True))
+    gradients(parameters, 9)
+    with pytest.raises(ValueError, match="state 'step' of Adam is not one a run: use RunAdam"):
+        keeper.step(adam, projecting(0.1, 0.9, 0.9))
+
+
+def test_it_says_what_it_blocked_and_counts(caplog):
+    parameters, adam = stack()
+    keeper = GateKeeper(MercyGate(), RUNS)
+    with caplog.at_level(logging.WARNING):
+        for valences in ((0.9, 0.4, 0.9), (0.9, 0.4, 0.2), (0.9, 0.9, float("nan"))):
+            gradients(parameters, 0)
+            verdict = keeper.step(adam, projecting(*valences))
+    assert keeper.blocked.tolist() == [0, 2, 2]
+    assert keeper.in_a_row.tolist() == [0, 0, 2]
+    assert len(caplog.messages) == 4
+    said = "run 1: Mercy gate blocked: projected valence 0.4000 is below 0.9 times the teacher's 0.5000"
+    assert caplog.messages[0] == said
+    assert verdict.message[0] is None
+    assert verdict.message[2].startswith("Mercy gate blocked")
+    other = GateKeeper(MercyGate(), RUNS)
+    other.load_state_dict(keeper.state_dict())
+    assert other.in_a_row.tolist() == [0, 0, 2]
+
+
+def test_blocks_in_a_row_end_in_an_error():
+    parameters, adam = stack()
+    keeper = GateKeeper(MercyGate(patience=3), RUNS)
+    for valences in ((0.1, 0.9, 0.9), (0.1, 0.1, 0.9)):
+        gradients(parameters, 0)
+        keeper.step(adam, projecting(*valences))
+    gradients(parameters, 0)
+    with pytest.raises(
+        MercyGateError, match=r"3 updates in a row were blocked in runs \[0\].*0.1000 is below 0.9 times"
+    ):
+        keeper.step(adam, projecting(0.1, 0.9, 0.1))
+
+
+@pytest.mark.parametrize(("gate", "checked"), [(MercyGate(), [25, 50]), (MercyGate("proxy"), list(range(1, 51)))])
+def test_when_it_is_asked(gate, checked):
+    assert [update for update in range(1, 51) if gate.due(update)] == checked
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"projection": "rollouts"}, "did you mean 'rollout'"),
+        ({"threshold": 0.0}, "threshold must be above 0"),
+        ({"horizon": 9}, "horizon must be 10 to 30 steps, not 9"),
+        ({"horizon": 31}, "not 31"),
+        ({"every": 0}, "every must be at least 1"),
+        ({"patience": 0}, "patience must be at least 1"),
+    ],
+)
+def test_bad_gates_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MercyGate(**options)
