@@ -7,7 +7,7 @@ from typing import Any
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from cachemedic.operator_config import ModelShape
+from cachemedic.models.shape import ModelShape
 
 IMPLEMENTATIONS = ("sdpa", "eager")  # attention that takes a mask of its own for each query
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # rope types whose angles change with the longest position of a call

@@ -8,7 +8,7 @@ import transformers as hf
 from small_models import CONFIGS, VOCABULARY, model_of, padded_batch
 from transformers import DynamicCache, StaticCache
 
-from cachemedic.cache import stack_cache, unstack_cache
+from cachemedic.models.cache import stack_cache, unstack_cache
 from cachemedic.token import recompute as recompute_module
 from cachemedic.token.recompute import recompute
 
