@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import cachemedic
+from cachemedic.corruption import apply, spec
 from cachemedic.corruption.apply import MIXTURE_WEIGHTS, Mixture, corrupt
 from cachemedic.corruption.spec import CorruptionSpec, draw_event
 
@@ -30,7 +30,8 @@ def calls(monkeypatch):
         return (1, severity) if discrete else (AT_FULL_SEVERITY[name] * severity, 1.0)
 
     stand_in = SimpleNamespace(resolve=resolve, reach=lambda name, base, shape: REACH.get(name, 1.0))
-    monkeypatch.setattr(cachemedic, "severity", stand_in, raising=False)
+    monkeypatch.setattr(spec, "severity", stand_in)
+    monkeypatch.setattr(apply, "severity", stand_in)
     return asked
 
 

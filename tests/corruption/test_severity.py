@@ -57,7 +57,7 @@ def test_the_value_of_the_context_is_what_erasing_it_costs(base, task, clean):
 
 def test_the_calibrated_parameters_do_the_damage_that_they_stand_for(base, task, clean, monkeypatch):
     coarse = {"gaussian": (0.2, 0.5, 1.0, 2.0, 8.0), "quant_noise": (4, 2, 1), "contiguous_overwrite": (32, 128)}
-    monkeypatch.setattr(severity, "PARAMETERS", coarse)
+    monkeypatch.setattr(severity_calibration, "PARAMETERS", coarse)
     curves, rows = severity_calibration.calibrate(base, task, clean)
     assert list(rows.columns) == severity.MAP_COLUMNS
     assert set(rows["type"]) == set(coarse)
@@ -85,9 +85,9 @@ def test_the_map_inverts_the_damage_curve(increments):
     clean = CleanBank(torch.empty(1, 3, 4, 128, 8), torch.empty(1, 3, 4, 128, 8), torch.empty(1, 1, 1))
     worth = pd.DataFrame({"nll_clean": [1.0], "nll_erased": [2.0]})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(severity, "PARAMETERS", {"gaussian": parameters})
-        patch.setattr(severity, "context_value", lambda *_: worth)
-        patch.setattr(severity, "damage_curve", lambda *_: curve)
+        patch.setattr(severity_calibration, "PARAMETERS", {"gaussian": parameters})
+        patch.setattr(severity_calibration, "context_value", lambda *_: worth)
+        patch.setattr(severity_calibration, "damage_curve", lambda *_: curve)
         _, rows = severity_calibration.calibrate(Named("x"), None, clean)
     most = np.maximum.accumulate(damage.clip(0))
     reach = min(thousandths(most[-1]), 1.0)
@@ -112,9 +112,9 @@ def test_bits_reach_a_severity_by_the_share_of_positions(monkeypatch):
     curve = pd.DataFrame({"type": "quant_noise", "parameter": np.repeat([2, 1], 4), "share": shares, "damage": damage})
     clean = CleanBank(torch.empty(1, 3, 4, 128, 8), torch.empty(1, 3, 4, 128, 8), torch.empty(1, 1, 1))
     worth = pd.DataFrame({"nll_clean": [1.0], "nll_erased": [2.0]})
-    monkeypatch.setattr(severity, "PARAMETERS", {"quant_noise": (2, 1)})
-    monkeypatch.setattr(severity, "context_value", lambda *_: worth)
-    monkeypatch.setattr(severity, "damage_curve", lambda *_: curve)
+    monkeypatch.setattr(severity_calibration, "PARAMETERS", {"quant_noise": (2, 1)})
+    monkeypatch.setattr(severity_calibration, "context_value", lambda *_: worth)
+    monkeypatch.setattr(severity_calibration, "damage_curve", lambda *_: curve)
     _, rows = severity_calibration.calibrate(Named("x"), None, clean)
     assert rows["severity"].tolist() == [0.1, 0.25, 0.5, 1.0]
     assert rows["parameter"].tolist() == [2, 1, 1, 1]
@@ -129,7 +129,7 @@ def test_a_prefix_of_another_length_is_refused(base, task, clean):
 
 def test_a_base_that_ignores_its_context_is_refused(base, task, clean, monkeypatch):
     equal = pd.DataFrame({"nll_clean": [2.0], "nll_erased": [2.0]})
-    monkeypatch.setattr(severity, "context_value", lambda *_: equal)
+    monkeypatch.setattr(severity_calibration, "context_value", lambda *_: equal)
     with pytest.raises(ValueError, match="worth 0.000 nats to tiny-gpt2: nothing can be damaged"):
         severity_calibration.calibrate(base, task, clean)
 

@@ -7,6 +7,7 @@ import math
 import torch
 
 EPS = 1e-8
+ROUNDING = 1e-12  # a share of the whole weight that counts as none
 
 
 def valence_weights(
@@ -61,12 +62,18 @@ def _standardised(s: torch.Tensor) -> torch.Tensor:
 
 
 def _capped(logs: torch.Tensor, cap: float) -> torch.Tensor:
-    """Logarithms of weights of mean 1 [..., B], none above `cap`: the others share what is left in proportion."""
+    """Logarithms of weights of mean 1 [..., B], none above `cap`: the others share what is left in proportion.
+
+    The largest weights are capped, as few as possible. Where these carry the whole weight, the others have weight zero.
+    """
     count = logs.shape[-1]
-    order = logs.sort(-1, descending=True).values
-    rest = order.flip(-1).logcumsumexp(-1).flip(-1)  # log of the sum of the i-th and all smaller weights
-    i = torch.arange(count, device=logs.device)
-    room = torch.log((count - i * math.exp(cap)).clamp_min(torch.finfo(logs.dtype).tiny))  # for these, if i are capped
-    fits = order + room - rest <= cap + 1e-12  # then the largest of them stays below the cap, up to rounding
-    shift = torch.where(fits, room - rest, -torch.inf).amax(-1, keepdim=True)
-    return (logs + shift).clamp_max(cap)
+    order = logs.sort(-1, descending=True)
+    others = order.values.flip(-1).logcumsumexp(-1).flip(-1)  # log of the sum of the i-th and all smaller weights
+    left = count - torch.arange(count, device=logs.device) * math.exp(cap)  # the weight of these if i are capped
+    left = torch.where(left > ROUNDING * count, left, 0.0).to(logs.dtype)
+    shared = order.values + left.log() - others  # what the i-th weight then is
+    fits = (shared <= cap + ROUNDING) | (left == 0)
+    capped = fits.int().argmax(-1, keepdim=True)  # the first that fits: one always does, as the cap is 1 or more
+    shift = left.log().expand_as(others).gather(-1, capped) - others.gather(-1, capped)
+    rank = order.indices.argsort(-1)
+    return torch.where(rank < capped, cap, (logs + shift).clamp_max(cap))

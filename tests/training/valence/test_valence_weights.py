@@ -54,6 +54,16 @@ def test_normalised_weights_have_mean_one_also_under_a_cap(saliency, lam, cap):
     assert not known.any() or torch.allclose(ratio[known], ratio[known][0].expand(int(known.sum())))
 
 
+@given(st.integers(2, 24), st.data(), st.floats(0, 40))
+def test_a_cap_that_fits_exactly_leaves_the_mean_at_one(count, data, lam):
+    carriers = data.draw(st.integers(1, count))  # as many sequences as the cap lets carry the whole weight
+    saliency = data.draw(st.lists(st.sampled_from([0.0, 0.3, 1.0]), min_size=count, max_size=count))
+    for dtype in (torch.float32, torch.float64):
+        weights = valence_weights(torch.tensor(saliency, dtype=dtype), lam, normalise=True, max_weight=count / carriers)
+        assert float(weights.mean()) == pytest.approx(1, rel=1e-5)
+        assert float(weights.max()) <= count / carriers * (1 + 1e-5)
+
+
 def test_a_cap_alone_cuts_off():
     s = torch.tensor([0.0, 0.1, 5.0])
     torch.testing.assert_close(valence_weights(s, 6.0, max_weight=2.0), formula(s, 6.0).clamp_max(2.0))
