@@ -110,6 +110,6 @@ def _permuted(hasher: TokenHash, keys: Tensor, values: Tensor, parts: Tensor) ->
     for side, x in enumerate((keys, values)):
         shares = hasher.by_head(x.flatten(0, 1))  # [head, place, n * L]
         for order in list(permutations(range(heads)))[1:]:
-            h = sum(shares[head, place] for head, place in enumerate(order))
+            h = torch.stack([shares[head, place] for head, place in enumerate(order)]).sum(0)
             found[..., side] |= hasher.parts(h).view(count, layers) == parts[..., side]
     return found
