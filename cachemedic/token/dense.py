@@ -1,0 +1,94 @@
+"""Which models and caches have tokens that can be looked at, and computed again, one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+from cachemedic.models.shape import ModelShape
+
+IMPLEMENTATIONS = ("sdpa", "eager")  # attention that takes a mask of its own for each query
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # rope types whose angles change with the longest position of a call
+
+
+def check_cache_of(model: PreTrainedModel, cache: Cache) -> int:
+    """The number of tokens in a cache of plain keys and values of this model.
+
+    Raises `TypeError` for a cache that is not organised in layers, `ValueError` for an encoder-decoder, latent
+    attention, a layer that does not hold the keys and values of every token, and an empty cache.
+    """
+    if model.config.is_encoder_decoder:
+        ModelShape.of(model.config)  # says what is wrong with it
+    if not isinstance(getattr(cache, "layers", None), list):
+        raise TypeError(
+            f"a cache must hold its keys and values in `layers`, as DynamicCache does; {type(cache).__name__} does not"
+        )
+    layers: list[Any] = cache.layers
+    for number, layer in enumerate(layers):
+        if type(layer) not in (DynamicLayer, StaticLayer, DynamicSlidingWindowLayer):
+            raise ValueError(
+                f"layer {number} of this cache is a {type(layer).__name__}, which does not hold the keys and values "
+                "of every token: allowed are layers of a DynamicCache or StaticCache of a model whose layers all attend"
+            )
+    shape = ModelShape.of(model.config)
+    if len(layers) != shape.num_layers or not all(layer.is_initialized for layer in layers):
+        written = sum(layer.is_initialized for layer in layers)
+        raise ValueError(f"{written} layers of this cache hold tokens; the model has {shape.num_layers} layers")
+    lengths = {_held(layer) for layer in layers}
+    if len(lengths) != 1:
+        raise ValueError(f"all layers must hold the same tokens; these hold {sorted(lengths)} of them")
+    return lengths.pop()
+
+
+def _held(layer: Any) -> int:
+    """How many tokens a layer has seen. Raises `ValueError` for a sliding window that has dropped some."""
+    seen = int(layer.get_seq_length())
+    if seen > layer.keys.shape[2]:
+        raise ValueError(
+            f"a sliding window of {layer.sliding_window} tokens has dropped the first of {seen} tokens: a cache can be "
+            "looked after while its text is shorter than the window, or without sliding layers"
+        )
+    return seen
+
+
+def check_can_recompute(model: PreTrainedModel, cache: Cache, length: int) -> None:
+    """Raises `ValueError` if tokens of a cache of `length` tokens cannot be computed again from their ids."""
+    name = type(model).__name__
+    if model.training:
+        raise ValueError(f"{name} is in training mode, where dropout makes every pass another one: call model.eval()")
+    config = model.config.get_text_config(decoder=True)
+    if (window := shortest_window(config)) is not None and length > window:
+        raise ValueError(
+            f"{name} has layers that attend to the last {window} tokens only, and the cache holds {length}: exact "
+            f"recomputation serves caches of up to {window} tokens of this model"
+        )
+    implementation = config._attn_implementation.removeprefix("cachemedic_protected_")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention {implementation!r} takes no mask of its own for each token: call "
+            f"model.set_attn_implementation with one of {', '.join(map(repr, IMPLEMENTATIONS))}"
+        )
+    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
+        raise ValueError(f"{name} adds a bias by distance (ALiBi), which one pass over scattered tokens cannot make")
+    rope = getattr(config, "rope_parameters", None) or {}
+    trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    if rope.get("rope_type") in LENGTH_DEPENDENT and length > trained:
+        raise ValueError(
+            f"the rotary embedding of {name} is {rope['rope_type']!r}: beyond {trained} tokens its angles depend on "
+            f"how the text was cut into passes, and the cache holds {length}"
+        )
+
+
+def shortest_window(config: Any) -> int | None:
+    """How many tokens, itself included, a token sees in the layers that see least; None if all see every token."""
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    kinds = getattr(config, "layer_types", None)
+    windows = [
+        getattr(config, size, None)
+        for kind, size in (("sliding", "sliding_window"), ("chunked", "attention_chunk_size"))
+        if kinds is None or any(kind in layer for layer in kinds)
+    ]
+    return min((window for window in windows if window is not None), default=None)

@@ -1,0 +1,40 @@
+"""What the token ids alone tell exactly of a cache: the keys and values of its lowest layer."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from cachemedic.token.vectors import TokenVectors
+
+
+class _Written(Exception):
+    """Ends the forward pass once the lowest layer has been written."""
+
+
+class _LowestLayer(DynamicCache):
+    """Ends the forward pass that fills it after one layer's projections."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        raise _Written
+
+
+@torch.inference_mode()
+def lowest_layer(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor:
+    """Vectors [B, T, W] of the lowest layer of tokens ids [B, T] at positions [B, T]; W = 2 G d."""
+    cache = _LowestLayer()
+    positions = positions.to(model.device)
+    with suppress(_Written):
+        model.base_model(
+            input_ids=ids.to(model.device),
+            position_ids=positions.clamp_min(0),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    stored: Any = cache.layers[0]
+    return TokenVectors(model, [0]).of([stored.keys], [stored.values], positions)
