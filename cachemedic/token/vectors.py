@@ -1,7 +1,8 @@
 """One vector a cached token: the keys and values of all protected layers and heads, keys as before their rotation.
 
 Position enters a rotated key by a known orthogonal map (RoPE, Su et al. 2021), and what is left is linear in the
-residual stream of the token: unrotated and taken together, all layers are described by far fewer numbers than they hold.
+residual stream of the token: unrotated and taken together, all layers are described by far fewer numbers than they
+hold.
 """
 
 from __future__ import annotations
