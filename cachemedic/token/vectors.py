@@ -121,9 +121,7 @@ class TokenVectors:
     def back(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of `of`: keys and values [B, L, G, T, d] of vectors [B, T, D]."""
         by_head = x.unflatten(-1, (len(self.layers), 2, self.heads, self.head_dim))
-        keys, values = (
-            x.new_empty(len(x), len(self.layers), self.heads, x.shape[1], self.head_dim) for _ in range(2)
-        )
+        keys, values = (x.new_empty(len(x), len(self.layers), self.heads, x.shape[1], self.head_dim) for _ in range(2))
         angles = self.rotation.angles(positions.to(x.device), x.dtype)
         for place in range(len(self.layers)):
             turn(by_head[:, :, place, 0], angles, keys[:, place].transpose(1, 2), 1)

@@ -16,9 +16,10 @@ from tiny import CONTEXT, DOCUMENTS, VOCABULARY, tiny_model
 from tiny_training import tiny_bank, tiny_base
 from transformers import AutoModelForCausalLM, MistralConfig
 
+from cachemedic.data.windows import sample_windows
 from cachemedic.models.load import Base
 from cachemedic.training import bank as bank_module
-from cachemedic.training.bank import BATCH, BankConfig, sample_windows, weights_digest
+from cachemedic.training.bank import BATCH, BankConfig, weights_digest
 
 CONFIG = BankConfig(samples=BATCH + 3, prefix=9, decoded=2)
 # a process that dies in its second batch
