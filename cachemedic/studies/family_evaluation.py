@@ -23,7 +23,7 @@ from cachemedic.models.load import Base
 from cachemedic.models.shape import ModelShape
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.family_study import folded
-from cachemedic.studies.report import Run
+from cachemedic.studies.run import Run
 from cachemedic.token.calibration import vectors_of
 from cachemedic.token.scrub import Codes, Scrubber
 from cachemedic.training.config import TrainConfig

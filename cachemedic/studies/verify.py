@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.studies.report import ROOT
+from cachemedic.studies.run import ROOT
 
 Parameters = Mapping[str, Any]  # of the run that made a CSV, as its sidecar records them
 

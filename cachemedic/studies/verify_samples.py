@@ -26,7 +26,7 @@ from cachemedic.studies.base_report import Effort, language_scores, read, retrie
 from cachemedic.studies.contraction import measure_contraction
 from cachemedic.studies.family_study import headline
 from cachemedic.studies.main_study import linear_configs
-from cachemedic.studies.report import ROOT
+from cachemedic.studies.run import ROOT
 from cachemedic.studies.summaries import Summarise, by_group, intervals, recovery_by_type, summary
 from cachemedic.studies.sweeps import readers_of
 from cachemedic.studies.verify import Parameters, Sample

@@ -27,7 +27,7 @@ from cachemedic.studies import valence_report
 from cachemedic.studies.contraction import measure_contraction
 from cachemedic.studies.family_study import headline
 from cachemedic.studies.quantised_evaluation import quantised_scores
-from cachemedic.studies.report import ROOT
+from cachemedic.studies.run import ROOT
 from cachemedic.studies.summaries import Summarise, by_group, means_over_seeds, recovery_by_type, summary
 from cachemedic.studies.sweeps import (
     block,

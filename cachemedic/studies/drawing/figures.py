@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cachemedic.studies.report import TEXT_WIDTH, line_styles
+from cachemedic.studies.drawing.style import TEXT_WIDTH, errors, line_styles
 
 
 def base_models(positions: pd.DataFrame, needle: pd.DataFrame) -> Figure:
@@ -58,14 +58,11 @@ def quickstart(token: Mapping[str, Sequence[float]], tokens: Sequence[str], titl
     return figure
 
 
-def errors(rows: pd.DataFrame, name: str) -> list[pd.Series]:
-    """The lengths of error bars below and above column `name`, from its bounds."""
-    return [rows[name] - rows[f"{name}_low"], rows[f"{name}_high"] - rows[name]]
-
-
-def damage(rows: pd.DataFrame, tasks: Sequence[str], types: Sequence[str]) -> Figure:
+def damage(rows: pd.DataFrame) -> Figure:
     """Measured damage against calibrated severity: a row of panels per base, a panel per task, a line per type."""
-    styles, bases = line_styles(types), list(rows["base"].unique())
+    bases, tasks = rows["base"].unique(), rows["task"].unique()
+    types = [kind for kind in rows["type"].unique() if kind != "none"]
+    styles = line_styles(types)
     size = (TEXT_WIDTH, 2.3 * len(bases) + 0.4)
     figure, axes = plt.subplots(len(bases), len(tasks), figsize=size, sharex=True, sharey="row", squeeze=False)
     for row, base in zip(axes, bases, strict=True):

@@ -10,8 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from cachemedic.studies.figures import errors
-from cachemedic.studies.report import TEXT_WIDTH, line_styles
+from cachemedic.studies.drawing.style import TEXT_WIDTH, errors, line_styles
 
 REFERENCES = {
     "bound_rank": ("bound at this rank, one type", "--"),
@@ -48,14 +47,14 @@ def forest(rows: pd.DataFrame, label: str, measures: Mapping[str, str], group: s
     return figure
 
 
-def contraction(rows: pd.DataFrame, conditions: Sequence[str], types: Sequence[str]) -> Figure:
+def contraction(rows: pd.DataFrame, conditions: Sequence[str]) -> Figure:
     """rho of some `conditions` against severity, a panel per type, beside what linear maps can do at best (in grey).
 
     rows: means over seeds with columns type, severity, condition, rho and its bounds, and those of `REFERENCES`.
     """
     styles = line_styles(list(conditions))
     figure, axes = plt.subplots(2, 3, figsize=(TEXT_WIDTH, 4.4), sharex=True, sharey=True)
-    for ax, kind in zip(axes.flat, types, strict=True):
+    for ax, kind in zip(axes.flat, rows["type"].unique(), strict=True):
         of_type = rows[rows["type"] == kind]
         for condition in conditions:
             own = of_type[of_type["condition"] == condition]
