@@ -108,8 +108,8 @@ class Run:
             self._unkept = tempfile.TemporaryDirectory(prefix="cachemedic-")
         return Path(self._unkept.name)
 
-    def results(self, study: str) -> dict[str, pd.DataFrame]:
-        """The CSVs of a study, by name.
+    def results(self, study: str, **given: Any) -> dict[str, pd.DataFrame]:
+        """The CSVs of a study, by name; `given`: what it takes besides this run, of which the parameters have a record.
 
         They are read if they were made from the code, the data and the parameters of now. Else function `results` of
         module cachemedic.studies.computing.STUDY computes them from this run, and they are written.
@@ -122,7 +122,7 @@ class Run:
                 write_atomically(self.folder / "results" / path.name, path.read_bytes())
         else:
             # The module is loaded here only: it brings torch with it, which a page that draws what is there can spare.
-            frames = importlib.import_module(f"cachemedic.studies.computing.{study}").results(self)
+            frames = importlib.import_module(f"cachemedic.studies.computing.{study}").results(self, **given)
             if set(frames) != set(stored):
                 raise ValueError(f"study {study} made {sorted(frames)}, notebooks/graph.toml says {sorted(stored)}")
             for name, frame in frames.items():

@@ -19,6 +19,11 @@ def score(rows: pd.DataFrame) -> pd.Series:
     return rows["accuracy"].where(rows["task"] != "perplexity", np.exp(-rows["nll"]))
 
 
+def types_of(rows: pd.DataFrame) -> list[str]:
+    """The corruption types of some rows, in their order, without that of the clean cache."""
+    return [kind for kind in rows["type"].unique() if kind != NONE]
+
+
 def robustness(grid: pd.DataFrame) -> pd.DataFrame:
     """Robustness AUC of every task, type, reader and seed: columns task, type, reader, seed, auc, reached."""
     grid = grid.assign(score=score(grid))

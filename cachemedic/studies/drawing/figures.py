@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from cachemedic.studies.drawing.style import TEXT_WIDTH, errors, line_styles
+from cachemedic.studies.summaries import types_of
 
 
 def base_models(positions: pd.DataFrame, needle: pd.DataFrame) -> Figure:
@@ -61,7 +62,7 @@ def quickstart(token: Mapping[str, Sequence[float]], tokens: Sequence[str], titl
 def damage(rows: pd.DataFrame) -> Figure:
     """Measured damage against calibrated severity: a row of panels per base, a panel per task, a line per type."""
     bases, tasks = rows["base"].unique(), rows["task"].unique()
-    types = [kind for kind in rows["type"].unique() if kind != "none"]
+    types = types_of(rows)
     styles = line_styles(types)
     size = (TEXT_WIDTH, 2.3 * len(bases) + 0.4)
     figure, axes = plt.subplots(len(bases), len(tasks), figsize=size, sharex=True, sharey="row", squeeze=False)
@@ -83,13 +84,13 @@ def damage(rows: pd.DataFrame) -> Figure:
 
 
 def score_against_severity(
-    curves: pd.DataFrame, readers: Mapping[str, str], scores: Mapping[str, str], types: Sequence[str], title: str
+    curves: pd.DataFrame, readers: Mapping[str, str], scores: Mapping[str, str], title: str
 ) -> Figure:
     """The score of each reader against severity: a row of panels per task, a column per type; grey: the clean score.
 
     curves: `summaries.intervals` of one base and setting; readers: labels by name; scores: axis labels by task.
     """
-    styles = line_styles(list(readers))
+    styles, types = line_styles(list(readers)), types_of(curves)
     figure, axes = plt.subplots(len(scores), len(types), figsize=(1.35 * TEXT_WIDTH, 5.4), sharex=True, sharey="row")
     for row, (task, label) in zip(axes, scores.items(), strict=True):
         of_task = curves[curves["task"] == task]
