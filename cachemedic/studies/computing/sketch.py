@@ -10,6 +10,7 @@ from cachemedic.corruption import severity
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.defenses.heuristics import NoDefence
 from cachemedic.evaluation.decoding import clean_pass
+from cachemedic.evaluation.evaluate import Reader
 from cachemedic.evaluation.experiments import TYPES, run_grid, standard_tasks
 from cachemedic.evaluation.repair_quality import repair_quality
 from cachemedic.models.load import Base
