@@ -2,7 +2,7 @@
 
     python3 tools/graph.py rules             # the table as rules for make
     python3 tools/graph.py explain TARGET    # why TARGET cannot be made
-    python3 tools/graph.py study rank        # its notebook, its CSVs, and what these depend on, as JSON
+    python3 tools/graph.py study rank        # its CSVs and what these depend on, as JSON
 
 What NN_NAME.ipynb computes stands in a module of its own, its study, cachemedic/studies/computing/NAME.py:
 its CSVs depend on that, its figures and tables on the notebook as well. A notebook without a study computes itself.
@@ -220,7 +220,7 @@ def main(arguments: list[str]) -> None:
         raise unknown("output", arguments[1], outputs)
     elif arguments[:1] == ["study"] and len(arguments) == 2:
         notebook = graph.of_study(arguments[1])
-        print(json.dumps({"notebook": notebook.name, "csv": notebook.csv, "inputs": graph.inputs(notebook.name)}))
+        print(json.dumps({"study": notebook.study, "csv": notebook.csv, "inputs": graph.inputs(notebook.name)}))
     else:
         sys.exit(__doc__)
 

@@ -68,6 +68,8 @@ def execute(variant: Variant, name: str, parameters: dict[str, Any], threads: in
     work.mkdir(parents=True)
     context = {
         "notebook": name,
+        "study": variant.graph[name].study,
+        "csv": variant.graph[name].csv,
         "work": str(work),
         "published": str(variant.published),
         "inputs": variant.graph.inputs(name),

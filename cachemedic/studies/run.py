@@ -46,6 +46,15 @@ def _package() -> dict[str, str]:
     return {path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in modules}
 
 
+def _ask_for(study: str) -> dict[str, Any]:
+    """What make would say of a study: its CSVs and what these depend on. Raises `ValueError` for an unknown one."""
+    command = [sys.executable, str(ROOT / "tools" / "graph.py"), "study", study]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(done.stderr.strip())
+    return json.loads(done.stdout)
+
+
 def _without_device(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """The device says where something is computed, not what."""
     return {name: value for name, value in parameters.items() if name != "device"}
@@ -68,6 +77,7 @@ class Run:
         self.parameters = {"profile": profile, **parameters}
         given = os.environ.get("CACHEMEDIC_RUN")
         context = json.loads(Path(given).read_text()) if given else {}
+        self._study: dict[str, Any] | None = context or None
         self.notebook: str | None = context.get("notebook")
         self.inputs: dict[str, str] | None = context.get("inputs")
         self.threads: int | None = context.get("threads")
@@ -114,8 +124,9 @@ class Run:
         They are read if they were made from the code, the data and the parameters of now. Else function `results` of
         module cachemedic.studies.computing.STUDY computes them from this run, and they are written.
         """
-        command = [sys.executable, str(ROOT / "tools" / "graph.py"), "study", study]
-        made = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        made = self._study or _ask_for(study)
+        if study != made["study"]:
+            raise ValueError(f"the study of {self.notebook} is {made['study']!r}, not {study!r}")
         stored = {name: self.published / "results" / f"{name}.csv" for name in made["csv"]}
         if not self.retrain and all(self._current(path, made["inputs"]) for path in stored.values()):
             for path in (path.with_suffix(suffix) for path in stored.values() for suffix in (".csv", ".json")):

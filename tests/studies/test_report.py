@@ -12,13 +12,22 @@ import pytest
 from cachemedic.studies.drawing.style import line_styles
 from cachemedic.studies.report import AUTHOR, Report
 from cachemedic.studies.run import ROOT, Run, config_hash
+from graph import Graph
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
     """A run as the notebook runner sets it up."""
-    context = {"notebook": "03_demo", "work": str(tmp_path / "work"), "published": str(tmp_path / "published"),
-               "inputs": {"notebooks/03_demo.ipynb": "0" * 64}, "threads": 2, "retrain": True}  # fmt: skip
+    context = {
+        "notebook": "03_demo",
+        "study": "demo",
+        "csv": ["demo"],
+        "work": str(tmp_path / "work"),
+        "published": str(tmp_path / "published"),
+        "inputs": {"notebooks/03_demo.ipynb": "0" * 64},
+        "threads": 2,
+        "retrain": True,
+    }
     (tmp_path / "run.json").write_text(json.dumps(context))
     monkeypatch.setenv("CACHEMEDIC_RUN", str(tmp_path / "run.json"))
     return Report("smoke", base="embedded-gpt2", device="cpu", seeds=[0, 1])
@@ -113,3 +122,24 @@ def test_by_hand_nothing_committed_is_touched(monkeypatch: pytest.MonkeyPatch) -
     assert not run.retrain
     with pytest.raises(ValueError, match="unknown profile 'full'; allowed: paper, smoke"):
         Run("full")
+
+
+def test_results_are_those_of_the_notebook_that_runs(run: Report) -> None:
+    with pytest.raises(ValueError, match="the study of 03_demo is 'demo', not 'rank'"):
+        run.results("rank")
+
+
+def test_by_hand_committed_results_are_read_if_they_are_current(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CACHEMEDIC_RUN", raising=False)
+    run = Run("paper", tmp_path / "lab", seeds=[0], device="cuda")
+    run.published = tmp_path
+    graph = Graph()
+    made = Run("paper", tmp_path, seeds=[0], device="cpu")
+    made.inputs = graph.inputs("09_kv_targets")
+    for name in graph["09_kv_targets"].csv:
+        made.write_csv(pd.DataFrame({"x": [1]}), name)
+    assert run.results("kv_targets")["kv_targets_grid"].x[0] == 1
+    with pytest.raises(ValueError, match="unknown study 'kv_target'"):
+        run.results("kv_target")
