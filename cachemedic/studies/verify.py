@@ -14,7 +14,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,22 +23,8 @@ import pandas as pd
 
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.run import ROOT, Run
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Rows of results/`csv`.csv that can be computed on their own.
-
-    what: which rows, in words; keys: the columns that name a row; tolerance: for each compared column the largest
-    difference, of values above 1 relative to them; compute: the rows anew, by the study that made them, from a run with
-    the parameters of the sidecar.
-    """
-
-    csv: str
-    what: str
-    keys: tuple[str, ...]
-    tolerance: Mapping[str, float]
-    compute: Callable[[Run], pd.DataFrame]
+from cachemedic.studies.verify_sample import Sample
+from cachemedic.studies.verify_samples import SAMPLES
 
 
 @dataclass(frozen=True)
@@ -113,8 +99,6 @@ def report(agreements: Iterator[Agreement]) -> int:
 
 
 def main() -> None:
-    from cachemedic.studies.verify_samples import SAMPLES  # here: they build on `Sample`
-
     print("Files, as their sidecars record them")
     failures = report(check_files(ROOT / "results")) + report(check_operators(ROOT / "trained"))
     for sample in SAMPLES:

@@ -27,7 +27,7 @@ from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of, shipped, text_grid
 from cachemedic.studies.summaries import Summarise, by_group, intervals, recovery_by_type, summary
 from cachemedic.studies.sweeps import readers_of
-from cachemedic.studies.verify import Sample
+from cachemedic.studies.verify_sample import Sample
 from cachemedic.studies.verify_sweep_samples import NLL, SWEEP_SAMPLES, bounded
 
 

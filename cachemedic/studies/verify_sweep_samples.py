@@ -21,7 +21,7 @@ from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of, shipped, text_grid
 from cachemedic.studies.summaries import Summarise, by_group, recovery_by_type, summary
 from cachemedic.studies.sweeps import by_condition, reader_of, readers_of
-from cachemedic.studies.verify import Sample
+from cachemedic.studies.verify_sample import Sample
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.valence.quantiser import KVQuantiser, QuantiserConfig
 

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 
 from cachemedic.studies.run import ROOT
-from cachemedic.studies.verify import Agreement, Sample, check_files, check_operators, check_sample, compare, report
+from cachemedic.studies.verify import Agreement, check_files, check_operators, check_sample, compare, report
+from cachemedic.studies.verify_sample import Sample
 from cachemedic.studies.verify_samples import SAMPLES
 
 
