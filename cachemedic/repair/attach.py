@@ -61,7 +61,8 @@ def _eager_of(cls: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """The implementation named "eager", as the class of the module would have called it."""
-    return _eager_of(type(module))(module, *args, **kwargs)
+    attention_class: Any = type(module)  # mypy takes classes of modules for unhashable
+    return _eager_of(attention_class)(module, *args, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)
