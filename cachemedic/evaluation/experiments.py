@@ -70,7 +70,7 @@ def run_grid(
     kl, accuracy (NaN where not graded) and n_examples. Finished conditions are kept under `folder`, from where an
     interrupted grid goes on (None: not kept).
     """
-    shape = (base.model.config.num_hidden_layers, _kv_heads(base), 0)
+    shape = (base.config.num_hidden_layers, _kv_heads(base), 0)
     conditions = [(name, CorruptionSpec(NONE)) for name in tasks]
     for name in tasks:
         for corruption in types:
@@ -95,7 +95,7 @@ def run_grid(
 
 
 def _kv_heads(base: Base) -> int:
-    config = base.model.config
+    config = base.config
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 
 from cachemedic.core.errors import nearest_valid
 from cachemedic.core.files import replace_together
+from cachemedic.core.integers import whole_number, whole_numbers
 from cachemedic.models.shape import ModelShape
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.registry import family_class
@@ -111,18 +112,21 @@ class RepairOperator(nn.Module, ABC):
 
         Raises:
             ValueError: for an unknown family or option, or a value that the model does not allow.
-            TypeError: for a layer or a rank that is no integer.
+            TypeError: for a layer, a rank or a seed that is no integer, or a model in place of its configuration.
         """
         cls = family_class(family)
         for name in options:
             if name not in cls.default_options:
                 raise nearest_valid(f"option of operator family {family}", name, cls.default_options)
-        seeds = list(range(seed, seed + runs)) if isinstance(seed, int) else list(seed)
+        if isinstance(seed, Iterable):
+            seeds = list(whole_numbers("seed", seed))
+        else:
+            seeds = [whole_number("seed", seed) + run for run in range(whole_number("runs", runs))]
         if len(seeds) != runs:
             raise ValueError(f"seed holds {len(seeds)} numbers for {runs} runs; give one number a run, or a single one")
         config = OperatorConfig(
             family=family,
-            layers=tuple(sorted(layers)),
+            layers=tuple(sorted(whole_numbers("layers", layers))),
             rank=rank,
             apply_to=apply_to,
             runs=runs,

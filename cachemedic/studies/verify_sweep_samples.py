@@ -109,7 +109,7 @@ def rank_rows(parameters: Parameters) -> pd.DataFrame:
 def protected_rows(parameters: Parameters) -> pd.DataFrame:
     """Four layers in the middle, which alone are hit and repaired."""
     base, standard = _standard(parameters, steps=60)
-    layers = block(base.model.config.num_hidden_layers, 4, "mid")
+    layers = block(base.config.num_hidden_layers, 4, "mid")
     config = replace(standard, layers=layers, corrupted_layers="protected")
     found = {"mid 4": reader_of(base, _shipped(base, config))}
     rows = _grid(base, parameters, found, "gaussian", 12, layers, severity=1.0)

@@ -20,6 +20,7 @@ from transformers import DynamicCache
 
 from cachemedic.core.errors import nearest_valid
 from cachemedic.core.files import write_atomically
+from cachemedic.core.integers import whole_number
 from cachemedic.data.text import CACHE_DIR, DOCUMENTATION_SPLITS, sentiment_review, text_hash
 from cachemedic.data.text_source import EMBEDDED_TEXT, TextSource
 from cachemedic.data.windows import sample_windows
@@ -49,6 +50,8 @@ class BankConfig:
         if self.split.removesuffix(WITH_REVIEWS) not in DOCUMENTATION_SPLITS:
             allowed = [*DOCUMENTATION_SPLITS, *(name + WITH_REVIEWS for name in DOCUMENTATION_SPLITS)]
             raise nearest_valid("documentation split", self.split, allowed)
+        for name in ("samples", "prefix", "decoded", "seed"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         for name in ("samples", "prefix", "decoded"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from cachemedic.core.files import write_atomically
 from cachemedic.corruption import severity
+from cachemedic.models.attention import attention_modules
 from cachemedic.models.load import Base
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.token.calibration import calibrate
@@ -55,6 +56,7 @@ class Trainer:
             config.family, base.model.config, layers=config.layers, rank=config.rank, apply_to=config.apply_to,
             seed=seeds, runs=config.runs, **config.options,
         ).to(base.model.device)  # fmt: skip
+        attention_modules(base.model, range(config.first_layer, base.config.num_hidden_layers))  # students need all
         shape = self.operator.config.model
         for corruption in config.mixture.weights:  # severities must be calibrated
             severity.reach(corruption, config.mixture.base, (shape.num_layers, shape.num_kv_heads, config.bank.prefix))

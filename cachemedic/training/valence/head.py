@@ -68,7 +68,7 @@ def shipped_valence(base: Base) -> ValenceHead:
     data = (folder / FILE).read_bytes()
     if hashlib.sha256(data).hexdigest() != json.loads((folder / CARD).read_text())["sha256"]:
         raise OSError(f"{folder / FILE} is damaged; restore it with `git checkout`")
-    head = ValenceHead(base.model.config.hidden_size)
+    head = ValenceHead(base.config.hidden_size)
     head.load_state_dict(safetensors.torch.load(data))
     return head.to(base.model.device).requires_grad_(False)
 
