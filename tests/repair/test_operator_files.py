@@ -8,6 +8,7 @@ import torch
 from small_models import shaken
 from transformers import Gemma4TextConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MambaConfig
 
+from cachemedic.core.files import seal
 from cachemedic.repair.operator import RepairOperator
 
 LLAMA = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3, vocab_size=50)
@@ -21,7 +22,7 @@ def test_saving_and_loading_keeps_every_bit(tmp_path, family):
     assert loaded.config == op.config
     assert type(loaded) is type(op)
     before, after = dict(op.named_parameters()), dict(loaded.named_parameters())
-    assert set(before) == set(after)
+    assert list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) and after[name].requires_grad for name in before)
 
 
@@ -59,14 +60,19 @@ def test_damaged_or_foreign_checkpoints_are_refused(tmp_path):
         RepairOperator.from_pretrained(tmp_path)
     weights.write_bytes(good)
 
-    config.write_text(json.dumps(record | {"rank": 5}))
+    for changed in ({"rank": 5}, {"layers": [1, 2]}, {"model": record["model"] | {"num_heads": 8}}, {"ranks": 4}):
+        config.write_text(json.dumps(record | changed))
+        with pytest.raises(ValueError, match="config.json is damaged: it is not as it was saved"):
+            RepairOperator.from_pretrained(tmp_path)
+    for text in ("{", "[]", "{}", "\x00"):
+        config.write_text(text)
+        with pytest.raises(ValueError, match="config.json is damaged"):
+            RepairOperator.from_pretrained(tmp_path)
+    config.write_bytes(seal(record | {"rank": 5}))
     with pytest.raises(ValueError, match="shapes"):
         RepairOperator.from_pretrained(tmp_path)
-    config.write_text(json.dumps(record | {"ranks": 4}))
+    config.write_bytes(seal(record | {"ranks": 4}))
     with pytest.raises(ValueError, match="did you mean 'rank'"):
-        RepairOperator.from_pretrained(tmp_path)
-    config.write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
         RepairOperator.from_pretrained(tmp_path)
 
     with pytest.raises(ValueError, match="gpt2"):
