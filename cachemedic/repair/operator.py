@@ -23,8 +23,9 @@ from cachemedic.core.integers import whole_number, whole_numbers
 from cachemedic.models.shape import ModelShape
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.registry import family_class
+from cachemedic.repair.shipped import CONFIG, operator_folder
 
-WEIGHTS, CONFIG, STATISTICS = "operator.safetensors", "config.json", "statistics.json"
+WEIGHTS, STATISTICS = "operator.safetensors", "statistics.json"
 UNNAMED = "unnamed"  # statistics of folders that were written before their `config.json` named them
 
 Gates = tuple[Tensor | None, Tensor | None]
@@ -236,14 +237,16 @@ class RepairOperator(nn.Module, ABC):
         replace_together(Path(folder), beside | {WEIGHTS: weights, CONFIG: seal(record)}, last=CONFIG)
 
     @staticmethod
-    def from_pretrained(folder: str | Path) -> RepairOperator:
-        """Read what `save_pretrained` wrote (on the CPU).
+    def from_pretrained(name_or_folder: str | Path) -> RepairOperator:
+        """Read what `save_pretrained` wrote, or an operator that ships, by a name like "E/embedded-gpt2" (on the CPU).
+
+        The names are those of `cachemedic.repair.shipped.shipped_operators()`.
 
         Raises:
-            FileNotFoundError: if the weights or `config.json` are missing.
-            ValueError: if a file is damaged or they do not belong together.
+            FileNotFoundError: if there is no such folder, or the weights or `config.json` are missing in it.
+            ValueError: for an unknown name, if a file is damaged, or if the files do not belong together.
         """
-        folder = Path(folder)
+        folder = operator_folder(name_or_folder)
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} is no saved operator: it has no file {name}")

@@ -21,8 +21,8 @@ import pandas as pd
 
 from cachemedic.core.errors import nearest_valid
 from cachemedic.core.files import write_atomically
-from cachemedic.studies.report import ROOT
 from cachemedic.studies.result_files import read_result
+from cachemedic.studies.run import ROOT
 
 DECLARATION = Path("paper/numbers.toml")
 OVER: Mapping[str, Callable[[pd.Series], float]] = {

@@ -15,7 +15,7 @@ from cachemedic.evaluation.decoding import CleanBank, batches
 from cachemedic.evaluation.evaluate import common_runs, read_logits
 from cachemedic.models.load import Base
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.studies.report import Run
+from cachemedic.studies.run import Run
 from cachemedic.studies.sweeps import reader_of
 from cachemedic.training.bank import open_bank
 from cachemedic.training.config import Objective, TrainConfig
