@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from cachemedic.core.files import write_atomically
-from cachemedic.corruption.types import check_type
+from cachemedic.corruption.types import TYPES, check_type
 
 MAP = Path(__file__).parent / "severity_map.csv"
 GRID = (0.1, 0.25, 0.5, 1.0)  # and 0, the identity
@@ -24,26 +24,60 @@ _in_use: list[pd.DataFrame] = []  # the map set by `use_map`, if any
 
 
 def use_map(rows: pd.DataFrame) -> None:
-    """From now on, in this process, severities are read off `rows` (columns `MAP_COLUMNS`), not off the shipped map."""
-    _in_use[:] = [rows]
+    """From now on, in this process, severities are read off `rows` (columns `MAP_COLUMNS`), not off the shipped map.
+
+    Raises `ValueError` for a map that is cut: columns, numbers, or severities of `GRID` up to the reach are missing.
+    """
+    _in_use[:] = [_checked(rows)]
     reach.cache_clear()
     resolve.cache_clear()
 
 
 def load_map() -> pd.DataFrame:
-    """The map in use: that of `use_map`, else the one that ships for the embedded bases."""
+    """The map in use: that of `use_map`, else the one that ships for the embedded bases.
+
+    Raises `ValueError` if the shipped one is missing or damaged.
+    """
     if not _in_use:
-        _in_use.append(pd.read_csv(MAP))
+        _in_use.append(_shipped())
     return _in_use[0]
+
+
+def _shipped() -> pd.DataFrame:
+    try:
+        return _checked(pd.read_csv(MAP))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{MAP} is missing or damaged, restore it with `git checkout`: {error}") from error
+
+
+def _checked(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, from the mildest severity on; `ValueError` unless the map is whole."""
+    if missing := [name for name in MAP_COLUMNS if name not in rows]:
+        raise ValueError(f"a severity map needs the columns {', '.join(MAP_COLUMNS)}; {', '.join(missing)} are missing")
+    for row in rows[MAP_COLUMNS].itertuples(index=False):
+        numbers = pd.to_numeric(pd.Series(row[4:]), errors="coerce")
+        parameter, share = numbers[1:3]
+        known = row.type in TYPES and pd.notna(row.base) and row.layers >= 1 and row.heads >= 1
+        if not (known and 0 < numbers[0] <= numbers[3] <= 1 and 0 <= share <= 1 and 0 <= parameter < np.inf):
+            raise ValueError(f"row {', '.join(map(str, row))} of the severity map is damaged (columns {MAP_COLUMNS})")
+    rows = rows.sort_values("severity", kind="stable")
+    for (base, kind), part in rows.groupby(["base", "type"]):
+        found, limit = part["severity"].tolist(), part["reach"].iloc[0]
+        needed = [s for s in GRID if s < limit] + [limit]
+        lacking = [s for s in needed if not np.isclose(found, s).any()]
+        if lacking or len(part[["layers", "heads", "reach"]].drop_duplicates()) > 1 or len(set(found)) < len(found):
+            what = f"has no row for severity {lacking[0]:g}" if lacking else "holds rows that do not belong together"
+            raise ValueError(f"the severity map {what} of {kind} on {base}: up to its reach, {limit:g}, one row each")
+    return rows
 
 
 def write_map(rows: pd.DataFrame) -> None:
     """Replaces the rows of the bases in `rows` in the shipped map, and uses it."""
-    kept = [pd.read_csv(MAP)] if MAP.exists() else []
+    kept = [_shipped()] if MAP.exists() else []
     merged = pd.concat([frame[~frame["base"].isin(rows["base"])] for frame in kept] + [rows[MAP_COLUMNS]])
     merged = merged.sort_values(["base", "type", "severity"], kind="stable")
     write_atomically(MAP, merged.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
-    use_map(pd.read_csv(MAP))
+    use_map(_shipped())
 
 
 def recalibrated(base: str | None, shape: tuple[int, int, int]) -> str:
@@ -52,7 +86,7 @@ def recalibrated(base: str | None, shape: tuple[int, int, int]) -> str:
         used = _fitting(base, shape)
     except ValueError:  # whoever draws a severity will hear of it
         return ""
-    shipped = pd.read_csv(MAP)
+    shipped = _shipped()
     shipped = shipped[shipped["base"].isin(used["base"])]
     used, shipped = (rows.sort_values(["type", "severity"])[MAP_COLUMNS[3:]] for rows in (used, shipped))
     kinds, numbers = MAP_COLUMNS[3], MAP_COLUMNS[4:]
@@ -101,6 +135,8 @@ def resolve(corruption: str, severity: float, base: str | None, shape: tuple[int
     """
     rows = _rows(corruption, base, shape)
     limit = reach(corruption, base, shape)
+    if not limit:
+        raise ValueError(f"{corruption} is not calibrated for {base or 'this base'}: give parameter=...")
     if not 0 < severity <= limit:
         raise ValueError(f"severity {severity!r} of {corruption} is out of range: from 0 to {limit} on this base")
     above = rows[rows["severity"] >= severity].iloc[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from cachemedic.core.files import write_atomically
+from cachemedic.core.files import read_hashed, write_hashed
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.corruption.types import NONE
 from cachemedic.data.task_data import TaskData
@@ -66,8 +67,8 @@ def run_faults(
             means = rows.groupby(["reader", "seed"], sort=False)[["nll", "nll_clean", "kl", "failed"]].mean()
             means["n_examples"] = rows.groupby(["reader", "seed"], sort=False).size()
             means = means.reset_index().assign(type=spec.type, parameter=spec.parameter or 0.0)
-            write_atomically(path, means.to_csv(index=False).encode())
-        frames.append(pd.read_csv(path))
+            write_hashed(path, means.to_csv(index=False).encode())
+        frames.append(pd.read_csv(io.BytesIO(read_hashed(path))))
     return pd.concat(frames, ignore_index=True)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import pandas as pd
 
 from cachemedic.core.files import write_atomically
+from cachemedic.studies.result_files import read_result
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "pandas", "matplotlib")
@@ -156,7 +157,7 @@ class Run:
         places = [folder / "results" / f"{name}.csv" for folder in (self.folder, self.published)]
         for path in places:
             if path.exists():
-                return pd.read_csv(path)
+                return read_result(path)
         raise FileNotFoundError(f"{places[-1]} does not exist; `make results/{name}.csv` of this profile makes it")
 
     def write_csv(self, frame: pd.DataFrame, name: str) -> pd.DataFrame:

@@ -42,7 +42,7 @@ def standard_config(
     if objective not in OBJECTIVES:
         raise nearest_valid("objective", objective, OBJECTIVES)
     if issubclass(family_class(family), FoldedOperator):
-        layers = tuple(range(base.model.config.num_hidden_layers))
+        layers = tuple(range(base.config.num_hidden_layers))
         bank = BankConfig(samples=(8 if smoke else SAMPLES) * len(seeds))
         steps, batch = (4, 4) if smoke else (steps, TrainConfig.batch)
         config = TrainConfig(family=family, layers=layers, seeds=tuple(seeds), bank=bank, steps=steps, batch=batch)

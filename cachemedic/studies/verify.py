@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from cachemedic.repair.operator import RepairOperator
+from cachemedic.studies.result_files import read_result
 from cachemedic.studies.run import ROOT, Run
 from cachemedic.studies.verify_sample import Sample
 from cachemedic.studies.verify_samples import SAMPLES
@@ -84,7 +85,11 @@ def compare(sample: Sample, committed: pd.DataFrame, computed: pd.DataFrame) -> 
 def check_sample(sample: Sample, results: Path) -> Iterator[Agreement]:
     """Computes a sample and compares it with what is under `results`."""
     parameters = json.loads((results / f"{sample.csv}.json").read_text())["parameters"]
-    committed = pd.read_csv(results / f"{sample.csv}.csv")
+    try:
+        committed = read_result(results / f"{sample.csv}.csv")
+    except ValueError as error:
+        yield Agreement(sample.csv, "sha256", str(error), False)
+        return
     run = Run(folder=results.parent, **parameters | {"device": "cpu"})
     yield from compare(sample, committed, sample.compute(run))
 

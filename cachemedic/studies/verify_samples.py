@@ -35,7 +35,7 @@ def base_scores(run: Run) -> pd.DataFrame:
     """Language-model scores of the second base, but for the unigram, which reads a million tokens."""
     base = load_base(run.parameters["second"])
     tasks = standard_tasks(base, "test", run.parameters["seeds"], {"perplexity": Effort().perplexity})
-    uniform = torch.zeros(base.model.config.vocab_size)
+    uniform = torch.zeros(base.config.vocab_size)
     scores = language_scores(base, tasks["perplexity"], uniform)
     rows = [(base.name, name, i.estimate, i.low, i.high) for name, i in scores.items() if "unigram" not in name]
     return pd.DataFrame(rows, columns=["base", "measure", "estimate", "low", "high"])

@@ -172,7 +172,7 @@ def test_a_type_without_rows_reaches_nothing():
     rows = linear_map()
     severity.use_map(rows[rows["type"] != "gaussian"])
     assert severity.reach("gaussian", "tiny", SHAPE) == 0
-    with pytest.raises(ValueError, match="from 0 to 0.0"):
+    with pytest.raises(ValueError, match="gaussian is not calibrated for tiny: give parameter"):
         severity.resolve("gaussian", 0.1, "tiny", SHAPE)
 
 
@@ -207,3 +207,41 @@ def test_writing_replaces_the_rows_of_the_bases_it_has(tmp_path, monkeypatch):
     assert severity.resolve("gaussian", 1.0, "a", SHAPE)[0] == 0.5
     assert severity.resolve("gaussian", 1.0, "b", (5, 4, 128))[0] == AT_FULL_SEVERITY["gaussian"]
     assert list(tmp_path.iterdir()) == [tmp_path / "map.csv"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda rows: rows.drop(columns="share"), "share are missing"),
+        (lambda rows: rows[rows["severity"] < 1], "has no row for severity 1 of .* on tiny"),
+        (lambda rows: rows[rows["severity"] != 0.25], "has no row for severity 0.25"),
+        (lambda rows: pd.concat([rows, rows.iloc[:1]]), "do not belong together"),
+        (lambda rows: rows.assign(share=[None, *rows["share"][1:]]), "row tiny, 3, 4, .* is damaged"),
+        (lambda rows: rows.assign(parameter=["x", *rows["parameter"][1:]]), "row tiny, 3, 4, .* is damaged"),
+        (lambda rows: rows.assign(type=["gausian", *rows["type"][1:]]), "row tiny, 3, 4, gausian.* is damaged"),
+        (lambda rows: rows.assign(reach=[2.0, *rows["reach"][1:]]), "is damaged"),
+    ],
+)
+def test_a_map_that_is_cut_or_damaged_is_refused(spoil, message):
+    severity.use_map(linear_map())
+    with pytest.raises(ValueError, match=message):
+        severity.use_map(spoil(linear_map()))
+    assert severity.reach("gaussian", "tiny", SHAPE) == 1.0  # the map in use stays
+
+
+def test_the_order_of_rows_does_not_matter():
+    resolved = []
+    for rows in (linear_map(), linear_map().iloc[::-1]):
+        severity.use_map(rows)
+        resolved.append([severity.resolve("gaussian", s, "tiny", SHAPE) for s in (0.05, 0.3, 0.9)])
+    assert resolved[0] == resolved[1]
+
+
+def test_a_shipped_map_that_is_cut_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(severity, "_in_use", [])
+    monkeypatch.setattr(severity, "MAP", tmp_path / "map.csv")
+    with pytest.raises(ValueError, match="map.csv is missing or damaged"):
+        severity.load_map()
+    severity.MAP.write_text("\n".join(linear_map().to_csv(index=False).splitlines()[:-1]))
+    with pytest.raises(ValueError, match="map.csv is missing or damaged.*no row for severity 1"):
+        severity.load_map()

@@ -27,7 +27,7 @@ MEASURES = ("rho", "bound_rank", "bound_full", "shared_rank", "shared_full", "ra
 
 def settings(run: Run, base: Base) -> dict[str, TrainConfig]:
     """What the conditions of each setting vary: all layers, and two in the middle with maps of full rank."""
-    standard, depth = standard_of(run, base, STEPS), base.model.config.num_hidden_layers
+    standard, depth = standard_of(run, base, STEPS), base.config.num_hidden_layers
     full_rank = ModelShape.of(base.model.config).head_dim
     two_layers = replace(standard, layers=block(depth, 2, "mid"), corrupted_layers="protected", rank=full_rank)
     return {STANDARD: standard, TWO_LAYERS: two_layers}

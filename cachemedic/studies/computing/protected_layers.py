@@ -24,7 +24,7 @@ SEVERITIES = (0.25, 1.0)
 
 def blocks(run: Run, base: Base) -> dict[str, tuple[int, ...]]:
     """The layers of each block, by its place and size: "mid 4"."""
-    depth, sizes = base.model.config.num_hidden_layers, SIZES[:2] if run.smoke else SIZES
+    depth, sizes = base.config.num_hidden_layers, SIZES[:2] if run.smoke else SIZES
     return {f"{place} {size}": block(depth, size, place) for place, size in product(PLACES, sizes)}
 
 
