@@ -22,7 +22,7 @@ class CachedTokens:
     ids. positions [B, T]: the position of each token in its text, -1 for padding. readable, bool [B, T]: the tokens
     that attention may read (None: all but the padding). damaged, bool [B, T]: the tokens that are known to be damaged,
     by a checksum of the memory or in an experiment by an oracle (None: nothing is known; a defense that needs to know
-    finds it out from what it kept).
+    finds it out from what it kept). suspicion [B, T]: how damaged a defense that has read the tokens took them to be.
     """
 
     k: Tensor
@@ -31,6 +31,7 @@ class CachedTokens:
     positions: Tensor
     readable: Tensor | None = None
     damaged: Tensor | None = None
+    suspicion: Tensor | None = None
 
     @classmethod
     def behind_padding(cls, k: Tensor, v: Tensor, ids: Tensor, valid: Tensor) -> CachedTokens:
@@ -81,6 +82,38 @@ class Defense:
     def runs(self) -> int:
         """R trained runs read R equal blocks of the rows of a batch; 1 if all rows are treated alike."""
         return 1
+
+
+@dataclass(frozen=True, eq=False)
+class Around(Defense):
+    """Another defense of which a subclass changes what it keeps or what it reads."""
+
+    inner: Defense
+
+    def write(self, clean: CachedTokens) -> Any:
+        return self.inner.write(clean)
+
+    def read(self, damaged: CachedTokens, kept: Any) -> CachedTokens:
+        return self.inner.read(damaged, kept)
+
+    def attach(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
+        return self.inner.attach(model)
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.inner.bytes_per_token
+
+    @property
+    def fixed_bytes(self) -> int:
+        return self.inner.fixed_bytes
+
+    @property
+    def prefill_share(self) -> float:
+        return self.inner.prefill_share
+
+    @property
+    def runs(self) -> int:
+        return self.inner.runs
 
 
 def cache_bytes_per_token(shape: ModelShape) -> int:

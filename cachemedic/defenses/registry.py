@@ -30,7 +30,7 @@ class Calibration:
     @cached_property
     def statistics(self) -> CacheStatistics:
         """The ranges of the clean keys and values."""
-        return CacheStatistics.measure(self.clean.k, self.clean.v, self.clean.valid)
+        return CacheStatistics.of(self.clean)
 
 
 Factory = Callable[[Calibration], Defense]

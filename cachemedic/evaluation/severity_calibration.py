@@ -12,7 +12,7 @@ from cachemedic.corruption.severity import GRID, MAP_COLUMNS
 from cachemedic.corruption.spec import CALIBRATED_POSITIONS, CorruptionSpec
 from cachemedic.corruption.types import NONE
 from cachemedic.data.task_data import TaskData
-from cachemedic.defenses.heuristics import NoDefence, Reset
+from cachemedic.defenses.heuristics import NoDefense, Reset
 from cachemedic.evaluation.decoding import CleanBank
 from cachemedic.evaluation.evaluate import evaluate
 from cachemedic.models.load import Base
@@ -43,7 +43,7 @@ def damage_curve(base: Base, task: TaskData, clean: CleanBank, corruption: str, 
     for parameter in PARAMETERS[corruption]:
         for share in SHARES if corruption == "quant_noise" else (1.0,):
             spec = CorruptionSpec(corruption, parameter=parameter, share=share)
-            scores = evaluate(base.model, task, clean, spec, {"none": NoDefence()})
+            scores = evaluate(base.model, task, clean, spec, {"none": NoDefense()})
             lost = (scores["nll"] - scores["nll_clean"]) / value
             rows.append((corruption, parameter, share, lost.mean(), lost.sem()))
     return pd.DataFrame(rows, columns=["type", "parameter", "share", "damage", "damage_se"])

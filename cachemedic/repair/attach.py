@@ -21,19 +21,27 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cachemedic.models.load import check_format
-from cachemedic.repair.operator import Attention, Gates, Reader
-from cachemedic.token.forward_call import announce
-from cachemedic.token.operator import TokenAware
-from cachemedic.token.sketch_cache import Watch
+from cachemedic.repair.attention import Attention, AttentionRepair, Gates
 
 PREFIX = "cachemedic_protected_"
+
+
+@dataclass(eq=False)
+class Watch:
+    """Whether a protection still tells caches of the tokens that they get."""
+
+    active: bool = True
+
+
+# What is called before each forward pass under an operator of a class; it takes the operator and a `Watch` as well.
+FORWARD_HOOKS: dict[type, Callable[..., None]] = {}
 
 
 @dataclass(eq=False)
 class Protection:
     """One operator attached to one model; `gates` holds those of the last forward pass by layer, if recorded."""
 
-    operator: Reader
+    operator: AttentionRepair
     record_gates: bool
     gates: dict[int, Gates] = field(default_factory=dict)
 
@@ -142,7 +150,7 @@ def _redirect_again(configs: Iterable[Any], module: nn.Module, args: tuple[Any, 
     _redirect(configs)
 
 
-def _attention_modules(model: PreTrainedModel, operator: Reader) -> list[Any]:
+def _attention_modules(model: PreTrainedModel, operator: AttentionRepair) -> list[Any]:
     """The self-attention modules of the protected layers."""
     if not (isinstance(model, PreTrainedModel) and model._can_set_attn_implementation()):
         raise ValueError(
@@ -169,7 +177,7 @@ def _attention_modules(model: PreTrainedModel, operator: Reader) -> list[Any]:
 
 
 @contextmanager
-def protect(model: PreTrainedModel, operator: Reader, record_gates: bool = False) -> Iterator[Protection]:
+def protect(model: PreTrainedModel, operator: AttentionRepair, record_gates: bool = False) -> Iterator[Protection]:
     """Within, `model` reads its cache through `operator`: in a forward pass, a prefill, a decoding step, `generate()`.
 
     On exit, also after an exception, the model is what it was before. An attention implementation that is set within is
@@ -198,8 +206,9 @@ def protect(model: PreTrainedModel, operator: Reader, record_gates: bool = False
     # A head calls the base model or, in OPT, a part of it; a caller may leave the head out.
     for module in {model, model.base_model}:
         hooks.append(module.register_forward_pre_hook(partial(_redirect_again, list(configs.values()))))
-        if isinstance(operator, TokenAware):
-            hooks.append(module.register_forward_pre_hook(partial(announce, operator, watch), with_kwargs=True))
+        for cls, before in FORWARD_HOOKS.items():
+            if isinstance(operator, cls):
+                hooks.append(module.register_forward_pre_hook(partial(before, operator, watch), with_kwargs=True))
     try:
         yield protection
     finally:

@@ -15,9 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import cachemedic.token.forward_call  # registers the hook of families D and E  # noqa: F401
+from cachemedic.repair.attention import Attention, Gates
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.inward_clamp import InwardClamp
-from cachemedic.repair.operator import Attention, Gates, RepairOperator
+from cachemedic.repair.operator import RepairOperator
 from cachemedic.token.operator import SketchAssisted, TokenAware
 
 

@@ -15,11 +15,11 @@ import torch
 from cachemedic.corruption import severity
 from cachemedic.data.task_data import TaskData
 from cachemedic.data.text import documentation
-from cachemedic.defenses.heuristics import NoDefence, blind_defences
+from cachemedic.defenses.defense import Defense
+from cachemedic.defenses.heuristics import NoDefense, blind_defenses
 from cachemedic.evaluation import severity_calibration
 from cachemedic.evaluation.decoding import CleanBank, clean_pass
-from cachemedic.evaluation.evaluate import Reader
-from cachemedic.evaluation.experiments import ID_COLUMNS, clean_statistics, run_grid, standard_tasks
+from cachemedic.evaluation.experiments import ID_COLUMNS, calibration_of, run_grid, standard_tasks
 from cachemedic.models.load import Base, load_base
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.base_report import Effort, language_scores, read, retrieval
@@ -28,7 +28,7 @@ from cachemedic.studies.family_study import headline
 from cachemedic.studies.main_study import linear_configs
 from cachemedic.studies.report import ROOT
 from cachemedic.studies.summaries import Summarise, by_group, intervals, recovery_by_type, summary
-from cachemedic.studies.sweeps import readers_of
+from cachemedic.studies.sweeps import defenses_of
 from cachemedic.studies.verify import Parameters, Sample
 from cachemedic.studies.verify_sweep_samples import NLL, SWEEP_SAMPLES, bounded
 from cachemedic.training.bank import BankConfig, open_bank
@@ -100,18 +100,18 @@ def grid_rows(parameters: Parameters) -> pd.DataFrame:
     needles of the other."""
     severity.use_map(pd.read_csv(ROOT / "results" / "severity_map.csv"))
     first, second = (load_base(parameters[name]) for name in ("base", "second"))
-    blind = blind_defences(clean_statistics(first))
+    blind = blind_defenses(calibration_of(first))
     study = headline(second, parameters["seeds"])
-    token_aware = readers_of(second, {f"operator {family}": _operator(second, study[family]) for family in ("D", "E")})
-    undefended: dict[str, Reader] = {"none": NoDefence()}
+    token_aware = defenses_of(second, {f"operator {family}": _operator(second, study[family]) for family in ("D", "E")})
+    undefended: dict[str, Defense] = {"none": NoDefense()}
     frames = []
-    readers: Mapping[str, Reader]
+    readers: Mapping[str, Defense]
     for base, readers, task, kind, n in (
         (first, blind, "perplexity", "gaussian", 8),
         (second, undefended | token_aware, "needle", "contiguous_overwrite", 4),
     ):
         linear = linear_configs(base, parameters["seeds"])["standard"]
-        own: dict[str, Reader] = {**readers, "operator A": _operator(base, linear)}
+        own: dict[str, Defense] = {**readers, "operator A": _operator(base, linear)}
         tasks = standard_tasks(base, "test", parameters["seeds"], {task: n})
         rows = run_grid(base, tasks, own, None, types=(kind,), severities=(0.5,))
         frames.append(rows.assign(base=base.name, setting="standard"))
@@ -133,9 +133,9 @@ def family_rows(parameters: Parameters) -> pd.DataFrame:
     severity.use_map(pd.read_csv(ROOT / "results" / "severity_map.csv"))
     base, seeds = load_base(parameters["second"]), parameters["seeds"]
     configs = headline(base, seeds)
-    found = readers_of(base, {name: _operator(base, configs[name]) for name in ("D", "E")})
+    found = defenses_of(base, {name: _operator(base, configs[name]) for name in ("D", "E")})
     tasks = standard_tasks(base, "test", seeds, {"perplexity": 5})
-    readers: dict[str, Reader] = {"none": NoDefence(), **found}
+    readers: dict[str, Defense] = {"none": NoDefense(), **found}
     rows = run_grid(base, tasks, readers, None, types=("contiguous_overwrite",), severities=(0.5,))
     return rows.assign(base=base.name)
 

@@ -15,9 +15,9 @@ from cachemedic.corruption.apply import Mixture
 from cachemedic.corruption.spec import Axis
 from cachemedic.data.tasks import perplexity_task
 from cachemedic.data.text import documentation
-from cachemedic.defenses.heuristics import NoDefence
+from cachemedic.defenses.defense import Defense
+from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.evaluation.decoding import clean_pass
-from cachemedic.evaluation.evaluate import Reader
 from cachemedic.evaluation.experiments import ID_COLUMNS, run_grid, standard_tasks
 from cachemedic.evaluation.stability import sensitivity
 from cachemedic.models.load import Base, load_base
@@ -33,9 +33,9 @@ from cachemedic.studies.sweeps import (
     block,
     by_condition,
     contraction_sweep,
+    defense_of,
+    defenses_of,
     rank_sweep,
-    reader_of,
-    readers_of,
     stacks,
     standard_config,
     with_and_without_contraction,
@@ -73,7 +73,7 @@ def _operators(base: Base, conditions: Mapping[str, TrainConfig]) -> dict[str, R
 def _grid(
     base: Base,
     parameters: Parameters,
-    compared: Mapping[str, Reader],
+    compared: Mapping[str, Defense],
     kind: str,
     n: int = 20,
     layers: Axis = "all",
@@ -81,13 +81,13 @@ def _grid(
 ) -> pd.DataFrame:
     """Language modelling with no defence and some readers: one type at one severity, and the clean cache."""
     tasks = standard_tasks(base, "test", parameters["seeds"], {"perplexity": n})
-    return run_grid(base, tasks, {"none": NoDefence(), **compared}, None, layers, (kind,), (severity,))
+    return run_grid(base, tasks, {"none": NoDefense(), **compared}, None, layers, (kind,), (severity,))
 
 
 def contraction_rows(parameters: Parameters) -> pd.DataFrame:
     """The operator trained without the contraction term, and by it alone."""
     base, standard = _standard(parameters, steps=200)
-    found = readers_of(base, _operators(base, contraction_sweep(standard)))
+    found = defenses_of(base, _operators(base, contraction_sweep(standard)))
     chosen = {name: found[name] for name in ("lambda 0, alpha 0.8", "contraction alone")}
     return _grid(base, parameters, chosen, "gaussian").assign(setting="standard, rank 8")
 
@@ -103,7 +103,7 @@ def contraction_rho(parameters: Parameters) -> pd.DataFrame:
 def rank_rows(parameters: Parameters) -> pd.DataFrame:
     """All ranks."""
     base, standard = _standard(parameters)
-    return _grid(base, parameters, readers_of(base, _operators(base, rank_sweep(standard, [4, 8, 16]))), "quant_noise")
+    return _grid(base, parameters, defenses_of(base, _operators(base, rank_sweep(standard, [4, 8, 16]))), "quant_noise")
 
 
 def protected_rows(parameters: Parameters) -> pd.DataFrame:
@@ -111,7 +111,7 @@ def protected_rows(parameters: Parameters) -> pd.DataFrame:
     base, standard = _standard(parameters, steps=60)
     layers = block(base.model.config.num_hidden_layers, 4, "mid")
     config = replace(standard, layers=layers, corrupted_layers="protected")
-    found = {"mid 4": reader_of(base, _shipped(base, config))}
+    found = {"mid 4": defense_of(base, _shipped(base, config))}
     rows = _grid(base, parameters, found, "gaussian", 12, layers, severity=1.0)
     return rows.assign(hit="protected", layers="mid 4")
 
@@ -127,14 +127,14 @@ def left_out_rows(parameters: Parameters) -> pd.DataFrame:
         for name, mixture in trained_on.items()
         for term, config in terms.items()
     }
-    return _grid(base, parameters, readers_of(base, _operators(base, configs)), kind).assign(held_out=kind)
+    return _grid(base, parameters, defenses_of(base, _operators(base, configs)), kind).assign(held_out=kind)
 
 
 def target_rows(parameters: Parameters) -> pd.DataFrame:
     """Repair of keys, of values and of both."""
     base, standard = _standard(parameters)
     configs = {target: replace(standard, apply_to=target) for target in APPLY_TO}
-    return _grid(base, parameters, readers_of(base, _operators(base, configs)), "dropout_zero")
+    return _grid(base, parameters, defenses_of(base, _operators(base, configs)), "dropout_zero")
 
 
 def stability_rows(parameters: Parameters) -> pd.DataFrame:
@@ -143,9 +143,9 @@ def stability_rows(parameters: Parameters) -> pd.DataFrame:
     found = _operators(base, contraction_sweep(standard))["lambda 0.5, alpha 0.8"]
     sketch = _shipped(base, headline(base, parameters["seeds"])["E"])
     compared = {
-        "no defence": NoDefence(),
-        f"operator {standard.family}": reader_of(base, found),
-        "E, sketch": reader_of(base, sketch),
+        "no defence": NoDefense(),
+        f"operator {standard.family}": defense_of(base, found),
+        "E, sketch": defense_of(base, sketch),
     }
     task = perplexity_task(base.tokenizer, documentation("test"), parameters["seeds"], 6, scored=8)
     return sensitivity(base.model, task, clean_pass(base.model, task), compared, levels=(0.1,), draws=2)
@@ -161,7 +161,7 @@ def objective_rows(parameters: Parameters) -> pd.DataFrame:
     """The canonical and the valence objective."""
     base, config = _valence(parameters)
     stack = _shipped(base, replace(config, objectives=(RepairObjective(), valence_report.VALENCE)))
-    return _grid(base, parameters, readers_of(base, by_condition(stack, ["canonical", "valence"])), "gaussian", 16)
+    return _grid(base, parameters, defenses_of(base, by_condition(stack, ["canonical", "valence"])), "gaussian", 16)
 
 
 def quantised_rows(parameters: Parameters) -> pd.DataFrame:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cachemedic.repair.attach import FORWARD_HOOKS, Watch
 from cachemedic.token.operator import TokenAware
-from cachemedic.token.sketch_cache import SketchCache, Watch
+from cachemedic.token.sketch_cache import SketchCache
 from cachemedic.token.token_prior import LowestLayers
 
 
@@ -69,3 +70,6 @@ def _positions(cache: SketchCache, given: dict[str, Any], past: int, ids: Tensor
     if positions.dim() != 2:
         raise ValueError(f"a SketchCache takes position_ids [B, M], not {list(positions.shape)}")
     return torch.where(valid, positions.expand(len(ids), -1), -1)
+
+
+FORWARD_HOOKS[TokenAware] = announce

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cachemedic.repair.attention import Attention, Gates
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.inward_clamp import InwardClamp
-from cachemedic.repair.operator import Attention, Gates, RepairOperator
+from cachemedic.repair.operator import RepairOperator
 from cachemedic.token.depth_filter import FEATURES, OUTPUTS, TINY, LayerStatistics, Sight, estimate, weigh
 from cachemedic.token.observation import Observation
 from cachemedic.token.options import check_options, coordinates
@@ -100,7 +101,7 @@ class TokenAware(RepairOperator):
     def _like(self, config: OperatorConfig, parameters: dict[str, Tensor]) -> TokenAware:
         other = type(self)(config, parameters)
         if self.transform is not None:
-            other.attach(self.transform, self.code)
+            other.hold(self.transform, self.code)
         return other
 
     def _held(self) -> object:
@@ -111,7 +112,7 @@ class TokenAware(RepairOperator):
 
     def _read_beside(self, folder: Path, named: str | None) -> None:
         if found := read_statistics(folder, named):
-            self.attach(*found)
+            self.hold(*found)
 
     def attend(
         self, layer: int, attention: Attention, query: Tensor, key: Tensor, value: Tensor
@@ -124,7 +125,7 @@ class TokenAware(RepairOperator):
         """How many of the protected layers are computed from the token ids."""
         return sum(layer < self.config.options["known_layers"] for layer in self.layers)
 
-    def attach(self, transform: Transform, code: SketchCode | None = None) -> None:
+    def hold(self, transform: Transform, code: SketchCode | None = None) -> None:
         """Gives the operator its statistics of clean tokens, and E its code.
 
         Raises `ValueError` for a transform of another shape.
@@ -151,7 +152,7 @@ class TokenAware(RepairOperator):
     def _apply(self, fn: Any, recurse: bool = True) -> TokenAware:
         super()._apply(fn, recurse)
         if self.transform is not None:
-            self.attach(self.transform, self.code)  # to the device where the parameters are now
+            self.hold(self.transform, self.code)  # to the device where the parameters are now
         return self
 
     def strengths(self, rows: int) -> Tensor:

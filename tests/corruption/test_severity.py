@@ -16,7 +16,7 @@ from cachemedic.corruption import severity
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.data.task_data import TaskData
 from cachemedic.data.tasks import perplexity_task
-from cachemedic.defenses.heuristics import NoDefence
+from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.evaluation import severity_calibration
 from cachemedic.evaluation.decoding import CleanBank, clean_pass
 from cachemedic.evaluation.evaluate import evaluate
@@ -72,7 +72,7 @@ def test_the_calibrated_parameters_do_the_damage_that_they_stand_for(base, task,
         assert (reach == min(thousandths(curve["damage"].max()), 1.0)).all()
     for row in whole.itertuples():  # each entry of a curve is an evaluation of its own
         spec = CorruptionSpec(row.type, parameter=row.parameter)
-        scores = evaluate(base.model, task, clean, spec, {"none": NoDefence()})
+        scores = evaluate(base.model, task, clean, spec, {"none": NoDefense()})
         assert row.damage == pytest.approx((scores["nll"] - scores["nll_clean"]).mean() / worth)
 
 

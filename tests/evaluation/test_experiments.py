@@ -11,7 +11,7 @@ import tiny
 
 from cachemedic.corruption import severity
 from cachemedic.data.tasks import perplexity_task
-from cachemedic.defenses.heuristics import NoDefence, Reset
+from cachemedic.defenses.heuristics import NoDefense, Reset
 from cachemedic.evaluation import experiments
 from cachemedic.models.load import Base
 from cachemedic.studies import summaries
@@ -68,7 +68,7 @@ def test_an_interrupted_grid_goes_on_and_gives_the_same_rows(tmp_path, monkeypat
     severity.reach.cache_clear()
     severity.resolve.cache_clear()
     tasks = {"perplexity": perplexity_task(tokenizer, tiny.DOCUMENTS, (0, 1), n=3, prefix=12, scored=4)}
-    readers = {"none": NoDefence(), "reset": Reset()}
+    readers = {"none": NoDefense(), "reset": Reset()}
 
     def grid(folder):
         return experiments.run_grid(base, tasks, readers, folder, types=("gaussian",), severities=(0.5, 1.0))

@@ -8,7 +8,7 @@ from tiny_training import linear_map, tiny_base
 
 from cachemedic.corruption import severity
 from cachemedic.data import text_source
-from cachemedic.defenses.heuristics import NoDefence
+from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.studies import main_study
 from cachemedic.studies.main_study import settings
 
@@ -21,9 +21,9 @@ def measured(tmp_path_factory):
         base = tiny_base()
         patch.setattr(severity, "_in_use", [linear_map(base.name)])
         severity.reach.cache_clear()
-        linear = {setting: NoDefence() for setting in settings(base)}
+        linear = {setting: NoDefense() for setting in settings(base)}
         folder = tmp_path_factory.mktemp("grid")
-        yield main_study.measure(base, linear, {"operator E": NoDefence()}, [0, 1], folder, smoke=True)
+        yield main_study.measure(base, linear, {"operator E": NoDefense()}, [0, 1], folder, smoke=True)
         severity.reach.cache_clear()
 
 
