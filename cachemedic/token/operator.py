@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cachemedic.repair.attach import FORWARD_HOOKS
 from cachemedic.repair.attention import Attention, Gates
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.inward_clamp import InwardClamp
 from cachemedic.repair.operator import RepairOperator
+from cachemedic.repair.registry import register_family
 from cachemedic.token.depth_filter import FEATURES, OUTPUTS, TINY, LayerStatistics, Sight, estimate, weigh
+from cachemedic.token.forward_call import announce
 from cachemedic.token.observation import Observation
 from cachemedic.token.options import check_options, coordinates
 from cachemedic.token.sketch_code import Sketch, SketchCode
@@ -53,6 +56,7 @@ class _Walk:
     exchanged: Tensor | None = None
 
 
+@register_family("D")
 class TokenAware(RepairOperator):
     """Family D: needs nothing stored; `calibrate` gives it a transform, without which it is the identity.
 
@@ -267,6 +271,7 @@ class TokenAware(RepairOperator):
         return decided.view(*features.shape[:-1], OUTPUTS)
 
 
+@register_family("E")
 class SketchAssisted(TokenAware):
     """Family E: D with a protected code of each token; the exact identity on tokens whose code is what was stored.
 
@@ -276,3 +281,6 @@ class SketchAssisted(TokenAware):
     """
 
     default_options = TokenAware.default_options | {"share": 1 / 32, "projection": "principal", "bits": None}
+
+
+FORWARD_HOOKS[TokenAware] = announce

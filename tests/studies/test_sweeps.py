@@ -118,7 +118,7 @@ def test_the_contraction_term_on_and_off_and_ranks():
 def test_operators_of_d_and_e_scrub_before_the_cache_is_read():
     base = base_of("gpt2")
     operators = {"A": operator_for(base.model), "D": calibrated(family="D"), "E": calibrated(family="E")}
-    found = sweeps.readers_of(base, operators)
+    found = sweeps.defenses_of(base, operators)
     assert found["A"] is operators["A"]
     for name in ("D", "E"):
         assert isinstance(found[name], Scrubber)

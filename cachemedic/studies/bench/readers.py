@@ -22,7 +22,8 @@ from cachemedic.defenses.heuristics import blind_defenses
 from cachemedic.defenses.registry import Calibration
 from cachemedic.repair.attach import protect
 from cachemedic.repair.folded import FoldedOperator
-from cachemedic.repair.operator import RepairOperator, family_class
+from cachemedic.repair.operator import RepairOperator
+from cachemedic.repair.registry import family_class
 from cachemedic.studies.bench.augmented import random_repair, wide_cache
 from cachemedic.studies.bench.decode import RANK, decode, random_cache
 from cachemedic.studies.bench.materialised import RepeatableLayer
@@ -43,12 +44,12 @@ def _tokens(k: torch.Tensor, v: torch.Tensor) -> CachedTokens:
     return CachedTokens.behind_padding(k, v, ids, torch.ones_like(ids, dtype=torch.bool))
 
 
-def _through(model: PreTrainedModel, k: torch.Tensor, v: torch.Tensor, defense: Defense) -> torch.Tensor:
+def _through(model: PreTrainedModel, cache: CachedTokens, defense: Defense) -> torch.Tensor:
     """One decoding step on what the defense makes of the cache; the last of the positions is the token's own."""
-    read = defense.read(_tokens(k, v), None)
+    read = defense.read(cache, None)
     if (mask := read.readable) is not None:
         mask[:, -1] = True
-    return decode(model, Cache([RepeatableLayer(read.k[:, i], read.v[:, i]) for i in range(k.shape[1])]), mask)
+    return decode(model, Cache([RepeatableLayer(read.k[:, i], read.v[:, i]) for i in range(read.k.shape[1])]), mask)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +86,11 @@ def _steps(
     model: PreTrainedModel, k: torch.Tensor, v: torch.Tensor, families: Iterable[str], rank: int
 ) -> dict[str, _Step]:
     """Every reader's, by name, on the cache k, v [1, L, G, T + 1, d], whose last position is free."""
-    defenses = blind_defenses(Calibration(model, _tokens(k, v)))
+    cache = _tokens(k, v)
+    defenses = blind_defenses(Calibration(model, cache))
 
     def through(defense: Defense) -> Callable[[], torch.Tensor]:
-        return lambda: _through(model, k, v, defense)
+        return lambda: _through(model, cache, defense)
 
     steps = {name: _Step(model, through(defense)) for name, defense in defenses.items()}
     for family in families:
