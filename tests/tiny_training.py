@@ -54,6 +54,13 @@ def linear_map(name: str = "tiny", layers: int = 3, heads: int = 4) -> pd.DataFr
     return pd.DataFrame(rows, columns=severity.MAP_COLUMNS)
 
 
+def ship(rows: pd.DataFrame, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Makes `rows` the map that ships, until `patch` is undone and `severity.shipped_map` cleared."""
+    rows.to_csv(folder / "severity_map.csv", index=False)
+    patch.setattr(severity, "MAP", folder / "severity_map.csv")
+    severity.shipped_map.cache_clear()
+
+
 def parameters(operator: RepairOperator) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in operator.named_parameters()}
 

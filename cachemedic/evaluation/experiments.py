@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from cachemedic.core.files import write_atomically
 from cachemedic.corruption.apply import MIXTURE_WEIGHTS
-from cachemedic.corruption.severity import GRID, reach
+from cachemedic.corruption.severity import GRID, shipped_map
 from cachemedic.corruption.spec import Axis, CorruptionSpec
 from cachemedic.corruption.types import NONE
 from cachemedic.data.task_data import TaskData
@@ -70,13 +70,14 @@ def run_grid(
     kl, accuracy (NaN where not graded) and n_examples. Finished conditions are kept under `folder`, from where an
     interrupted grid goes on (None: not kept).
     """
-    shape = (base.model.config.num_hidden_layers, _kv_heads(base), 0)
+    shape, calibrated = (base.model.config.num_hidden_layers, _kv_heads(base), 0), base.severity_map or shipped_map()
     conditions = [(name, CorruptionSpec(NONE)) for name in tasks]
     for name in tasks:
         for corruption in types:
-            limit = reach(corruption, base.name, shape)
+            limit = calibrated.reach(corruption, base.name, shape)
             for severity in sorted({min(s, limit) for s in severities}):
-                conditions.append((name, CorruptionSpec(corruption, severity, layers=layers, base=base.name)))
+                spec = CorruptionSpec(corruption, severity, layers=layers, base=base.name, severity_map=calibrated)
+                conditions.append((name, spec))
     banks: dict[str, CleanBank] = {}
     frames = []
     for name, spec in tqdm(conditions, desc=f"grid on {base.name}"):

@@ -36,7 +36,7 @@ def severity_map(base: Base, source: TextSource, smoke: bool = False) -> pd.Data
         return own
     examples = {"perplexity": SEVERITY_WINDOWS // 4 if smoke else SEVERITY_WINDOWS}
     task = standard_tasks(base, "calibration", [0], examples, source)["perplexity"]
-    return severity_calibration.calibrate(base, task, clean_pass(base.model, task))[1]
+    return severity_calibration.calibrate_severities(base, task, clean_pass(base.model, task))[1]
 
 
 def main_tasks(base: Base, source: TextSource, split: str, seeds: Sequence[int], smoke: bool) -> dict[str, TaskData]:

@@ -12,7 +12,6 @@ from functools import cache
 import pandas as pd
 import torch
 
-from cachemedic.corruption import severity
 from cachemedic.data.task_data import TaskData
 from cachemedic.data.text import documentation
 from cachemedic.defenses.defense import Defense
@@ -30,7 +29,7 @@ from cachemedic.studies.report import ROOT
 from cachemedic.studies.summaries import Summarise, by_group, intervals, recovery_by_type, summary
 from cachemedic.studies.sweeps import defenses_of
 from cachemedic.studies.verify import Parameters, Sample
-from cachemedic.studies.verify_sweep_samples import NLL, SWEEP_SAMPLES, bounded
+from cachemedic.studies.verify_sweep_samples import NLL, SWEEP_SAMPLES, bounded, calibrated_base
 from cachemedic.training.bank import BankConfig, open_bank
 from cachemedic.training.config import TrainConfig
 
@@ -98,8 +97,7 @@ def _operator(base: Base, config: TrainConfig) -> RepairOperator:
 def grid_rows(parameters: Parameters) -> pd.DataFrame:
     """Standard setting: every blind reader and A on noisy text of one base, no defence, A, D and E on overwritten
     needles of the other."""
-    severity.use_map(pd.read_csv(ROOT / "results" / "severity_map.csv"))
-    first, second = (load_base(parameters[name]) for name in ("base", "second"))
+    first, second = (calibrated_base(parameters[name]) for name in ("base", "second"))
     blind = blind_defenses(calibration_of(first))
     study = headline(second, parameters["seeds"])
     token_aware = defenses_of(second, {f"operator {family}": _operator(second, study[family]) for family in ("D", "E")})
@@ -120,8 +118,7 @@ def grid_rows(parameters: Parameters) -> pd.DataFrame:
 
 def contraction(parameters: Parameters) -> pd.DataFrame:
     """rho of operator A of the second base, standard setting, and its bounds."""
-    severity.use_map(pd.read_csv(ROOT / "results" / "severity_map.csv"))
-    base = load_base(parameters["second"])
+    base = calibrated_base(parameters["second"])
     config = linear_configs(base, parameters["seeds"])["standard"]
     bank = open_bank(base, BankConfig(split="test", samples=16 * len(config.seeds)))
     rows = measure_contraction(base, config, {"operator A": _operator(base, config)}, bank)
@@ -130,8 +127,7 @@ def contraction(parameters: Parameters) -> pd.DataFrame:
 
 def family_rows(parameters: Parameters) -> pd.DataFrame:
     """No defence, D and E on the second base, whose cache another request's was written over."""
-    severity.use_map(pd.read_csv(ROOT / "results" / "severity_map.csv"))
-    base, seeds = load_base(parameters["second"]), parameters["seeds"]
+    base, seeds = calibrated_base(parameters["second"]), parameters["seeds"]
     configs = headline(base, seeds)
     found = defenses_of(base, {name: _operator(base, configs[name]) for name in ("D", "E")})
     tasks = standard_tasks(base, "test", seeds, {"perplexity": 5})

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pandas as pd
 
-from cachemedic.corruption import severity
+from cachemedic.core.severity_map import SeverityMap
 from cachemedic.corruption.apply import Mixture
 from cachemedic.corruption.spec import Axis
 from cachemedic.data.tasks import perplexity_task
@@ -51,10 +51,14 @@ ROUNDED = 1e-4  # of summaries: the committed grid has eight digits, and a recov
 SPARED = ("auc", "recovery", "kl_recovery", "clean_regression")
 
 
+def calibrated_base(name: str) -> Base:
+    """A base with the severities of the committed results."""
+    return load_base(name, severity_map=SeverityMap(pd.read_csv(ROOT / "results" / "severity_map.csv")))
+
+
 def _standard(parameters: Parameters, steps: int = 300) -> tuple[Base, TrainConfig]:
     """The base, and the configuration that the conditions of a sweep vary."""
-    severity.use_map(pd.read_csv(ROOT / "results" / "severity_map.csv"))
-    base, objective = load_base(parameters["base"]), parameters.get("objective", "canonical")
+    base, objective = calibrated_base(parameters["base"]), parameters.get("objective", "canonical")
     return base, standard_config(base, parameters["family"], parameters["seeds"], False, steps, objective)
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from small_models import operator_for
 from tiny_repair import base_of, calibrated
-from tiny_training import CONFIG, linear_map, parameters, tiny_bank, tiny_base
+from tiny_training import CONFIG, parameters, tiny_bank, tiny_base
 
-from cachemedic.corruption import severity
+from cachemedic.core.severity_map import SeverityMap
 from cachemedic.studies import sweeps
 from cachemedic.studies.family_study import token_aware_config
 from cachemedic.token.scrub import Scrubber
@@ -20,19 +20,8 @@ from cachemedic.training.trainer import Trainer
 from cachemedic.training.valence.objective import ValenceObjective
 
 
-@pytest.fixture
-def _calibrated(monkeypatch):
-    monkeypatch.setattr(severity, "_in_use", [linear_map("tiny-gpt2")])
-    severity.reach.cache_clear()
-    severity.resolve.cache_clear()
-    yield
-    severity.reach.cache_clear()
-    severity.resolve.cache_clear()
-
-
-@pytest.mark.usefixtures("_calibrated")
 def test_operators_are_those_of_their_conditions(tmp_path, monkeypatch):
-    base = tiny_base()
+    base = replace(tiny_base(), severity_map=SeverityMap(linear_map("tiny-gpt2")))
     bank = tiny_bank(base, CONFIG.bank, tmp_path)
     monkeypatch.setattr(train, "open_bank", lambda base, config: bank)
     one = replace(CONFIG, objectives=(RepairObjective(),))
