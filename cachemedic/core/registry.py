@@ -32,6 +32,12 @@ class Registry(Mapping[str, Entry]):
             raise ValueError(f"{self.kind} {name!r} is {'.'.join(self._sources[name])} already: choose another name")
         self._entries[name] = entry
 
+    def remove(self, name: str) -> None:
+        """Takes an entry back. Raises `ValueError` for an unknown name."""
+        if name not in self._entries:
+            raise nearest_valid(self.kind, name, self._entries)
+        del self._entries[name], self._sources[name]
+
     def __getitem__(self, name: str) -> Entry:
         if name not in self._entries:
             raise nearest_valid(self.kind, name, self._entries)

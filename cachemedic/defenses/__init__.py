@@ -9,4 +9,5 @@ heuristics        blind defenses, oracles and references
 ecc               error correction of memory words, and checksums
 shadows           coarse second copies behind checksums
 storage_defenses  error correction, checksums and copies by name
+by_name           any defense by name, those of this package included
 """

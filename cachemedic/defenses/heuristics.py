@@ -12,7 +12,7 @@ import torch
 
 from cachemedic.defenses.clean_ranges import CacheStatistics, Range, by_slot, is_first
 from cachemedic.defenses.defense import CachedTokens, Defense
-from cachemedic.defenses.registry import Calibration, create_defense, register_defense
+from cachemedic.defenses.registry import DEFENSES, Calibration, register_defense
 
 # --- blind defenses ---------------------------------------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ BLIND = ("none", "reset", "smoothing", "dropout", "masking", "clip_renormalise",
 
 def blind_defenses(calibration: Calibration) -> dict[str, Defense]:
     """Every blind defense by name, `none` first."""
-    return {name: create_defense(name, calibration) for name in BLIND}
+    return {name: DEFENSES[name](calibration) for name in BLIND}
 
 
 # --- oracles and references -------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def oracles(calibration: Calibration) -> dict[str, Defense]:
 
     `erase_damaged` erases exactly the positions at which any entry is damaged; `reset` above erases everything.
     """
-    return {name: create_defense(name, calibration) for name in ORACLES}
+    return {name: DEFENSES[name](calibration) for name in ORACLES}
 
 
 def damaged_vectors(clean: CachedTokens, damaged: CachedTokens) -> torch.Tensor:

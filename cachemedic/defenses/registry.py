@@ -1,4 +1,4 @@
-"""Defenses by name. Any module, a notebook among them, can add one with the decorator `register_defense`."""
+"""What makes each defense, by name. Any module, a notebook among them, can add one with the decorator `register_defense`."""
 
 from __future__ import annotations
 
@@ -59,8 +59,3 @@ def register_defense(name: str) -> Callable[[AnyFactory], AnyFactory]:
         return factory
 
     return register
-
-
-def create_defense(name: str, calibration: Calibration) -> Defense:
-    """The defense of that name for a model. Raises `ValueError` for a name that is not registered."""
-    return DEFENSES[name](calibration)

@@ -15,7 +15,7 @@ from cachemedic.defenses.clean_ranges import plausible
 from cachemedic.defenses.defense import WORD_BITS, Around, CachedTokens, Defense, cache_bytes_per_token
 from cachemedic.defenses.ecc import CHECK_BITS, VALUES_PER_WORD, correct, encode, from_words, stored_words
 from cachemedic.defenses.heuristics import RangeRestriction
-from cachemedic.defenses.registry import Calibration, create_defense, register_defense
+from cachemedic.defenses.registry import DEFENSES, Calibration, register_defense
 from cachemedic.defenses.shadows import Checksummed, GroupQuantisedShadow, KeysValues, LowRankShadow, directions
 from cachemedic.models.shape import ModelShape
 
@@ -186,4 +186,4 @@ def storage_defenses(calibration: Calibration) -> dict[str, Defense]:
     names += [FEW_LAYERS] if shape.num_layers - 1 > RECOMPUTED_LAYERS else []
     names += SHADOWS
     names += [name for name, share in LOW_RANK_SHARES.items() if directions(shape, share) > 0]
-    return {name: create_defense(name, calibration) for name in names}
+    return {name: DEFENSES[name](calibration) for name in names}

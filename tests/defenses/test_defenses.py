@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cachemedic.corruption.apply import corrupt
 from cachemedic.corruption.spec import CorruptionSpec, draw_event
+from cachemedic.defenses.by_name import create_defense
 from cachemedic.defenses.clean_ranges import CacheStatistics
 from cachemedic.defenses.defense import CachedTokens, Defense
 from cachemedic.defenses.heuristics import (
@@ -22,7 +23,7 @@ from cachemedic.defenses.heuristics import (
     damaged_vectors,
     oracles,
 )
-from cachemedic.defenses.registry import Calibration, create_defense, register_defense
+from cachemedic.defenses.registry import Calibration, register_defense
 
 N, L, G, T, D = 5, 2, 3, 12, 4
 PADS = torch.tensor([0, 3, 0, 1, 0])

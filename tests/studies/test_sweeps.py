@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_models import operator_for
 from tiny_repair import base_of, calibrated
-from tiny_training import CONFIG, parameters, tiny_bank, tiny_base
+from tiny_training import CONFIG, linear_map, parameters, tiny_bank, tiny_base
 
 from cachemedic.core.severity_map import SeverityMap
 from cachemedic.studies import sweeps
