@@ -1,4 +1,4 @@
-"""What makes each defense, by name. Any module, a notebook among them, can add one with the decorator `register_defense`."""
+"""What makes each defense, by name; any module, a notebook among them, can add one with `register_defense`."""
 
 from __future__ import annotations
 
