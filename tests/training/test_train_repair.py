@@ -10,7 +10,7 @@ from tiny import DOCUMENTS
 from tiny_training import CONFIG, linear_map, log_lines, parameters, saved, tiny_bank, tiny_base
 
 from cachemedic.core.divergence import contraction_ratio, identity_loss
-from cachemedic.corruption import severity
+from cachemedic.core.severity_map import SeverityMap
 from cachemedic.corruption.apply import Mixture
 from cachemedic.data import text_source
 from cachemedic.token import calibration
@@ -50,8 +50,8 @@ def at_work(trainer: Trainer) -> Trainer:
 def test_students_read_what_a_scrub_returns_and_it_is_measured_as_defined(
     family, architecture, layers, corrupted, tmp_path
 ):
-    base = tiny_base(architecture)
-    severity.use_map(linear_map(heads=2 if architecture == "llama" else 4))
+    calibrated = SeverityMap(linear_map(heads=2 if architecture == "llama" else 4))
+    base = replace(tiny_base(architecture), severity_map=calibrated)
     options = OPTIONS[family] | {"known_layers": 2}
     config = config_of(family, layers=layers, corrupted_layers=corrupted, options=options)
     trainer = at_work(Trainer(base, config, tmp_path, tiny_bank(base, CONFIG.bank, tmp_path)))
