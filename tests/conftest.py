@@ -1,7 +1,7 @@
 """Fixtures of the training tests."""
 
 import pytest
-from tiny_training import CONFIG, linear_map, tiny_bank, tiny_base
+from tiny_training import CONFIG, linear_map, ship, tiny_bank, tiny_base
 
 from cachemedic.corruption import severity
 from cachemedic.models.load import Base
@@ -19,10 +19,8 @@ def bank(base, tmp_path_factory) -> Bank:
 
 
 @pytest.fixture
-def _calibrated(monkeypatch):
-    """A severity map for tiny bases is in use."""
-    monkeypatch.setattr(severity, "_in_use", [])
-    severity.use_map(linear_map())
+def _calibrated(monkeypatch, tmp_path):
+    """The map that ships is one for tiny bases."""
+    ship(linear_map(), monkeypatch, tmp_path)
     yield
-    severity.reach.cache_clear()
-    severity.resolve.cache_clear()
+    severity.shipped_map.cache_clear()

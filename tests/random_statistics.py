@@ -12,7 +12,7 @@ def informed(model, family: str = "E", rank: int = 8, strength: float = 1.0, **o
     layers = range(model.config.num_hidden_layers)
     operator = RepairOperator.create(family, model.config, layers=layers, rank=rank, **options)
     transform = random_transform(operator, seed=0)
-    operator.attach(transform, random_code(operator, transform) if family == "E" else None)
+    operator.hold(transform, random_code(operator, transform) if family == "E" else None)
     with torch.no_grad():
         operator.strength.fill_(strength)
     return operator

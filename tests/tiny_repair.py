@@ -48,7 +48,7 @@ def calibrated(architecture="gpt2", family="E", layers=LAYERS, runs=1, seed=0, s
     known = _reference(architecture, family, layers, **options)
     model_config = base_of(architecture).model.config
     operator = RepairOperator.create(family, model_config, layers, runs=runs, seed=seed, **options)
-    operator.attach(known.transform, known.code)
+    operator.hold(known.transform, known.code)
     with torch.no_grad():
         operator.strength.fill_(strength / 32)
     return operator

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import DOCUMENTS, tiny_model, tiny_tokenizer
 
+from cachemedic.core.severity_map import GRID, MAP_COLUMNS
 from cachemedic.core.tensors import read_tensors, unflattened
 from cachemedic.corruption import severity
 from cachemedic.data import text_source
@@ -49,10 +50,17 @@ def linear_map(name: str = "tiny", layers: int = 3, heads: int = 4) -> pd.DataFr
     """A severity map whose parameters are linear in the severity (bits: in the share of positions)."""
     rows = []
     for kind, parameter in AT_FULL_SEVERITY.items():
-        for s in severity.GRID:
+        for s in GRID:
             strength = (parameter, s) if kind == "quant_noise" else (parameter * s, 1.0)
             rows.append((name, layers, heads, kind, s, *strength, 1.0))
-    return pd.DataFrame(rows, columns=severity.MAP_COLUMNS)
+    return pd.DataFrame(rows, columns=MAP_COLUMNS)
+
+
+def ship(rows: pd.DataFrame, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Makes `rows` the map that ships, until `patch` is undone and `severity.shipped_map` cleared."""
+    rows.to_csv(folder / "severity_map.csv", index=False)
+    patch.setattr(severity, "MAP", folder / "severity_map.csv")
+    severity.shipped_map.cache_clear()
 
 
 def parameters(operator: RepairOperator) -> dict[str, torch.Tensor]:

@@ -6,6 +6,8 @@ files       files that are written whole or not at all, carry their hash and are
 tensors     tensors in such a file
 errors      errors for names that do not exist
 integers    whole numbers of any kind, as plain ones
+registry    things by name, to which any module can add its own
 seeds       random generators that are seeded by a name
+severity_map  a table from severities to the parameters of corruption types
 divergence  how far repaired caches and logits are from the clean ones
 """

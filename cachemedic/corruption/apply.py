@@ -17,9 +17,10 @@ from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import BaseQuantizedLayer, DynamicLayer
 
 from cachemedic.core.integers import whole_number
-from cachemedic.corruption import severity
-from cachemedic.corruption.spec import ALL_TYPES, CorruptionEvent, CorruptionSpec, Shape, draw_event
-from cachemedic.corruption.types import ROTATION_SEED_TEST, ROTATION_SEED_TRAIN, TYPES, Stored, check_type
+from cachemedic.core.severity_map import SeverityMap, Shape
+from cachemedic.corruption.severity import shipped_map
+from cachemedic.corruption.spec import CorruptionEvent, CorruptionSpec, draw_event
+from cachemedic.corruption.types import CORRUPTIONS, ROTATION_SEED_TEST, ROTATION_SEED_TRAIN, Stored, check_type
 
 MIXTURE_WEIGHTS = {
     "gaussian": 0.25, "dropout_zero": 0.20, "orthogonal_rotation": 0.15, "bitflip_sparse": 0.15, "quant_noise": 0.15,
@@ -58,7 +59,7 @@ def corrupt(
             given = None if donor is None else donor[row, ..., : k.shape[3], :]
             wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
             stored = Stored(wide, event.parameter, hit, generator, given, rotation_seed, is_key, event.offset)
-            result[row] = torch.where(hit, ALL_TYPES[event.type].rule(stored).to(x), x)
+            result[row] = torch.where(hit, CORRUPTIONS[event.type].rule(stored).to(x), x)
     return corrupted
 
 
@@ -86,7 +87,7 @@ def _check(
                 f"an event drawn for {tuple(event.heads.shape)} layers and heads does not fit a cache of "
                 f"{tuple(k.shape[1:3])}"
             )
-    needy = [event.type for event in events if event.is_active and ALL_TYPES[event.type].needs_donor]
+    needy = [event.type for event in events if event.is_active and CORRUPTIONS[event.type].needs_donor]
     if needy:
         for tensor, donor in ((k, donor_k), (v, donor_v)):
             batch, layers, heads, positions, dim = tensor.shape
@@ -164,7 +165,7 @@ class Mixture:
 
     def __post_init__(self) -> None:
         for name, weight in self.weights.items():
-            check_type(name, tuple(TYPES))
+            check_type(name, [known for known, corruption in CORRUPTIONS.items() if corruption.calibration])
             if not weight >= 0:
                 raise ValueError(f"weight {weight!r} of {name} is out of range: a number from 0 upwards")
         total = sum(self.weights.values())
@@ -181,11 +182,17 @@ class Mixture:
         check_type(name, tuple(self.weights))
         return replace(self, weights={other: weight for other, weight in self.weights.items() if other != name})
 
-    def draw(self, generator: torch.Generator, n: int, shape: Shape) -> list[CorruptionEvent]:
-        """Events of `n` samples of a cache of `shape` (L, G, T); every sample uses up the same number of draws."""
-        return [draw_event(self._draw_spec(generator, shape), shape, generator) for _ in range(n)]
+    def draw(
+        self, generator: torch.Generator, n: int, shape: Shape, severity_map: SeverityMap | None = None
+    ) -> list[CorruptionEvent]:
+        """Events of `n` samples of a cache of `shape` (L, G, T); every sample uses up the same number of draws.
 
-    def _draw_spec(self, generator: torch.Generator, shape: Shape) -> CorruptionSpec:
+        severity_map: what severities stand for (None: the map that ships).
+        """
+        calibrated = severity_map or shipped_map()
+        return [draw_event(self._draw_spec(generator, shape, calibrated), shape, generator) for _ in range(n)]
+
+    def _draw_spec(self, generator: torch.Generator, shape: Shape, calibrated: SeverityMap) -> CorruptionSpec:
         u = torch.rand(8, generator=generator, device=generator.device, dtype=torch.float64).tolist()
         clean, kind, strength, masked, head, mode, first, second = u
         if clean < self.clean_share:
@@ -193,7 +200,8 @@ class Mixture:
         names = list(self.weights)
         name = names[min(bisect_right(list(accumulate(self.weights.values())), kind), len(names) - 1)]
         wanted = self.severities[int(strength * len(self.severities))]
-        spec = CorruptionSpec(name, min(wanted, severity.reach(name, self.base, shape)), base=self.base)
+        severity = min(wanted, calibrated.reach(name, self.base, shape))
+        spec = CorruptionSpec(name, severity, base=self.base, severity_map=calibrated)
         if masked >= MASKED_SHARE:
             return spec
         heads = LEAST_HEAD_PROBABILITY + (1 - LEAST_HEAD_PROBABILITY) * head

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
 
-from cachemedic.corruption import severity
-from cachemedic.corruption.storage_faults import FAULT_TYPES, page_mask, page_offset
-from cachemedic.corruption.types import NONE, TYPES, check_type
+from cachemedic.core.severity_map import SeverityMap, Shape
+from cachemedic.corruption.severity import shipped_map
+from cachemedic.corruption.storage_faults import page_mask, page_offset
+from cachemedic.corruption.types import CORRUPTIONS, NONE, check_type
 
-ALL_TYPES = TYPES | FAULT_TYPES
 CALIBRATED_POSITIONS = 128  # the prefix length at which severities were calibrated; overwrite lengths scale from it
 
 Axis = str | float | tuple[int, ...]  # "all", a Bernoulli probability, or indices
-Shape = tuple[int, int, int]  # L layers, G key/value heads, T positions
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,9 @@ class CorruptionSpec:
     """A corruption by type, strength and masks; an event is drawn from it for every sample.
 
     `severity` is damage as a share of the value of the context, turned into a parameter by the calibrated map of `base`
-    (None: the embedded base that the cache's shape tells); `parameter` sets the type's own parameter directly. Type
-    "none" takes neither, every other type exactly one; the types of `faults` have no severity but 0.
+    (None: the one base that the cache's shape tells) in `severity_map` (None: the one that ships); `parameter` sets the
+    type's own parameter directly. Type "none" takes neither, every other type exactly one; a type without parameters of
+    calibration has no severity but 0.
     `layers` and `heads` (key/value heads): "all", a float p (each is hit with probability p) or a list of indices.
     `time`: "all_past", ("old_only", n) spares the n newest positions, ("window", a, b) hits a <= t < b only.
     `share` of the positions that `time` allows is hit, each independently; of types that hit pages, a share of pages.
@@ -43,9 +43,10 @@ class CorruptionSpec:
     heads: Axis = "all"
     time: str | tuple[str, int] | tuple[str, int, int] = "all_past"
     base: str | None = None
+    severity_map: SeverityMap | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_type(self.type, (*ALL_TYPES, NONE))
+        check_type(self.type)
         given = [name for name in ("severity", "parameter") if getattr(self, name) is not None]
         if self.type == NONE:
             if given:
@@ -57,14 +58,13 @@ class CorruptionSpec:
             )
         if self.severity is not None and not (self.severity >= 0 and math.isfinite(self.severity)):
             raise ValueError(f"severity {self.severity!r} is out of range: a number from 0 upwards")
-        if self.severity and self.type in FAULT_TYPES:
-            fault = FAULT_TYPES[self.type]
+        if self.severity and not (known := CORRUPTIONS[self.type]).calibration:
             raise ValueError(
                 f"the severity of {self.type} is not calibrated, got severity={self.severity!r}; give parameter=..., "
-                f"{fault.parameter} from {fault.low:g} to {fault.high:g}"
+                f"{known.parameter} from {known.low:g} to {known.high:g}"
             )
         if self.parameter is not None:
-            ALL_TYPES[self.type].check(self.type, self.parameter)
+            CORRUPTIONS[self.type].check(self.type, self.parameter)
         if not 0 <= self.share <= 1:
             raise ValueError(f"share {self.share!r} is out of range: a number from 0 to 1")
         for name in ("layers", "heads"):
@@ -74,18 +74,7 @@ class CorruptionSpec:
     @property
     def needs_donor(self) -> bool:
         """Whether another prompt's cache is needed to draw it."""
-        return self.type != NONE and ALL_TYPES[self.type].needs_donor
-
-
-def targeted(
-    spec: CorruptionSpec, *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None
-) -> CorruptionSpec:
-    """The same corruption on the named layers and heads only (None leaves that axis as it is)."""
-    return replace(
-        spec,
-        layers=spec.layers if layers is None else tuple(layers),
-        heads=spec.heads if heads is None else tuple(heads),
-    )
+        return self.type != NONE and CORRUPTIONS[self.type].needs_donor
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,11 +140,12 @@ def draw_event(spec: CorruptionSpec, shape: Shape, generator: torch.Generator) -
     heads = _axis_mask("head", spec.heads, u_heads.view(n_layers, n_heads))
     start, stop = _allowed_positions(spec.time, n_positions)
     severity, parameter, share = _strength(spec, shape)
-    if spec.type == "contiguous_overwrite":
+    corruption = None if spec.type == NONE else CORRUPTIONS[spec.type]
+    if corruption is not None and corruption.is_length:
         parameter = min(parameter, stop - start)
         start += int(u_start.item() * (stop - start - parameter + 1))
         stop = start + int(parameter)
-    if spec.type != NONE and ALL_TYPES[spec.type].paged:
+    if corruption is not None and corruption.paged:
         time = page_mask(parameter * share, start, stop, u_time)
     else:
         positions = torch.arange(n_positions)
@@ -168,15 +158,17 @@ def _strength(spec: CorruptionSpec, shape: Shape) -> tuple[float, float, float]:
     """Severity, parameter and share of positions; severity 0 hits no position, whatever the type."""
     if spec.type == NONE or spec.severity == 0:
         return 0.0, 0.0, 0.0
+    corruption = CORRUPTIONS[spec.type]
     if spec.severity is None:
         assert spec.parameter is not None  # checked by the specification
-        if spec.type == "contiguous_overwrite" and spec.parameter > shape[2]:
+        if corruption.is_length and spec.parameter > shape[2]:
             raise ValueError(
-                f"overwrite length {spec.parameter!r} is out of range: the cache holds {shape[2]} positions"
+                f"{spec.type} length {spec.parameter!r} is out of range: the cache holds {shape[2]} positions"
             )
         return math.nan, spec.parameter, spec.share
-    parameter, share = severity.resolve(spec.type, spec.severity, spec.base, shape)
-    if spec.type == "contiguous_overwrite":
+    calibrated = spec.severity_map or shipped_map()
+    parameter, share = calibrated.resolve(spec.type, spec.severity, spec.base, shape, corruption.by_share)
+    if corruption.is_length:
         parameter = max(1, round(parameter * shape[2] / CALIBRATED_POSITIONS))
     return spec.severity, parameter, share * spec.share
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from cachemedic.corruption.types import CorruptionType, Stored, contiguous_overwrite
+from cachemedic.corruption.types import Stored, contiguous_overwrite, register_corruption
 
 PAGE = 16  # positions; the block size of vLLM (Kwon et al. 2023, arXiv 2309.06180)
 KIVI_GROUPS = (32, 64, 128)  # KIVI's default and the larger ones of its ablation
@@ -111,6 +110,7 @@ def page_offset(u: float, n_positions: int) -> int:
     return PAGE * (1 + int(u * others)) if others > 0 else 0
 
 
+@register_corruption("stale_page", "the share of pages", high=1.0, needs_donor=True, paged=True)
 def stale_page(stored: Stored) -> torch.Tensor:
     """Pages that were never written: they hold what an older prompt had at *other* positions, pages away.
 
@@ -148,32 +148,41 @@ def _asymmetric(x: torch.Tensor, hit: torch.Tensor, levels: int, axis: int) -> t
 # --- the types --------------------------------------------------------------------------------------------------------
 
 
-def _bit_flip_types() -> dict[str, CorruptionType]:
-    """`bitflip_bf16` flips any bit, `bitflip_bf16_sign` sign bits only, and so on."""
-    types = {}
-    for storage, form in FORMATS.items():
-        for field in form.fields:
-            name = f"bitflip_{storage}" if field == "all" else f"bitflip_{storage}_{field}"
-            rule = partial(bit_flips, storage=storage, field=field)
-            types[name] = CorruptionType(rule, "the probability p per bit", 0.0, 0.5)
-    return types
+def _register_bit_flips(name: str, storage: str, field: str) -> str:
+    @register_corruption(name, "the probability p per bit", high=0.5)
+    def flip(stored: Stored) -> torch.Tensor:
+        return bit_flips(stored, storage, field)
+
+    return name
 
 
-def _quantisation_types() -> dict[str, CorruptionType]:
-    types = {}
-    for group in KIVI_GROUPS:
-        name = "kivi_quant" if group == KIVI_GROUPS[0] else f"kivi_quant_{group}"
-        types[name] = CorruptionType(partial(kivi_quant, group=group), "the number of bits", 1.0, 8.0, whole=True)
-    return types
+def _register_kivi_quantisation(name: str, group: int) -> str:
+    @register_corruption(name, "the number of bits", low=1.0, high=8.0, whole=True)
+    def quantise(stored: Stored) -> torch.Tensor:
+        return kivi_quant(stored, group)
+
+    return name
 
 
-FAULT_TYPES: dict[str, CorruptionType] = {
-    **_bit_flip_types(),
-    # each side of an exchange receives the other's pages at the same positions
-    "page_swap": CorruptionType(contiguous_overwrite, "the share of pages", 0.0, 1.0, needs_donor=True, paged=True),
-    "stale_page": CorruptionType(stale_page, "the share of pages", 0.0, 1.0, needs_donor=True, paged=True),
-    **_quantisation_types(),
-}
+@register_corruption("page_swap", "the share of pages", high=1.0, needs_donor=True, paged=True)
+def page_swap(stored: Stored) -> torch.Tensor:
+    """Each side of an exchange receives the other's pages at the same positions."""
+    return contiguous_overwrite(stored)
+
+
+FAULT_TYPES = (  # `bitflip_bf16` flips any bit, `bitflip_bf16_sign` sign bits only, and so on
+    *(
+        _register_bit_flips(f"bitflip_{storage}" if field == "all" else f"bitflip_{storage}_{field}", storage, field)
+        for storage, form in FORMATS.items()
+        for field in form.fields
+    ),
+    "page_swap",
+    "stale_page",
+    *(
+        _register_kivi_quantisation("kivi_quant" if group == KIVI_GROUPS[0] else f"kivi_quant_{group}", group)
+        for group in KIVI_GROUPS
+    ),
+)
 
 BIT_ERROR_RATES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 PAGE_SHARES = (0.125, 0.25, 0.5, 1.0)

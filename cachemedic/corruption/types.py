@@ -1,18 +1,21 @@
 """The corruption types: one rule each, from stored tensors to damaged ones, and the range of its parameter.
 
-Threat model of the public CacheMedic++ protocol (Uyar 2026, doi 10.5281/zenodo.18669268); every rule but `none` is one
-function, so that a new type is one function and one line of `TYPES`.
+The types of this module are the threat model of the public CacheMedic++ protocol (Uyar 2026, doi
+10.5281/zenodo.18669268). Any module, a notebook among them, can add its own with `register_corruption`.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
+
+from cachemedic.core.errors import nearest_valid
+from cachemedic.core.registry import Registry
 
 BITFLIP_JUMP = 8.0  # a flipped exponent bit, roughly: the element moves by this many times its magnitude
 BITFLIP_FLOOR = 1e-3  # the magnitude that an element near zero counts as
@@ -39,23 +42,105 @@ class Stored:
         return drawn.to(self.x)
 
 
+Rule = Callable[[Stored], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class CorruptionType:
+    """A rule, and what its parameter is: name, allowed range, and whether only whole numbers make sense.
+
+    `calibration`: increasingly harmful parameters at which its damage is measured; a type without them has no severity.
+    `by_share`: severities between two of these are reached by hitting a share of the positions. `is_length`: the
+    parameter is the length of a run of positions that is hit. A type may need another prompt's cache, and may hit whole
+    pages instead of single positions.
+    """
+
+    rule: Rule
+    parameter: str
+    low: float = 0.0
+    high: float = math.inf
+    whole: bool = False
+    calibration: Sequence[float] = ()
+    by_share: bool = False
+    is_length: bool = False
+    needs_donor: bool = False
+    paged: bool = False
+
+    def check(self, name: str, value: float) -> None:
+        """Raise `ValueError` unless `value` is a parameter of this type."""
+        if not (self.low <= value <= self.high and math.isfinite(value)) or (self.whole and value != int(value)):
+            kind = "a whole number" if self.whole else "a number"
+            reach = "upwards" if math.isinf(self.high) else f"to {self.high:g}"
+            raise ValueError(
+                f"parameter {value!r} of {name} is out of range: {self.parameter} is {kind} from {self.low:g} {reach}"
+            )
+
+
+NONE = "none"  # the type of a sound cache
+CORRUPTIONS: Registry[CorruptionType] = Registry("corruption type")
+AnyRule = TypeVar("AnyRule", bound=Callable[..., Any])
+
+
+def register_corruption(name: str, parameter: str, **properties: Any) -> Callable[[AnyRule], AnyRule]:
+    """Makes a corruption known by `name`: decorates its rule, a function of what is `Stored`, or a class without
+    arguments whose instances are rules.
+
+        @register_corruption("offset", "the offset in rms of the vector", calibration=[0.1, 0.3, 1.0, 3.0])
+        def offset(stored):
+            return stored.x + stored.parameter * stored.x.square().mean(-1, keepdim=True).sqrt()
+
+    A rule returns new values of all entries; those that are not hit are put back by the caller. `parameter` says what
+    its parameter is, `properties` are the other fields of `CorruptionType`. A cell that is run again replaces its own
+    definition. Raises `ValueError` for the name of another one.
+    """
+
+    def register(definition: AnyRule) -> AnyRule:
+        rule = definition() if isinstance(definition, type) else definition
+        CORRUPTIONS.add(name, CorruptionType(rule, parameter, **properties), definition)
+        return definition
+
+    return register
+
+
+def check_type(name: str, allowed: Iterable[str] = ()) -> None:
+    """Raise `ValueError`, with the nearest name, unless `name` is a corruption type, one of `allowed` if given."""
+    names = tuple(allowed) or (*CORRUPTIONS, NONE)
+    if name not in names:
+        raise nearest_valid("corruption type", name, names)
+
+
+@register_corruption(
+    "gaussian", "eps, in rms of the vector,", calibration=(0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 8.0)
+)
 def gaussian(stored: Stored) -> torch.Tensor:
     """x + eps * rms(x) * N(0, 1), rms per (head, position) vector."""
     rms = stored.x.square().mean(-1, keepdim=True).sqrt()
     return stored.draw(torch.randn).mul_(rms * stored.parameter).add_(stored.x)
 
 
+@register_corruption(
+    "dropout_zero", "the probability p", high=1.0, calibration=(0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+)
 def dropout_zero(stored: Stored) -> torch.Tensor:
     """Each element is zero with probability p."""
     kept = stored.draw(torch.rand).ge_(stored.parameter)  # 0 or 1; a product is far faster than a boolean mask
     return kept.mul_(stored.x)
 
 
+@register_corruption(
+    "orthogonal_rotation", "theta", high=1.0, calibration=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
+)
 def orthogonal_rotation(stored: Stored) -> torch.Tensor:
     """x @ R^theta."""
     return stored.x @ rotation(stored.rotation_seed, stored.x.shape[-1], stored.parameter).to(stored.x)
 
 
+@register_corruption(
+    "bitflip_sparse",
+    "the probability p",
+    high=1.0,
+    calibration=(1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6),
+)
 def bitflip_sparse(stored: Stored) -> torch.Tensor:
     """An element is picked with probability p: half change sign, half jump up or down by 8 times their magnitude."""
     p = stored.parameter
@@ -70,6 +155,15 @@ def bitflip_sparse(stored: Stored) -> torch.Tensor:
     return result.view_as(stored.x)
 
 
+@register_corruption(
+    "quant_noise",
+    "the number of bits",
+    low=1.0,
+    high=16.0,
+    whole=True,
+    by_share=True,
+    calibration=(8, 6, 5, 4, 3, 2, 1),
+)
 def quant_noise(stored: Stored) -> torch.Tensor:
     """Symmetric uniform n-bit quantise-dequantise, scale per head over what is hit; 1 bit: sign * mean magnitude."""
     x, bits = stored.x, int(stored.parameter)
@@ -82,56 +176,18 @@ def quant_noise(stored: Stored) -> torch.Tensor:
     return (x / scale).round_().mul_(scale)
 
 
+@register_corruption(
+    "contiguous_overwrite",
+    "the length in positions",
+    whole=True,
+    is_length=True,
+    needs_donor=True,
+    calibration=(4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128),
+)
 def contiguous_overwrite(stored: Stored) -> torch.Tensor:
     """Another prompt's cache at the same positions (history swapping, arXiv 2511.12752)."""
     assert stored.donor is not None  # `corrupt` checks the donor before any rule runs
     return stored.donor
-
-
-@dataclass(frozen=True)
-class CorruptionType:
-    """A rule and what its parameter is: name, allowed range, and whether only whole numbers make sense.
-
-    A type may need another prompt's cache, and may hit whole pages instead of single positions.
-    """
-
-    rule: Callable[[Stored], torch.Tensor]
-    parameter: str
-    low: float
-    high: float
-    whole: bool = False
-    needs_donor: bool = False
-    paged: bool = False
-
-    def check(self, name: str, value: float) -> None:
-        """Raise `ValueError` unless `value` is a parameter of this type."""
-        if not (self.low <= value <= self.high and math.isfinite(value)) or (self.whole and value != int(value)):
-            kind = "a whole number" if self.whole else "a number"
-            reach = "upwards" if math.isinf(self.high) else f"to {self.high:g}"
-            raise ValueError(
-                f"parameter {value!r} of {name} is out of range: {self.parameter} is {kind} from {self.low:g} {reach}"
-            )
-
-
-NONE = "none"
-TYPES: dict[str, CorruptionType] = {
-    "gaussian": CorruptionType(gaussian, "eps, in rms of the vector,", 0.0, math.inf),
-    "dropout_zero": CorruptionType(dropout_zero, "the probability p", 0.0, 1.0),
-    "orthogonal_rotation": CorruptionType(orthogonal_rotation, "theta", 0.0, 1.0),
-    "bitflip_sparse": CorruptionType(bitflip_sparse, "the probability p", 0.0, 1.0),
-    "quant_noise": CorruptionType(quant_noise, "the number of bits", 1.0, 16.0, whole=True),
-    "contiguous_overwrite": CorruptionType(
-        contiguous_overwrite, "the length in positions", 0.0, math.inf, whole=True, needs_donor=True
-    ),
-}
-
-
-def check_type(name: str, allowed: tuple[str, ...] = (*TYPES, NONE)) -> None:
-    """Raise `ValueError`, with the nearest name, unless `name` is a corruption type."""
-    if name not in allowed:
-        near = difflib.get_close_matches(str(name), allowed, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"unknown corruption type {name!r}{hint}; allowed: {', '.join(allowed)}")
 
 
 @lru_cache(maxsize=32)

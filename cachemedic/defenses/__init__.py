@@ -2,10 +2,12 @@
 
 From the bottom up:
 
-safeguards    the interface of defences that keep something when a cache is written
-clean_ranges  what clean keys and values look like
-heuristics    blind defences, oracles and references
-ecc           error correction of memory words, and checksums
-shadows       coarse second copies behind checksums
-rivals        all defences of this kind by name
+defense           the interface of every defense, trained ones included
+clean_ranges      what clean keys and values look like
+registry          defenses by name, to which any module can add its own
+heuristics        blind defenses, oracles and references
+ecc               error correction of memory words, and checksums
+shadows           coarse second copies behind checksums
+storage_defenses  error correction, checksums and copies by name
+by_name           any defense by name, those of this package included
 """

@@ -1,4 +1,4 @@
-"""What clean keys and values look like, measured on a calibration split: the yardstick of calibrated defences."""
+"""What clean keys and values look like, measured on a calibration split, for defenses that are calibrated."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from cachemedic.defenses.defense import CachedTokens
+
+PLAUSIBLE = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,13 +42,14 @@ class CacheStatistics:
     v: tuple[Range, Range]
 
     @classmethod
-    def measure(cls, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> CacheStatistics:
-        """From clean k, v [N, L, G, T, d] of a calibration split. Raises `ValueError` below two positions."""
+    def of(cls, clean: CachedTokens) -> CacheStatistics:
+        """Those of the clean caches of a calibration split. Raises `ValueError` below two positions."""
+        valid = clean.valid
         if valid.shape[1] < 2:
             raise ValueError(f"statistics need prefixes of at least 2 positions, got {valid.shape[1]}")
         first = is_first(valid)
         others = valid & ~first
-        k, v = k.movedim(3, 1), v.movedim(3, 1)  # [N, T, L, G, d]
+        k, v = clean.k.movedim(3, 1), clean.v.movedim(3, 1)  # [N, T, L, G, d]
         return cls((Range.of(k[first]), Range.of(k[others])), (Range.of(v[first]), Range.of(v[others])))
 
 
@@ -64,3 +69,11 @@ def by_slot(
     rows, first = torch.arange(len(x), device=x.device), valid.int().argmax(1)
     result[rows, :, :, first] = rule(x[rows, :, :, first][..., None, :], ranges[0])[..., 0, :]
     return result
+
+
+def plausible(x: torch.Tensor) -> torch.Tensor:
+    """x with zero for NaN and for what is beyond the range of fp16, which no clean key or value comes near.
+
+    One flipped exponent bit makes such values, and a single one poisons every later token, masked or not.
+    """
+    return torch.where(x.abs() <= PLAUSIBLE, x, 0.0)

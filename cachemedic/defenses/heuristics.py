@@ -1,77 +1,47 @@
-"""Baselines: what can be done about a corrupted cache without a trained operator.
+"""Baselines: what can be done about a damaged cache without a trained operator and without protected storage.
 
-A blind defence sees the corrupted cache only. An oracle is told which entries are damaged; a reference also holds the
-clean cache. All map keys and values [B, L, G, T, d] to what attention shall read, and leave their inputs as they are.
+A blind defense sees the damaged cache only. An oracle keeps the clean cache, at no counted cost, and so knows which
+entries are damaged; a reference reads it.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 
 from cachemedic.defenses.clean_ranges import CacheStatistics, Range, by_slot, is_first
+from cachemedic.defenses.defense import CachedTokens, Defense
+from cachemedic.defenses.registry import DEFENSES, Calibration, register_defense
+
+# --- blind defenses ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Defended:
-    """What attention reads: k, v [B, L, G, T, d], and keep [B, T], the positions it may read (None: all)."""
-
-    k: torch.Tensor
-    v: torch.Tensor
-    keep: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Truth:
-    """What only an experimenter knows: the clean cache, and the entries that differ from it, damaged [B, L, G, T]."""
-
-    k: torch.Tensor
-    v: torch.Tensor
-    damaged: torch.Tensor
-
-
-class Defence(Protocol):
-    """A blind defence. `valid` [B, T] tells the cached positions from the padding on their left."""
-
-    def __call__(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> Defended: ...
-
-
-class Oracle(ABC):
-    """A defence that is told the truth."""
-
-    @abstractmethod
-    def __call__(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor, truth: Truth) -> Defended: ...
-
-
-# --- blind defences ---------------------------------------------------------------------------------------------------
-
-
-class NoDefence:
+@register_defense("none")
+class NoDefense(Defense):
     """Reads the cache as it is."""
 
-    def __call__(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> Defended:
-        return Defended(k, v)
 
-
-class Reset:
+@register_defense("reset")
+class Reset(Defense):
     """Erases the whole cache: attention reads the decoded tokens only."""
 
-    def __call__(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> Defended:
-        return Defended(k, v, torch.zeros_like(valid))
+    def read(self, damaged: CachedTokens, kept: None) -> CachedTokens:
+        return replace(damaged, readable=torch.zeros_like(damaged.valid))
 
 
+@register_defense("smoothing")
 @dataclass(frozen=True)
-class Smoothing:
+class Smoothing(Defense):
     """Exponential smoothing over positions: y_0 = x_0, y_t = beta y_{t-1} + (1 - beta) x_t."""
 
     beta: float = 0.3
 
-    def __call__(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> Defended:
-        weight = torch.where(is_first(valid), 1.0, 1.0 - self.beta) * valid
-        return Defended(*(self._smooth(x, weight.to(x.dtype)[:, None, None, :, None]) for x in (k, v)))
+    def read(self, damaged: CachedTokens, kept: None) -> CachedTokens:
+        valid = damaged.valid
+        weight = (torch.where(is_first(valid), 1.0, 1.0 - self.beta) * valid)[:, None, None, :, None]
+        k, v = (self._smooth(x, weight.to(x.dtype)) for x in (damaged.k, damaged.v))
+        return replace(damaged, k=k, v=v)
 
     def _smooth(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         # sum_j beta^j x_{t-j} by doubling: after each step a position holds the sum over twice as many predecessors
@@ -83,45 +53,48 @@ class Smoothing:
         return y
 
 
+@register_defense("dropout")
 @dataclass(frozen=True)
-class Dropout:
+class Dropout(Defense):
     """Attention may not read a random share of the positions, drawn anew from `seed` for every batch."""
 
     share: float = 0.1
     seed: int = 0
 
-    def __call__(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> Defended:
+    def read(self, damaged: CachedTokens, kept: None) -> CachedTokens:
         generator = torch.Generator().manual_seed(self.seed)
-        return Defended(k, v, (torch.rand(valid.shape, generator=generator) >= self.share).to(valid.device))
+        drawn = torch.rand(damaged.ids.shape, generator=generator)
+        return replace(damaged, readable=(drawn >= self.share).to(damaged.k.device))
 
 
 @dataclass(frozen=True, eq=False)
-class Masking:
+class Masking(Defense):
     """Attention may not read positions that look damaged: a share over `tolerance` of their entries is out of range."""
 
     statistics: CacheStatistics
     tolerance: float = 0.01
 
-    def __call__(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> Defended:
+    def read(self, damaged: CachedTokens, kept: None) -> CachedTokens:
         outside = [
-            by_slot(x, valid, ranges, lambda x, clean: ((x < clean.low) | (x > clean.high)).to(x.dtype))
-            for x, ranges in ((k, self.statistics.k), (v, self.statistics.v))
+            by_slot(x, damaged.valid, ranges, lambda x, clean: ((x < clean.low) | (x > clean.high)).to(x.dtype))
+            for x, ranges in ((damaged.k, self.statistics.k), (damaged.v, self.statistics.v))
         ]
         share = torch.stack([x.mean((1, 2, 4)) for x in outside]).mean(0)
-        return Defended(k, v, share <= self.tolerance)
+        return replace(damaged, readable=share <= self.tolerance)
 
 
 @dataclass(frozen=True, eq=False)
-class ClipRenormalise:
+class ClipRenormalise(Defense):
     """Clips channels to `width` standard deviations, then restores the vector's norm, up to the largest clean one."""
 
     statistics: CacheStatistics
     width: float = 3.0
 
-    def __call__(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> Defended:
-        return Defended(
-            by_slot(k, valid, self.statistics.k, self._clip),
-            by_slot(v, valid, self.statistics.v, self._clip),
+    def read(self, damaged: CachedTokens, kept: None) -> CachedTokens:
+        return replace(
+            damaged,
+            k=by_slot(damaged.k, damaged.valid, self.statistics.k, self._clip),
+            v=by_slot(damaged.v, damaged.valid, self.statistics.v, self._clip),
         )
 
     def _clip(self, x: torch.Tensor, clean: Range) -> torch.Tensor:
@@ -132,62 +105,112 @@ class ClipRenormalise:
 
 
 @dataclass(frozen=True, eq=False)
-class RangeRestriction:
+class RangeRestriction(Defense):
     """Clips every channel to the range that it had in clean caches (Ranger, Chen et al. 2020, for caches)."""
 
     statistics: CacheStatistics
 
-    def __call__(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> Defended:
-        return Defended(
-            by_slot(k, valid, self.statistics.k, lambda x, clean: x.clamp(clean.low, clean.high)),
-            by_slot(v, valid, self.statistics.v, lambda x, clean: x.clamp(clean.low, clean.high)),
+    def read(self, damaged: CachedTokens, kept: None) -> CachedTokens:
+        return replace(
+            damaged,
+            k=by_slot(damaged.k, damaged.valid, self.statistics.k, self._clip),
+            v=by_slot(damaged.v, damaged.valid, self.statistics.v, self._clip),
         )
 
+    def _clip(self, x: torch.Tensor, clean: Range) -> torch.Tensor:
+        return x.clamp(clean.low, clean.high)
 
-def blind_defences(statistics: CacheStatistics) -> dict[str, Defence]:
-    """Every blind defence by name, `none` first."""
-    return {
-        "none": NoDefence(),
-        "reset": Reset(),
-        "smoothing": Smoothing(),
-        "dropout": Dropout(),
-        "masking": Masking(statistics),
-        "clip_renormalise": ClipRenormalise(statistics),
-        "range_restriction": RangeRestriction(statistics),
-    }
+
+@register_defense("masking")
+def _masking(calibration: Calibration) -> Defense:
+    return Masking(calibration.statistics)
+
+
+@register_defense("clip_renormalise")
+def _clip_renormalise(calibration: Calibration) -> Defense:
+    return ClipRenormalise(calibration.statistics)
+
+
+@register_defense("range_restriction")
+def _range_restriction(calibration: Calibration) -> Defense:
+    return RangeRestriction(calibration.statistics)
+
+
+BLIND = ("none", "reset", "smoothing", "dropout", "masking", "clip_renormalise", "range_restriction")
+
+
+def blind_defenses(calibration: Calibration) -> dict[str, Defense]:
+    """Every blind defense by name, `none` first."""
+    return {name: DEFENSES[name](calibration) for name in BLIND}
 
 
 # --- oracles and references -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class OnDamaged(Oracle):
-    """A blind defence that is told which entries are damaged and leaves all others alone."""
+class OnDamaged(Defense):
+    """A blind defense that knows which entries are damaged and leaves all others alone."""
 
-    defence: Defence
+    blind: Defense
 
-    def __call__(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor, truth: Truth) -> Defended:
-        told, hit = self.defence(k, v, valid), truth.damaged[..., None]
-        keep = None if told.keep is None else told.keep | ~truth.damaged.any(2).any(1)
-        return Defended(torch.where(hit, told.k, k), torch.where(hit, told.v, v), keep)
+    def write(self, clean: CachedTokens) -> CachedTokens:
+        return clean
+
+    def read(self, damaged: CachedTokens, kept: CachedTokens) -> CachedTokens:
+        hit = damaged_vectors(kept, damaged)
+        read = self.blind.read(damaged, None)
+        readable = None if read.readable is None else read.readable | ~hit.any(2).any(1)
+        k = torch.where(hit[..., None], read.k, damaged.k)
+        v = torch.where(hit[..., None], read.v, damaged.v)
+        return replace(damaged, k=k, v=v, readable=readable)
 
 
-class Recompute(Oracle):
-    """Prefills again: the clean cache, at the price of a prefill."""
+@register_defense("recompute")
+class Prefill(Defense):
+    """Prefills the whole text again: reads the clean cache, at the price of a prefill."""
 
-    def __call__(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor, truth: Truth) -> Defended:
-        return Defended(truth.k, truth.v)
+    @property
+    def prefill_share(self) -> float:
+        return 1.0
+
+    def write(self, clean: CachedTokens) -> CachedTokens:
+        return clean
+
+    def read(self, damaged: CachedTokens, kept: CachedTokens) -> CachedTokens:
+        return kept
 
 
-def oracles(statistics: CacheStatistics) -> dict[str, Oracle]:
-    """The heuristics told the true mask, and the references.
+@register_defense("erase_damaged")
+def _erase_damaged(calibration: Calibration) -> Defense:
+    return OnDamaged(Reset())
+
+
+@register_defense("smoothing_oracle")
+def _smoothing_oracle(calibration: Calibration) -> Defense:
+    return OnDamaged(Smoothing())
+
+
+@register_defense("clip_renormalise_oracle")
+def _clip_renormalise_oracle(calibration: Calibration) -> Defense:
+    return OnDamaged(ClipRenormalise(calibration.statistics))
+
+
+@register_defense("range_restriction_oracle")
+def _range_restriction_oracle(calibration: Calibration) -> Defense:
+    return OnDamaged(RangeRestriction(calibration.statistics))
+
+
+ORACLES = ("recompute", "erase_damaged", "smoothing_oracle", "clip_renormalise_oracle", "range_restriction_oracle")
+
+
+def oracles(calibration: Calibration) -> dict[str, Defense]:
+    """The heuristics that know the damaged entries, and the references.
 
     `erase_damaged` erases exactly the positions at which any entry is damaged; `reset` above erases everything.
     """
-    return {
-        "recompute": Recompute(),
-        "erase_damaged": OnDamaged(Reset()),
-        "smoothing_oracle": OnDamaged(Smoothing()),
-        "clip_renormalise_oracle": OnDamaged(ClipRenormalise(statistics)),
-        "range_restriction_oracle": OnDamaged(RangeRestriction(statistics)),
-    }
+    return {name: DEFENSES[name](calibration) for name in ORACLES}
+
+
+def damaged_vectors(clean: CachedTokens, damaged: CachedTokens) -> torch.Tensor:
+    """The vectors of which a key or a value differs from the clean one, bool [B, L, G, T]."""
+    return (clean.k != damaged.k).any(-1) | (clean.v != damaged.v).any(-1)

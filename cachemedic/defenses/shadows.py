@@ -6,54 +6,51 @@ A checksum covers one token in one layer, keys and values of all heads: damage i
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
-from cachemedic.defenses.clean_ranges import is_first
+from cachemedic.defenses.clean_ranges import is_first, plausible
+from cachemedic.defenses.defense import WORD_BITS, CachedTokens, Defense, cache_bytes_per_token
 from cachemedic.defenses.ecc import CHECKSUM_BITS, token_checksums
-from cachemedic.defenses.heuristics import Defended
-from cachemedic.defenses.safeguards import WORD_BITS, Safeguard, cache_bits_per_token, plausible
 from cachemedic.models.shape import ModelShape
 
 GROUP = 32  # values that share a scale and a zero point
 
-Cache = tuple[torch.Tensor, torch.Tensor]  # keys and values
+KeysValues = tuple[torch.Tensor, torch.Tensor]  # keys and values
 
 
 @dataclass(frozen=True)
-class Checksummed(Safeguard):
+class Checksummed(Defense):
     """Finds the damaged tokens of each layer by checksum and puts a copy in their place."""
 
     shape: ModelShape
 
     @abstractmethod
     def copy_bits(self) -> float:
-        """What is kept beside the checksums, in bits per token."""
+        """What is kept of each token beside the checksums, in bits."""
 
     @abstractmethod
-    def copy(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> Cache:
-        """What damaged tokens will be read as: clean k, v [B, L, G, T, d] as the copy gives them back."""
+    def copy(self, clean: CachedTokens) -> KeysValues:
+        """What damaged tokens will be read as: the clean keys and values as the copy gives them back."""
 
-    def bits_per_token(self) -> float:
-        return CHECKSUM_BITS * self.shape.num_layers + self.copy_bits()
+    @property
+    def bytes_per_token(self) -> float:
+        return (CHECKSUM_BITS * self.shape.num_layers + self.copy_bits()) / 8
 
-    def write(
-        self, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor
-    ) -> tuple[torch.Tensor, Cache]:
-        return token_checksums(k, v), self.copy(k, v, valid)
+    def write(self, clean: CachedTokens) -> tuple[torch.Tensor, KeysValues]:
+        return token_checksums(clean.k, clean.v), self.copy(clean)
 
-    def read(
-        self, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor, kept: tuple[torch.Tensor, Cache]
-    ) -> Defended:
+    def read(self, damaged: CachedTokens, kept: tuple[torch.Tensor, KeysValues]) -> CachedTokens:
         checksums, copy = kept
-        return self.repair(token_checksums(k, v) != checksums, plausible(k), plausible(v), copy)
+        hit = token_checksums(damaged.k, damaged.v) != checksums
+        return self.repair(hit, replace(damaged, k=plausible(damaged.k), v=plausible(damaged.v)), copy)
 
-    def repair(self, damaged: torch.Tensor, k: torch.Tensor, v: torch.Tensor, copy: Cache) -> Defended:
-        """What attention reads where tokens are damaged [B, L, T]."""
-        hit = damaged[:, :, None, :, None]
-        return Defended(torch.where(hit, copy[0], k), torch.where(hit, copy[1], v))
+    def repair(self, hit: torch.Tensor, tokens: CachedTokens, copy: KeysValues) -> CachedTokens:
+        """What attention reads where tokens are damaged; hit, bool [B, L, T]."""
+        at = hit[:, :, None, :, None]
+        return replace(tokens, k=torch.where(at, copy[0], tokens.k), v=torch.where(at, copy[1], tokens.v))
 
 
 @dataclass(frozen=True)
@@ -76,9 +73,10 @@ class GroupQuantisedShadow(Checksummed):
         values = heads * dim * self.bits + -(heads * dim // -GROUP) * overhead
         return self.shape.num_layers * (keys + values)
 
-    def copy(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> Cache:
-        by_channel = group_quantise(k.mT, self.bits, valid[:, None, None, None, :]).mT
-        tokens = v.movedim(2, 3)  # [B, L, T, G, d]
+    def copy(self, clean: CachedTokens) -> KeysValues:
+        valid = clean.valid
+        by_channel = group_quantise(clean.k.mT, self.bits, valid[:, None, None, None, :]).mT
+        tokens = clean.v.movedim(2, 3)  # [B, L, T, G, d]
         by_token = group_quantise(tokens.flatten(3), self.bits, torch.ones_like(valid[:1, :1])).view(tokens.shape)
         return by_channel, by_token.movedim(3, 2)
 
@@ -123,26 +121,28 @@ class LowRankShadow(Checksummed):
     basis_v: torch.Tensor
 
     @classmethod
-    def fit(
-        cls, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor, shape: ModelShape, share: float
-    ) -> LowRankShadow:
+    def fit(cls, clean: CachedTokens, shape: ModelShape, share: float) -> LowRankShadow:
         """As many directions as fit, with the checksums, into `share` of the bytes of a bf16 cache.
 
-        k, v [N, L, G, T, d] and valid [N, T] are a calibration split. Raises `ValueError` if no direction fits.
+        `clean` holds the caches of a calibration split. Raises `ValueError` if no direction fits.
         """
         rank = directions(shape, share)
         if rank < 1:
             raise ValueError(f"a share of {share} of the cache does not pay for one direction and the checksums")
-        (mean_k, basis_k), (mean_v, basis_v) = (_principal(x, valid, rank) for x in (k, v))
+        (mean_k, basis_k), (mean_v, basis_v) = (_principal(x, clean.valid, rank) for x in (clean.k, clean.v))
         return cls(shape, mean_k, mean_v, basis_k, basis_v)
 
     def copy_bits(self) -> float:
         return WORD_BITS * 2 * self.shape.num_layers * self.basis_k.shape[-1]
 
-    def copy(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> Cache:
+    @property
+    def fixed_bytes(self) -> int:
+        return sum(x.nbytes for x in (self.mean_k, self.mean_v, self.basis_k, self.basis_v))
+
+    def copy(self, clean: CachedTokens) -> KeysValues:
         return (
-            self._project(k, valid, self.mean_k, self.basis_k),
-            self._project(v, valid, self.mean_v, self.basis_v),
+            self._project(clean.k, clean.valid, self.mean_k, self.basis_k),
+            self._project(clean.v, clean.valid, self.mean_v, self.basis_v),
         )
 
     def _project(self, x: torch.Tensor, valid: torch.Tensor, mean: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
@@ -155,7 +155,7 @@ class LowRankShadow(Checksummed):
 
 def directions(shape: ModelShape, share: float) -> int:
     """How many bf16 coordinates of each layer's keys, and of its values, fit with the checksums into `share`."""
-    budget = share * cache_bits_per_token(shape) / shape.num_layers - CHECKSUM_BITS
+    budget = share * 8 * cache_bytes_per_token(shape) / shape.num_layers - CHECKSUM_BITS
     return max(0, min(int(budget // (2 * WORD_BITS)), shape.num_kv_heads * shape.head_dim))
 
 

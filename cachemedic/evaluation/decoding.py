@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from cachemedic.data.task_data import TaskData
+from cachemedic.defenses.defense import CachedTokens, Defense
 from cachemedic.models.cache import stack_cache, unstack_cache
-from cachemedic.repair.attach import protect
-from cachemedic.repair.operator import Reader
 
 BATCH_BYTES = 512 * 2**20  # working memory of one batch: the cache with its copies, and the logits
 
@@ -27,6 +25,15 @@ class CleanBank:
     k: torch.Tensor
     v: torch.Tensor
     logits: torch.Tensor
+
+    def tokens(self, task: TaskData, rows: slice | torch.Tensor = slice(None)) -> CachedTokens:
+        """The cached tokens of the examples `rows` of the task."""
+        return tokens_of(task.select(rows), self.k[rows], self.v[rows])
+
+
+def tokens_of(task: TaskData, k: torch.Tensor, v: torch.Tensor) -> CachedTokens:
+    """The prefixes of a task as the tokens of a cache k, v [N, L, G, T, d]."""
+    return CachedTokens.behind_padding(k, v, task.prefix_ids, task.prefix_mask)
 
 
 @torch.inference_mode()
@@ -55,30 +62,41 @@ def clean_pass(model: PreTrainedModel, task: TaskData) -> CleanBank:
         )
         parts.append([x.cpu() for x in stack_cache(cache)])
     k, v = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return CleanBank(k, v, decode_logits(model, k, v, task))
+    return CleanBank(k, v, decode_logits(model, tokens_of(task, k, v), task))
 
 
 @torch.inference_mode()
 def decode_logits(
-    model: PreTrainedModel,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    task: TaskData,
-    keep: torch.Tensor | None = None,
-    operator: Reader | None = None,
+    model: PreTrainedModel, cache: CachedTokens, task: TaskData, defense: Defense | None = None
 ) -> torch.Tensor:
-    """Decodes the continuations of `task` on the cache k, v [N, L, G, T, d]: logits [N, M, V].
+    """Decodes the continuations of `task` on the N rows of a cache that a defense has read: logits [N, M, V].
 
-    keep [N, T]: the positions that attention may read (None: all); every token keeps its position id. With an operator
-    of R runs the rows are run-major: row run * N / R + i.
+    Attention reads what is `readable`; every token keeps its position id. `defense` (None: none) acts inside attention;
+    where it has R runs the rows are run-major: row run * N / R + i.
     """
     shape = (*task.continuation_ids.shape, model.config.get_text_config().vocab_size)
     logits = torch.empty(shape, dtype=model.dtype)
-    for rows in batches(model, task, operator.runs if operator else 1):
-        readable = None if keep is None else keep[rows]
-        reader = None if operator is None else operator.of_rows(rows)
-        logits[rows] = _decode_batch(model, k[rows], v[rows], task.select(rows), readable, reader)
+    defense = defense or Defense()
+    for rows in batches(model, task, defense.runs):
+        readable = None if cache.readable is None else cache.readable[rows]
+        with defense.attach(model):
+            logits[rows] = _decode_batch(model, cache.k[rows], cache.v[rows], task.select(rows), readable)
     return logits
+
+
+def decode_through(
+    model: PreTrainedModel, task: TaskData, defense: Defense, clean: CachedTokens, damaged: CachedTokens
+) -> torch.Tensor:
+    """The logits [N, M, V] of a model whose cache, written `clean` and found `damaged`, is read through a defense."""
+    return decode_logits(model, defense.read(damaged, defense.write(clean)), task, defense)
+
+
+def common_runs(defenses: Iterable[Defense]) -> int:
+    """R of defenses that read one batch; `ValueError` if some have R > 1 and not all of these the same."""
+    runs = {defense.runs for defense in defenses} - {1}
+    if len(runs) > 1:
+        raise ValueError(f"operators of {sorted(runs)} runs cannot read one batch; evaluate them apart")
+    return max(runs, default=1)
 
 
 def batches(model: PreTrainedModel, task: TaskData, runs: int) -> Iterator[slice | torch.Tensor]:
@@ -107,18 +125,16 @@ def _decode_batch(
     k: torch.Tensor,
     v: torch.Tensor,
     task: TaskData,
-    keep: torch.Tensor | None,
-    operator: Reader | None,
+    readable: torch.Tensor | None,
 ) -> torch.Tensor:
     """One forward pass over all continuations of `task`: logits [B, M, V], on the CPU."""
-    readable = task.prefix_mask if keep is None else task.prefix_mask & keep
+    readable = task.prefix_mask if readable is None else task.prefix_mask & readable
     decoded = torch.ones_like(task.continuation_ids)
     positions = task.prefix_mask.sum(1, keepdim=True) + decoded.cumsum(1) - 1
-    with protect(model, operator) if operator else nullcontext():
-        output = model(
-            input_ids=task.continuation_ids.to(model.device),
-            attention_mask=torch.cat([readable.long(), decoded], dim=1).to(model.device),
-            position_ids=positions.to(model.device),
-            past_key_values=unstack_cache(k.to(model.device), v.to(model.device)),
-        )
+    output = model(
+        input_ids=task.continuation_ids.to(model.device),
+        attention_mask=torch.cat([readable.long(), decoded], dim=1).to(model.device),
+        position_ids=positions.to(model.device),
+        past_key_values=unstack_cache(k.to(model.device), v.to(model.device)),
+    )
     return output.logits.cpu()

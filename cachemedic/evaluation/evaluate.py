@@ -1,6 +1,6 @@
-"""Every reader of a corrupted cache, scored on the same examples and the same corruption draws.
+"""Every defense of a corrupted cache, scored on the same examples and the same corruption draws.
 
-A condition costs one decode of the continuations per reader, no prefill.
+A condition costs one decode of the continuations per defense, no prefill.
 """
 
 from __future__ import annotations
@@ -16,12 +16,8 @@ from cachemedic.corruption.apply import corrupt
 from cachemedic.corruption.spec import CorruptionEvent, CorruptionSpec, draw_event
 from cachemedic.corruption.types import ROTATION_SEED_TEST
 from cachemedic.data.task_data import TaskData, score
-from cachemedic.defenses.heuristics import Defence, Oracle, Truth
-from cachemedic.defenses.safeguards import Safeguard
-from cachemedic.evaluation.decoding import CleanBank, batches, decode_logits
-from cachemedic.repair.operator import RepairOperator
-
-Reader = Defence | Oracle | RepairOperator | Safeguard
+from cachemedic.defenses.defense import Defense
+from cachemedic.evaluation.decoding import CleanBank, batches, common_runs, decode_through, tokens_of
 
 
 @torch.inference_mode()
@@ -30,30 +26,28 @@ def evaluate(
     task: TaskData,
     clean: CleanBank,
     spec: CorruptionSpec,
-    readers: Mapping[str, Reader],
+    defenses: Mapping[str, Defense],
     draw: int = 0,
 ) -> pd.DataFrame:
-    """Scores every reader on the same corrupted caches: one row per reader and example.
+    """Scores every defense on the same corrupted caches: one row per defense and example.
 
-    Each example draws its event and its noise from (its seed, its number, `draw`) alone: readers are paired, and so are
-    conditions and severities. What overwrites an example is the cache of the next example of its seed.
+    Each example draws its event and its noise from (its seed, its number, `draw`) alone: defenses are paired,
+    and so are conditions and severities. What overwrites an example is the cache of the next example of its seed.
     An operator of R > 1 runs repairs with run i the i-th block of N / R examples (one block per seed).
 
-    Columns: reader, seed, example, depth, nll, nll_clean, kl (of the clean model's next-token distribution from this
-    one, mean over the scored tokens), correct, n_tokens, and the event: type, severity, parameter, share, n_layers,
-    n_heads, n_positions. Raises `ValueError` if the examples do not split into the runs of an operator.
+    Columns: reader (the name of the defense), seed, example, depth, nll, nll_clean, kl (of the clean model's next-token
+    distribution from this one, mean over the scored tokens), correct, n_tokens, and the event: type, severity,
+    parameter, share, n_layers, n_heads, n_positions. Raises `ValueError` if the examples do not split into the runs of
+    an operator.
     """
     seeds = pd.Series(task.seeds.numpy())
     examples = seeds.groupby(seeds).cumcount().to_numpy()
-    told = any(isinstance(reader, Oracle | Safeguard) for reader in readers.values())
-    frames: dict[str, list[pd.DataFrame]] = {name: [] for name in readers}
-    for rows in batches(model, task, common_runs(readers)):
+    frames: dict[str, list[pd.DataFrame]] = {name: [] for name in defenses}
+    for rows in batches(model, task, common_runs(defenses.values())):
         part, clean_logits = task.select(rows), clean.logits[rows]
         index = np.arange(len(task))[rows]
         k, v, events = corrupt_examples(clean, task, spec, index, draw)
-        truth = None
-        if told:
-            truth = Truth(clean.k[rows], clean.v[rows], _differ(clean.k[rows], k) | _differ(clean.v[rows], v))
+        written, damaged = clean.tokens(task, rows), tokens_of(part, k, v)
         common = {
             "seed": seeds[index].to_numpy(),
             "example": examples[index],
@@ -61,29 +55,11 @@ def evaluate(
             "nll_clean": score(part, clean_logits)["nll"],
         }
         common |= pd.DataFrame([event.as_record() | {"severity": event.severity} for event in events]).to_dict("list")
-        for name, reader in readers.items():
-            logits = read_logits(model, k, v, part, reader, truth)
+        for name, defense in defenses.items():
+            logits = decode_through(model, part, defense, written, damaged)
             scores = score(part, logits) | {"kl": _divergence(part, clean_logits, logits)}
             frames[name].append(pd.DataFrame({"reader": name, **common, **scores}, index=index))
     return pd.concat([pd.concat(parts).sort_index() for parts in frames.values()], ignore_index=True)
-
-
-def read_logits(
-    model: PreTrainedModel, k: torch.Tensor, v: torch.Tensor, task: TaskData, reader: Reader, truth: Truth | None
-) -> torch.Tensor:
-    """The logits [B, M, V] of one reader of the corrupted cache k, v [B, L, G, T, d]."""
-    if isinstance(reader, RepairOperator):
-        return decode_logits(model, k, v, task, operator=reader)
-    if isinstance(reader, Oracle):
-        assert truth is not None  # computed wherever an oracle or a safeguard is among the readers
-        defended = reader(k, v, task.prefix_mask, truth)
-    elif isinstance(reader, Safeguard):
-        assert truth is not None
-        kept = reader.write(truth.k, truth.v, task.prefix_ids, task.prefix_mask)  # all that it sees of the clean cache
-        defended = reader.read(k, v, task.prefix_ids, task.prefix_mask, kept)
-    else:
-        defended = reader(k, v, task.prefix_mask)
-    return decode_logits(model, defended.k, defended.v, task, defended.keep)
 
 
 def corrupt_examples(
@@ -120,11 +96,6 @@ def _donate(x: torch.Tensor, donor: torch.Tensor) -> torch.Tensor:
     return given
 
 
-def _differ(clean: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
-    """The vectors that differ in any entry, [B, L, G, T]."""
-    return (clean != corrupted).any(-1)
-
-
 def _generator(*key: int) -> torch.Generator:
     state = np.random.SeedSequence([int(i) for i in key]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
@@ -139,12 +110,3 @@ def _divergence(task: TaskData, clean_logits: torch.Tensor, logits: torch.Tensor
     terms[log_p == -torch.inf] = 0.0  # a token that is ruled out adds nothing
     total[scored] = terms.sum(-1)
     return (total.sum(1) / scored.sum(1)).numpy()
-
-
-def common_runs(readers: Mapping[str, Reader]) -> int:
-    """R of the operators among `readers`; `ValueError` if some have R > 1 and not all of these the same."""
-    trained = [reader for reader in readers.values() if isinstance(reader, RepairOperator | Safeguard)]
-    runs = {reader.runs for reader in trained if reader.runs > 1}
-    if len(runs) > 1:
-        raise ValueError(f"operators of {sorted(runs)} runs cannot read one batch; evaluate them apart")
-    return max(runs, default=1)

@@ -1,4 +1,4 @@
-"""The grid of an experiment: every reader on every task, type and severity."""
+"""The grid of an experiment: every defense on every task, type and severity."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import pandas as pd
 from tqdm import tqdm
 
 from cachemedic.core.files import read_hashed, write_hashed
+from cachemedic.core.severity_map import GRID
 from cachemedic.corruption.apply import MIXTURE_WEIGHTS
-from cachemedic.corruption.severity import GRID, reach
+from cachemedic.corruption.severity import shipped_map
 from cachemedic.corruption.spec import Axis, CorruptionSpec
 from cachemedic.corruption.types import NONE
 from cachemedic.data.task_data import TaskData
 from cachemedic.data.tasks import needle_task, perplexity_task, sentiment_task
 from cachemedic.data.text_source import EMBEDDED_TEXT, TextSource
-from cachemedic.defenses.clean_ranges import CacheStatistics
+from cachemedic.defenses.defense import Defense
+from cachemedic.defenses.registry import Calibration
 from cachemedic.evaluation.decoding import CleanBank, clean_pass
-from cachemedic.evaluation.evaluate import Reader, evaluate
+from cachemedic.evaluation.evaluate import evaluate
 from cachemedic.models.load import Base
 
 TYPES = tuple(MIXTURE_WEIGHTS)
@@ -49,35 +51,35 @@ def standard_tasks(
     return tasks
 
 
-def clean_statistics(base: Base, windows: int = 64, source: TextSource = EMBEDDED_TEXT) -> CacheStatistics:
-    """What clean keys and values of a base look like on `windows` texts of the calibration split."""
+def calibration_of(base: Base, windows: int = 64, source: TextSource = EMBEDDED_TEXT) -> Calibration:
+    """What defenses of a base are made from: its clean caches on `windows` texts of the calibration split."""
     task = standard_tasks(base, "calibration", [0], {"perplexity": windows}, source)["perplexity"]
-    clean = clean_pass(base.model, task)
-    return CacheStatistics.measure(clean.k, clean.v, task.prefix_mask)
+    return Calibration(base.model, clean_pass(base.model, task).tokens(task))
 
 
 def run_grid(
     base: Base,
     tasks: Mapping[str, TaskData],
-    readers: Mapping[str, Reader],
+    defenses: Mapping[str, Defense],
     folder: Path | None,
     layers: Axis = "all",
     types: Sequence[str] = TYPES,
     severities: Sequence[float] = GRID,
 ) -> pd.DataFrame:
-    """Every reader on every task, type and severity (0 and `severities`, as far as a type reaches).
+    """Every defense on every task, type and severity (0 and `severities`, as far as a type reaches).
 
     `layers` says which layers the faults hit. One row per `ID_COLUMNS` with columns parameter, share, nll, nll_clean,
     kl, accuracy (NaN where not graded) and n_examples. Finished conditions are kept under `folder`, from where an
     interrupted grid goes on (None: not kept).
     """
-    shape = (base.config.num_hidden_layers, _kv_heads(base), 0)
+    shape, calibrated = (base.config.num_hidden_layers, _kv_heads(base), 0), base.severity_map or shipped_map()
     conditions = [(name, CorruptionSpec(NONE)) for name in tasks]
     for name in tasks:
         for corruption in types:
-            limit = reach(corruption, base.name, shape)
+            limit = calibrated.reach(corruption, base.name, shape)
             for severity in sorted({min(s, limit) for s in severities}):
-                conditions.append((name, CorruptionSpec(corruption, severity, layers=layers, base=base.name)))
+                spec = CorruptionSpec(corruption, severity, layers=layers, base=base.name, severity_map=calibrated)
+                conditions.append((name, spec))
     banks: dict[str, CleanBank] = {}
     frames = []
     for name, spec in tqdm(conditions, desc=f"grid on {base.name}"):
@@ -88,7 +90,7 @@ def run_grid(
             continue
         if name not in banks:
             banks = {name: clean_pass(base.model, tasks[name])}  # one at a time: a bank can be large
-        frame = per_seed(evaluate(base.model, tasks[name], banks[name], spec, readers), name, spec)
+        frame = per_seed(evaluate(base.model, tasks[name], banks[name], spec, defenses), name, spec)
         if path is not None:
             write_hashed(path, frame.to_csv(index=False).encode())
         frames.append(frame)

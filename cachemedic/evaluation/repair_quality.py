@@ -1,4 +1,4 @@
-"""What a reader does to the cache itself: the error that it leaves, and whether it knows which tokens are damaged."""
+"""What a defense does to the cache itself: the error that it leaves, and whether it knows which tokens are damaged."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from cachemedic.core.divergence import EPS
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.data.task_data import TaskData
-from cachemedic.defenses.safeguards import Safeguard
-from cachemedic.evaluation.decoding import CleanBank, decode_logits
+from cachemedic.defenses.defense import Defense
+from cachemedic.defenses.heuristics import damaged_vectors
+from cachemedic.evaluation.decoding import CleanBank, decode_logits, tokens_of
 from cachemedic.evaluation.detection import detection_auroc
 from cachemedic.evaluation.evaluate import corrupt_examples
 from cachemedic.repair.folded import QueryGatedAdditive
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.token.scrub import Scrubber, positions_of
 
 
 class _QueryProbe(QueryGatedAdditive):
@@ -41,34 +41,29 @@ def queries_of(model: PreTrainedModel, clean: CleanBank, task: TaskData) -> Tens
     depth = model.config.get_text_config().num_hidden_layers
     identity = RepairOperator.create("A", model.config, layers=range(depth), rank=1)
     probe = _QueryProbe(identity.config, dict(identity.named_parameters()))
-    decode_logits(model, clean.k, clean.v, task, operator=probe)
+    decode_logits(model, clean.tokens(task), task, probe)
     return torch.stack([torch.cat(probe.seen[layer]) for layer in range(depth)], 1)
 
 
 @torch.inference_mode()
 def repair_quality(
-    model: PreTrainedModel, task: TaskData, clean: CleanBank, spec: CorruptionSpec, readers: Mapping[str, Safeguard]
+    model: PreTrainedModel, task: TaskData, clean: CleanBank, spec: CorruptionSpec, defenses: Mapping[str, Defense]
 ) -> pd.DataFrame:
-    """The error that safeguards leave in the caches of a task, one row per reader and seed.
+    """The error that defenses leave in the caches of a task, one row per defense and seed.
 
     rho, rho_k, rho_v: norms left over norms found, means over examples and layers (layers without damage left out);
-    score_error: the same for the attention scores q k of the continuation's queries; auroc: of the suspicion of a
-    `Scrubber` about tokens, where part of them is damaged (else NaN). Examples of several runs are run-major.
+    score_error: the same for the attention scores q k of the continuation's queries; auroc: of the suspicion of
+    tokens, for a defense that has one and where part of them is damaged (else NaN). Examples of several runs are
+    run-major.
     """
     k, v, _ = corrupt_examples(clean, task, spec, np.arange(len(task)))
-    ids, valid = task.prefix_ids, task.prefix_mask
-    positions = positions_of(valid)
+    written, found_damaged, valid = clean.tokens(task), tokens_of(task, k, v), task.prefix_mask
     queries = queries_of(model, clean, task)
-    damaged = (_differ(clean.k, k) | _differ(clean.v, v)).any(1)  # [B, T]
+    damaged = damaged_vectors(written, found_damaged).any(2).any(1)  # [B, T]
     rows = []
-    for name, reader in readers.items():
-        kept = reader.write(clean.k, clean.v, ids, valid)
-        if isinstance(reader, Scrubber):
-            new_k, new_v, repair = reader.scrub(k, v, ids, positions, kept)
-            suspicion = repair.suspicion.mean(1)
-        else:
-            read = reader.read(k, v, ids, valid, kept)
-            new_k, new_v, suspicion = read.k, read.v, None
+    for name, defense in defenses.items():
+        read = defense.read(found_damaged, defense.write(written))
+        new_k, new_v, suspicion = read.k, read.v, read.suspicion
         errors = {
             "k": (_size(new_k - clean.k), _size(torch.nan_to_num(k) - clean.k)),
             "v": (_size(new_v - clean.v), _size(torch.nan_to_num(v) - clean.v)),
@@ -82,10 +77,6 @@ def repair_quality(
             auroc = float("nan") if suspicion is None else detection_auroc(suspicion[mine], damaged[mine])
             rows.append({"reader": name, "seed": seed, **means.to_dict(), "auroc": auroc})
     return pd.DataFrame(rows)
-
-
-def _differ(clean: Tensor, other: Tensor) -> Tensor:
-    return (clean != other).any(-1).any(2)  # [B, L, T]
 
 
 def _size(error: Tensor) -> Tensor:

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from cachemedic.corruption.severity import GRID, MAP_COLUMNS
+from cachemedic.core.severity_map import GRID, MAP_COLUMNS
 from cachemedic.corruption.spec import CALIBRATED_POSITIONS, CorruptionSpec
-from cachemedic.corruption.types import NONE
+from cachemedic.corruption.types import CORRUPTIONS, NONE
 from cachemedic.data.task_data import TaskData
-from cachemedic.defenses.heuristics import NoDefence, Reset
+from cachemedic.defenses.heuristics import NoDefense, Reset
 from cachemedic.evaluation.decoding import CleanBank
 from cachemedic.evaluation.evaluate import evaluate
 from cachemedic.models.load import Base
 
-PARAMETERS: dict[str, tuple[float, ...]] = {
-    "gaussian": (0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 8.0),
-    "dropout_zero": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
-    "orthogonal_rotation": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0),
-    "bitflip_sparse": (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6),
-    "quant_noise": (8, 6, 5, 4, 3, 2, 1),
-    "contiguous_overwrite": (4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128),
-}
 SHARES = (0.05, 0.15, 0.3, 0.6, 1.0)  # of the positions, where the parameter is discrete
 
 
@@ -40,18 +33,21 @@ def damage_curve(base: Base, task: TaskData, clean: CleanBank, corruption: str, 
     `value` is the mean value of the context of `task` in nats per token; the standard error is over examples.
     """
     rows = []
-    for parameter in PARAMETERS[corruption]:
-        for share in SHARES if corruption == "quant_noise" else (1.0,):
+    for parameter in CORRUPTIONS[corruption].calibration:
+        for share in SHARES if CORRUPTIONS[corruption].by_share else (1.0,):
             spec = CorruptionSpec(corruption, parameter=parameter, share=share)
-            scores = evaluate(base.model, task, clean, spec, {"none": NoDefence()})
+            scores = evaluate(base.model, task, clean, spec, {"none": NoDefense()})
             lost = (scores["nll"] - scores["nll_clean"]) / value
             rows.append((corruption, parameter, share, lost.mean(), lost.sem()))
     return pd.DataFrame(rows, columns=["type", "parameter", "share", "damage", "damage_se"])
 
 
-def calibrate(base: Base, task: TaskData, clean: CleanBank) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The curves of all types (`damage_curve`) and the severity map read off them (columns `MAP_COLUMNS`).
+def calibrate_severities(
+    base: Base, task: TaskData, clean: CleanBank, types: Sequence[str] = ()
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The curves of corruption types (`damage_curve`), and the rows of a `SeverityMap` read off them.
 
+    types: which ones (none: all that have parameters of calibration).
     A type whose damage stays below a severity of the grid ends in a row at its reach.
     Raises `ValueError` if the prefixes have not the length of calibration, or if the base makes no use of them.
     """
@@ -61,7 +57,8 @@ def calibrate(base: Base, task: TaskData, clean: CleanBank) -> tuple[pd.DataFram
     value = (erased["nll_erased"] - erased["nll_clean"]).mean()
     if not value > 0:
         raise ValueError(f"the context of {task.name} is worth {value:.3f} nats to {base.name}: nothing can be damaged")
-    bar = tqdm(PARAMETERS, desc=f"severity calibration of {base.name}")
+    types = types or [name for name, corruption in CORRUPTIONS.items() if corruption.calibration]
+    bar = tqdm(types, desc=f"severity calibration of {base.name}")
     curves = [damage_curve(base, task, clean, corruption, value) for corruption in bar]
     layers, heads = clean.k.shape[1:3]
     rows = [(base.name, layers, heads, curve["type"][0], *row) for curve in curves for row in _read_off(curve)]

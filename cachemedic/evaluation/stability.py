@@ -1,14 +1,14 @@
 """How far noise in the cache moves the logits: sensitivity against the size of the noise, and amplification by place.
 
-A reader of the cache is a blind defence, a repair operator or a safeguard; z is what the model says through it. Logits
-are compared over the clean model's top k at every scored token. Noise is Gaussian, of a stated Frobenius norm relative
-to that of the clean state it falls on: keys and values together, of a layer (sensitivity) or a head (amplification).
+z are the logits of the model whose cache is read through a defense, compared over the clean model's top k at every
+scored token. Noise is Gaussian, of a stated Frobenius norm relative to that of the clean state it falls on: keys and
+values together, of a layer (sensitivity) or a head (amplification).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,8 @@ from transformers import PreTrainedModel
 
 from cachemedic.core.seeds import generator
 from cachemedic.data.task_data import TaskData
-from cachemedic.defenses.safeguards import Safeguard
-from cachemedic.evaluation.decoding import CleanBank, batches, decode_logits
-from cachemedic.evaluation.evaluate import Reader, common_runs, read_logits
+from cachemedic.defenses.defense import Defense
+from cachemedic.evaluation.decoding import CleanBank, batches, common_runs, decode_logits, tokens_of
 
 NOISE = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # norm of the noise over that of the clean layer
 HEAD_NOISE = 0.1  # the same for a head
@@ -41,23 +40,16 @@ class _Batch:
     top: torch.Tensor  # ids of the top clean logits [B, M, k]
     reference: torch.Tensor  # these logits
     numbers: np.ndarray  # of the examples within their seeds
-    kept: dict[Safeguard, Any] = field(default_factory=dict)  # of the clean cache
+    kept: dict[Defense, Any]  # what each defense keeps of the clean cache
 
     @property
     def seeds(self) -> np.ndarray:
         return self.task.seeds.numpy()
 
-    def read(self, k: torch.Tensor, v: torch.Tensor, reader: Reader) -> torch.Tensor:
-        """The compared logits [B, M, k] of a reader of the cache k, v."""
-        ids, valid = self.task.prefix_ids, self.task.prefix_mask
-        if isinstance(reader, Safeguard):
-            if reader not in self.kept:  # written once, before all noise
-                self.kept[reader] = reader.write(self.k, self.v, ids, valid)
-            read = reader.read(k, v, ids, valid, self.kept[reader])
-            logits = decode_logits(self.model, read.k, read.v, self.task, read.keep)
-        else:
-            logits = read_logits(self.model, k, v, self.task, reader, truth=None)
-        return logits.gather(-1, self.top)
+    def read(self, k: torch.Tensor, v: torch.Tensor, defense: Defense) -> torch.Tensor:
+        """The compared logits [B, M, k] of the cache k, v read through a defense."""
+        read = defense.read(tokens_of(self.task, k, v), self.kept[defense])
+        return decode_logits(self.model, read, self.task, defense).gather(-1, self.top)
 
     def distance(self, z: torch.Tensor, reference: torch.Tensor) -> np.ndarray:
         """The 2-norm over the compared logits, mean over the scored tokens of each example [B]."""
@@ -87,14 +79,16 @@ class _Batch:
 
 
 def _batches(
-    model: PreTrainedModel, task: TaskData, clean: CleanBank, readers: Mapping[str, Reader]
+    model: PreTrainedModel, task: TaskData, clean: CleanBank, defenses: Mapping[str, Defense]
 ) -> Iterator[_Batch]:
     seeds = pd.Series(task.seeds.numpy())
     numbers = seeds.groupby(seeds).cumcount().to_numpy()
-    for rows in batches(model, task, common_runs(readers)):
+    for rows in batches(model, task, common_runs(defenses.values())):
         top = clean.logits[rows].topk(min(TOP, clean.logits.shape[-1]), dim=-1)
         part, places = task.select(rows), np.arange(len(task))[rows]
-        yield _Batch(model, part, clean.k[rows], clean.v[rows], top.indices, top.values, numbers[places])
+        written = clean.tokens(task, rows)
+        kept = {defense: defense.write(written) for defense in defenses.values()}
+        yield _Batch(model, part, written.k, written.v, top.indices, top.values, numbers[places], kept)
 
 
 @torch.inference_mode()
@@ -102,28 +96,29 @@ def sensitivity(
     model: PreTrainedModel,
     task: TaskData,
     clean: CleanBank,
-    readers: Mapping[str, Reader],
+    defenses: Mapping[str, Defense],
     levels: Sequence[float] = NOISE,
     draws: int = 1,
 ) -> pd.DataFrame:
-    """Sens(n) = E ||z(S + delta) - z(S)||_2 of every reader, level n of the noise and seed (the paper).
+    """Sens(n) = E ||z(S + delta) - z(S)||_2 of every defense, level n of the noise and seed (the paper).
 
     S is the clean cache; delta is Gaussian with n times the norm of S in every layer, in one direction for all levels
-    and readers. Level 0 is measured like the others.
+    and defenses. Level 0 is measured like the others.
 
     Columns: reader, noise (n), seed, sensitivity, distance (to the logits of the clean model: ||z(S + delta) - z0(S)||,
-    so that a reader that always says the same is no winner), top (k), draws, n_examples. Means over examples and draws.
+    so that a defense whose logits never change does not win), top (k), draws, n_examples. Means over examples and
+    draws.
     Raises `ValueError` if the examples do not split into the runs of an operator.
     """
     frames = []
-    for batch in _batches(model, task, clean, readers):
-        at_rest = {name: batch.read(batch.k, batch.v, reader) for name, reader in readers.items()}
+    for batch in _batches(model, task, clean, defenses):
+        at_rest = {name: batch.read(batch.k, batch.v, defense) for name, defense in defenses.items()}
         for draw in range(draws):
             noise_k, noise_v, _ = batch.noise("layer", draw)
             for level in levels:
                 k, v = batch.k + level * noise_k, batch.v + level * noise_v
-                for name, reader in readers.items():
-                    z = batch.read(k, v, reader)
+                for name, defense in defenses.items():
+                    z = batch.read(k, v, defense)
                     frames.append(pd.DataFrame({
                         "reader": name, "noise": level, "seed": batch.seeds, "top": z.shape[-1],
                         "sensitivity": batch.distance(z, at_rest[name]),
@@ -138,21 +133,21 @@ def amplification(
     model: PreTrainedModel,
     task: TaskData,
     clean: CleanBank,
-    readers: Mapping[str, Reader],
+    defenses: Mapping[str, Defense],
     level: float = HEAD_NOISE,
     draws: int = 1,
 ) -> pd.DataFrame:
     """gamma(l, h) = median ||z(S + delta_lh) - z(S)||_2 / (||delta_lh||_F + 1e-8), noise on one head at a time.
 
     delta_lh has `level` times the norm of that head's clean keys and values (h: key/value heads), the same for all
-    readers; the median is over the examples and draws of a seed.
+    defenses; the median is over the examples and draws of a seed.
 
     Columns: reader, layer, head, seed, gamma, noise (the level), top (k), draws, n_examples. Raises `ValueError` if the
     examples do not split into the runs of an operator.
     """
     frames = []
-    for batch in _batches(model, task, clean, readers):
-        at_rest = {name: batch.read(batch.k, batch.v, reader) for name, reader in readers.items()}
+    for batch in _batches(model, task, clean, defenses):
+        at_rest = {name: batch.read(batch.k, batch.v, defense) for name, defense in defenses.items()}
         for draw in range(draws):
             noise_k, noise_v, size = batch.noise("head", draw)
             k, v = batch.k.clone(), batch.v.clone()
@@ -160,8 +155,8 @@ def amplification(
                 k[:, layer, head] += level * noise_k[:, layer, head]
                 v[:, layer, head] += level * noise_v[:, layer, head]
                 norm = level * size[:, layer, head, 0, 0].numpy()
-                for name, reader in readers.items():
-                    z = batch.read(k, v, reader)
+                for name, defense in defenses.items():
+                    z = batch.read(k, v, defense)
                     gamma = batch.distance(z, at_rest[name]) / (norm + EPS)
                     place = {"reader": name, "layer": layer, "head": head, "seed": batch.seeds}
                     frames.append(pd.DataFrame(place | {"top": z.shape[-1], "gamma": gamma}))

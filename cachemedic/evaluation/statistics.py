@@ -1,7 +1,7 @@
 """Summaries of an experiment and their intervals over few seeds.
 
 The interval of a headline number is a t interval over seeds: with five of them it covers its level, which a percentile
-bootstrap does not (about 84% instead of 95%; the tests simulate both). See Agarwal et al. 2021 on few-seed reports.
+bootstrap does not (about 84% instead of 95%). See Agarwal et al. 2021 on few-seed reports.
 """
 
 from __future__ import annotations
@@ -61,22 +61,6 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], l
         raise ValueError("the denominators have mean zero: without damage there is no recovery")
     ratio = a.mean() / b.mean()
     return t_interval(ratio + (a - ratio * b) / b.mean(), level)
-
-
-def hierarchical_bootstrap(values: np.ndarray, level: float = LEVEL, resamples: int = 2000, seed: int = 0) -> Interval:
-    """The mean of `values` [S, N] with a percentile interval: seeds are resampled, then the examples of each.
-
-    Honest with many seeds; with few it is too narrow, see the module's note.
-    """
-    x = _finite(values)
-    if x.ndim != 2:
-        raise ValueError(f"values must be seeds x examples, got shape {x.shape}")
-    rng = np.random.default_rng(seed)
-    n_seeds, n_examples = x.shape
-    seeds = rng.integers(n_seeds, size=(resamples, n_seeds, 1))
-    means = x[seeds, rng.integers(n_examples, size=(resamples, n_seeds, n_examples))].mean((1, 2))
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(x.mean()), float(low), float(high))
 
 
 def robustness_auc(severities: Sequence[float], scores: Sequence[float]) -> float:

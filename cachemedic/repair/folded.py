@@ -15,9 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cachemedic.repair.attention import Attention, Gates
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.inward_clamp import InwardClamp
-from cachemedic.repair.operator import Attention, Gates, RepairOperator
+from cachemedic.repair.operator import RepairOperator
 from cachemedic.repair.registry import register_family
 
 

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from cachemedic.core.errors import nearest_valid
 from cachemedic.core.files import digest, read_sealed, replace_together, seal
 from cachemedic.core.integers import whole_number, whole_numbers
+from cachemedic.defenses.defense import Defense
 from cachemedic.models.shape import ModelShape
+from cachemedic.repair.attach import protect
+from cachemedic.repair.attention import Attention, Gates
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.registry import family_class
 from cachemedic.repair.shipped import CONFIG, operator_folder
@@ -28,48 +32,8 @@ from cachemedic.repair.shipped import CONFIG, operator_folder
 WEIGHTS, STATISTICS = "operator.safetensors", "statistics.json"
 UNNAMED = "unnamed"  # statistics of folders that were written before their `config.json` named them
 
-Gates = tuple[Tensor | None, Tensor | None]
 
-
-class Attention(Protocol):
-    """A model's own attention in one layer, its mask and scaling included; heads may be wider than the model's."""
-
-    @property
-    def scaling(self) -> float:
-        """What logits are multiplied by, whatever the width of the heads."""
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
-        """query [R*B, H, M, n], key and value [R*B, G, T, n] -> (output [R*B, M, H, n], weights or None)."""
-
-
-class Reader(Protocol):
-    """What `cachemedic.repair.attach.protect` attaches to a model: an operator, or what it has found in one cache."""
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Whose attention it changes."""
-
-    @property
-    def runs(self) -> int:
-        """How many runs read the rows of a batch, a block of rows each."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where its numbers are."""
-
-    def check_model(self, model_config: PreTrainedConfig) -> None:
-        """Raise `ValueError` for a model of another shape."""
-
-    def of_rows(self, rows: slice | Tensor) -> Reader:
-        """What reads these rows of a batch."""
-
-    def attend(
-        self, layer: int, attention: Attention, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor | None, Gates]:
-        """Attention of one layer, see `RepairOperator.attend`."""
-
-
-class RepairOperator(nn.Module, ABC):
+class RepairOperator(nn.Module, Defense, ABC):
     """A stack of R repair operators for the attention of some layers of one model.
 
     Make one with `create` or `from_pretrained`; use it with `cachemedic.repair.attach.protect`. A family says how its
@@ -171,6 +135,10 @@ class RepairOperator(nn.Module, ABC):
         return self.config.runs
 
     @property
+    def fixed_bytes(self) -> int:
+        return sum(p.nbytes for p in self.parameters()) // self.runs
+
+    @property
     def head_dim(self) -> int:
         return self.config.model.head_dim
 
@@ -178,9 +146,9 @@ class RepairOperator(nn.Module, ABC):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def of_rows(self, rows: slice | Tensor) -> RepairOperator:
-        """What reads these rows of a batch: an operator treats all rows alike."""
-        return self
+    def attach(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
+        """A context within which `model` reads its cache through this operator, see `protect`."""
+        return protect(model, self)
 
     def num_parameters(self) -> int:
         """Trainable numbers of one run."""

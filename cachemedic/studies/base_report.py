@@ -21,9 +21,10 @@ from cachemedic.data.task_data import TaskData
 from cachemedic.data.tasks import needle_task, perplexity_task
 from cachemedic.data.text import documentation, text_hash
 from cachemedic.data.text_source import EMBEDDED_TEXT, TextSource
-from cachemedic.defenses.heuristics import NoDefence, Reset
+from cachemedic.defenses.defense import Defense
+from cachemedic.defenses.heuristics import NoDefense, Reset
 from cachemedic.evaluation.decoding import clean_pass
-from cachemedic.evaluation.evaluate import Reader, evaluate
+from cachemedic.evaluation.evaluate import evaluate
 from cachemedic.evaluation.experiments import standard_tasks
 from cachemedic.evaluation.statistics import Interval, paired_interval, t_interval
 from cachemedic.models.load import EMBEDDED, WEIGHTS, Base
@@ -112,7 +113,7 @@ def facts(base: Base) -> dict[str, Any]:
 
 def read(base: Base, task: TaskData) -> pd.DataFrame:
     """Scores of a task on its clean cache and with the prefix erased (readers "clean" and "erased"), as `evaluate`."""
-    readers: dict[str, Reader] = {"clean": NoDefence(), "erased": Reset()}
+    readers: dict[str, Defense] = {"clean": NoDefense(), "erased": Reset()}
     return evaluate(base.model, task, clean_pass(base.model, task), CorruptionSpec(NONE), readers)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from cachemedic.core.seeds import generator
 from cachemedic.corruption.apply import MIXTURE_WEIGHTS, corrupt
-from cachemedic.corruption.severity import reach
+from cachemedic.corruption.severity import shipped_map
 from cachemedic.corruption.spec import CorruptionEvent, CorruptionSpec, draw_event
 from cachemedic.corruption.types import ROTATION_SEED_TEST
 from cachemedic.evaluation.bounds import best_linear_map, linear_bound, rank_floor
@@ -99,7 +99,9 @@ def _draw(base: Base, config: TrainConfig, bank: Bank, severity: float, kind: st
     depth, heads, length = bank.keys.shape[1:4]
     shape = (depth, heads, length)
     layers = "all" if config.corrupted_layers == "all" else config.layers
-    spec = CorruptionSpec(kind, min(severity, reach(kind, base.name, shape)), layers=layers, base=base.name)
+    calibrated = base.severity_map or shipped_map()
+    reached = min(severity, calibrated.reach(kind, base.name, shape))
+    spec = CorruptionSpec(kind, reached, layers=layers, base=base.name, severity_map=calibrated)
     share = len(bank) // len(config.seeds)
     rows = torch.arange(share * len(config.seeds)).view(len(config.seeds), share)
     keys, values = [], []

@@ -1,9 +1,9 @@
-"""The readers that notebooks 08 and 14 compare, and what they are compared by."""
+"""The defenses that notebooks 08 and 14 compare, and what they are compared by."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import pandas as pd
@@ -12,13 +12,10 @@ from torch import Tensor
 
 from cachemedic.data.text import documentation
 from cachemedic.data.windows import sample_windows
-from cachemedic.defenses.clean_ranges import CacheStatistics
-from cachemedic.defenses.heuristics import Defence, Defended, blind_defences
-from cachemedic.defenses.rivals import rivals
-from cachemedic.defenses.safeguards import Safeguard, cache_bits_per_token
-from cachemedic.evaluation.decoding import clean_pass
-from cachemedic.evaluation.evaluate import Reader
-from cachemedic.evaluation.experiments import standard_tasks
+from cachemedic.defenses.defense import Around, CachedTokens, Defense, cache_bytes_per_token
+from cachemedic.defenses.heuristics import blind_defenses
+from cachemedic.defenses.storage_defenses import storage_defenses
+from cachemedic.evaluation.experiments import calibration_of
 from cachemedic.models.load import Base
 from cachemedic.models.shape import ModelShape
 from cachemedic.repair.operator import RepairOperator
@@ -26,7 +23,7 @@ from cachemedic.studies.family_study import folded
 from cachemedic.studies.run import Run
 from cachemedic.token.calibration import vectors_of
 from cachemedic.token.operator import TokenAware
-from cachemedic.token.scrub import Codes, Scrubber
+from cachemedic.token.scrub import Scrubber
 from cachemedic.training.config import TrainConfig
 from cachemedic.training.trainer import load_or_train
 
@@ -35,21 +32,11 @@ Name = TypeVar("Name")
 HEURISTICS = ("none", "clip_renormalise", "range_restriction")
 
 
-@dataclass(frozen=True, eq=False)
-class Yardsticks:
-    """What is measured on clean caches of the calibration split: blind heuristics and rivals, by name."""
-
-    blind: Mapping[str, Defence]
-    rivals: Mapping[str, Safeguard]
-
-    @classmethod
-    def measure(cls, base: Base, examples: int = 64) -> Yardsticks:
-        task = standard_tasks(base, "calibration", [0], {"perplexity": examples})["perplexity"]
-        clean = clean_pass(base.model, task)
-        statistics = CacheStatistics.measure(clean.k, clean.v, task.prefix_mask)
-        shape = ModelShape.of(base.model.config)
-        blind = {name: defence for name, defence in blind_defences(statistics).items() if name in HEURISTICS}
-        return cls(blind, rivals(clean.k, clean.v, task.prefix_mask, shape))
+def comparison_defenses(base: Base, examples: int = 64) -> tuple[dict[str, Defense], dict[str, Defense]]:
+    """The heuristics, and the defenses with protected storage, that operators are compared with, by name."""
+    calibration = calibration_of(base, examples)
+    heuristics = blind_defenses(calibration)
+    return {name: heuristics[name] for name in HEURISTICS}, storage_defenses(calibration)
 
 
 def trained(
@@ -80,48 +67,29 @@ def linear_operators(base: Base, seeds: Sequence[int], run: Run, smoke: bool) ->
     }
 
 
-def bytes_per_token(base: Base, readers: Mapping[str, Reader]) -> pd.DataFrame:
-    """Columns reader, bits_per_token, share: what a reader keeps, in bits and over a bf16 cache."""
-    whole = cache_bits_per_token(ModelShape.of(base.model.config))
-    bits = {name: reader.bits_per_token() if isinstance(reader, Safeguard) else 0.0 for name, reader in readers.items()}
-    return pd.DataFrame(
-        [(name, b, b / whole) for name, b in bits.items()], columns=["reader", "bits_per_token", "share"]
-    )
+def bytes_per_token(base: Base, defenses: Mapping[str, Defense]) -> pd.DataFrame:
+    """Columns reader, bits_per_token, share: what a defense keeps, in bits and over a bf16 cache."""
+    whole = cache_bytes_per_token(ModelShape.of(base.model.config))
+    rows = [(name, 8 * defense.bytes_per_token, defense.bytes_per_token / whole) for name, defense in defenses.items()]
+    return pd.DataFrame(rows, columns=["reader", "bits_per_token", "share"])
 
 
-class OneSide(Safeguard):
-    """A safeguard of which only the repaired keys, or only the values, are used: side is "k" or "v"."""
+@dataclass(frozen=True, eq=False)
+class OneSide(Around):
+    """A defense of which only the repaired keys, or only the values, are used: side is "k" or "v"."""
 
-    def __init__(self, scrubber: Scrubber, side: str) -> None:
-        self.scrubber, self.side = scrubber, side
+    side: str
 
-    @property
-    def runs(self) -> int:
-        return self.scrubber.runs
-
-    def bits_per_token(self) -> float:
-        return self.scrubber.bits_per_token()
-
-    def write(self, k: Tensor, v: Tensor, ids: Tensor, valid: Tensor) -> Codes:
-        return self.scrubber.write(k, v, ids, valid)
-
-    def read(self, k: Tensor, v: Tensor, ids: Tensor, valid: Tensor, kept: Any) -> Defended:
-        read = self.scrubber.read(k, v, ids, valid, kept)
-        return Defended(read.k, v) if self.side == "k" else Defended(k, read.v)
+    def read(self, damaged: CachedTokens, kept: Any) -> CachedTokens:
+        return replace(damaged, **{self.side: getattr(self.inner.read(damaged, kept), self.side)})
 
 
-class SketchSwapped(OneSide):
+class SketchSwapped(Around):
     """An attacker who can write the sketch: what is kept of every example is that of the next one of the batch."""
 
-    def __init__(self, scrubber: Scrubber) -> None:
-        super().__init__(scrubber, "kv")
-
-    def write(self, k: Tensor, v: Tensor, ids: Tensor, valid: Tensor) -> Codes:
-        kept = self.scrubber.write(k, v, ids, valid)
+    def write(self, clean: CachedTokens) -> Any:
+        kept = self.inner.write(clean)
         return None if kept is None else [codes.roll(-1, 0) for codes in kept]
-
-    def read(self, k: Tensor, v: Tensor, ids: Tensor, valid: Tensor, kept: Any) -> Defended:
-        return self.scrubber.read(k, v, ids, valid, kept)
 
 
 @torch.inference_mode()

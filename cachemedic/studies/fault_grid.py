@@ -4,47 +4,43 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 from cachemedic.core.files import read_hashed, write_hashed
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.corruption.types import NONE
 from cachemedic.data.task_data import TaskData
-from cachemedic.defenses.heuristics import Defence, Defended
-from cachemedic.defenses.safeguards import plausible
+from cachemedic.defenses.clean_ranges import plausible
+from cachemedic.defenses.defense import Around, CachedTokens, Defense
 from cachemedic.evaluation import statistics as stats
-from cachemedic.evaluation.decoding import CleanBank, clean_pass, decode_logits
-from cachemedic.evaluation.evaluate import Reader, evaluate
+from cachemedic.evaluation.decoding import CleanBank, clean_pass, decode_logits, tokens_of
+from cachemedic.evaluation.evaluate import evaluate
 from cachemedic.models.load import Base
 
 
-@dataclass(frozen=True, eq=False)
-class Guarded:
-    """A defence that reads zero in place of what is not finite or beyond the range of fp16: one pass over the cache."""
+class Guarded(Around):
+    """A defense that reads zero in place of what is not finite or beyond the range of fp16: one pass over the cache."""
 
-    defence: Defence
-
-    def __call__(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> Defended:
-        return self.defence(plausible(k), plausible(v), valid)
+    def read(self, damaged: CachedTokens, kept: object) -> CachedTokens:
+        return self.inner.read(replace(damaged, k=plausible(damaged.k), v=plausible(damaged.v)), kept)
 
 
 def stored_bank(base: Base, task: TaskData) -> CleanBank:
     """The clean pass of a task whose cache is stored in bf16, as servers do, with the logits over the stored cache."""
     clean = clean_pass(base.model, task)
     k, v = (x.bfloat16().to(x.dtype) for x in (clean.k, clean.v))
-    return CleanBank(k, v, decode_logits(base.model, k, v, task))
+    return CleanBank(k, v, decode_logits(base.model, tokens_of(task, k, v), task))
 
 
 def run_faults(
     base: Base,
     task: TaskData,
-    readers: Mapping[str, Reader],
+    readers: Mapping[str, Defense],
     faults: Mapping[str, Sequence[float]],
     folder: Path,
 ) -> pd.DataFrame:

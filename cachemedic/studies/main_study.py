@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from cachemedic.corruption.severity import GRID
+from cachemedic.core.severity_map import GRID
 from cachemedic.data.task_data import TaskData
-from cachemedic.defenses.heuristics import Defence, blind_defences, oracles
-from cachemedic.evaluation.evaluate import Reader
-from cachemedic.evaluation.experiments import clean_statistics, run_grid, standard_tasks
+from cachemedic.defenses.defense import Defense
+from cachemedic.defenses.heuristics import blind_defenses, oracles
+from cachemedic.evaluation.experiments import calibration_of, run_grid, standard_tasks
 from cachemedic.evaluation.statistics import best_heuristic
 from cachemedic.models.load import Base
 from cachemedic.studies.family_evaluation import bytes_per_token
@@ -53,7 +53,7 @@ def linear_configs(base: Base, seeds: Sequence[int], smoke: bool = False) -> dic
     }
 
 
-def best_blind(base: Base, blind: Mapping[str, Defence], validation: Mapping[str, TaskData], folder: Path) -> str:
+def best_blind(base: Base, blind: Mapping[str, Defense], validation: Mapping[str, TaskData], folder: Path) -> str:
     """The name of the blind heuristic of the highest mean AUC over `validation` tasks; `folder` as in `run_grid`."""
     grid = run_grid(base, validation, blind, folder, severities=(0.25, 1.0))
     return best_heuristic(robustness(grid[grid["reader"] != "none"]))
@@ -61,8 +61,8 @@ def best_blind(base: Base, blind: Mapping[str, Defence], validation: Mapping[str
 
 def measure(
     base: Base,
-    linear: Mapping[str, Reader],
-    token_aware: Mapping[str, Reader],
+    linear: Mapping[str, Defense],
+    token_aware: Mapping[str, Defense],
     seeds: Sequence[int],
     folder: Path,
     smoke: bool = False,
@@ -75,8 +75,8 @@ def measure(
     """
     examples = SMOKE_EXAMPLES if smoke else EXAMPLES
     severities = (0.5,) if smoke else GRID
-    statistics = clean_statistics(base)
-    blind, told = blind_defences(statistics), oracles(statistics)
+    calibration = calibration_of(base)
+    blind, with_mask = blind_defenses(calibration), oracles(calibration)
     few = {task: max(2, n // 2) for task, n in examples.items()}
     heuristic = best_blind(base, blind, standard_tasks(base, "validation", seeds[:2], few), folder / "validation")
     tasks = standard_tasks(base, "test", seeds, examples)
@@ -85,10 +85,10 @@ def measure(
     repairs = {"operator A": linear[standard], **token_aware}
     undefended = {"none": blind["none"]}
     clipping = {name: blind[name] for name in BLOCK_DEFENCES}
-    cases: list[tuple[str, Mapping[str, TaskData], Mapping[str, Reader], Sequence[float]]] = [
+    cases: list[tuple[str, Mapping[str, TaskData], Mapping[str, Defense], Sequence[float]]] = [
         (standard, words, {**blind, **repairs}, severities),
         (standard, tasks, {**undefended, heuristic: blind[heuristic], **repairs}, severities[-3:]),
-        (f"{standard}, mask known", words, {**undefended, **told}, severities),
+        (f"{standard}, mask known", words, {**undefended, **with_mask}, severities),
         (protected, words, {**clipping, "operator A": linear[protected]}, severities),
     ]
     grids = []
@@ -97,5 +97,5 @@ def measure(
         layers = settings(base)[protected][0] if setting == protected else "all"
         grid = run_grid(base, of_setting, readers, kept_in, layers=layers, severities=at)
         grids.append(grid.assign(setting=setting))
-    kept = bytes_per_token(base, {**blind, **repairs, **told})
+    kept = bytes_per_token(base, {**blind, **repairs, **with_mask})
     return MainResult(pd.concat(grids, ignore_index=True), kept, heuristic)

@@ -9,14 +9,12 @@ import pandas as pd
 import torch
 
 from cachemedic.data.task_data import TaskData, score
-from cachemedic.defenses.heuristics import NoDefence, Truth
-from cachemedic.defenses.safeguards import Safeguard
-from cachemedic.evaluation.decoding import CleanBank, batches
-from cachemedic.evaluation.evaluate import common_runs, read_logits
+from cachemedic.defenses.heuristics import NoDefense
+from cachemedic.evaluation.decoding import CleanBank, batches, decode_through, tokens_of
 from cachemedic.models.load import Base
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.run import Run
-from cachemedic.studies.sweeps import reader_of
+from cachemedic.studies.sweeps import defense_of
 from cachemedic.training.bank import open_bank
 from cachemedic.training.config import Objective, TrainConfig
 from cachemedic.training.trainer import CALIBRATION, load_or_train
@@ -71,14 +69,13 @@ def quantised_scores(
             stored, bits = quantiser.bits_per_token(), quantiser.config.bits
             by_run = (x.unflatten(0, (quantiser.runs, -1)) for x in (keys, values))
             keys, values = (x.flatten(0, 1) for x in quantiser(*by_run))
-        reader = NoDefence() if operator is None else reader_of(base, operator)
-        stored += reader.bits_per_token() if isinstance(reader, Safeguard) else 0
+        defense = NoDefense() if operator is None else defense_of(base, operator)
+        stored += 8 * defense.bytes_per_token
         logits = torch.empty_like(clean.logits)
-        for rows in batches(base.model, task, common_runs({name: reader})):
-            own = keys[rows], values[rows]
-            sound = clean.k[rows], clean.v[rows]
-            truth = Truth(*sound, (own[0] != sound[0]).any(-1) | (own[1] != sound[1]).any(-1))
-            logits[rows] = read_logits(base.model, *own, task.select(rows), reader, truth)
+        for rows in batches(base.model, task, defense.runs):
+            part = task.select(rows)
+            stored_tokens = tokens_of(part, keys[rows], values[rows])
+            logits[rows] = decode_through(base.model, part, defense, clean.tokens(task, rows), stored_tokens)
         nll = score(task, logits)["nll"]
         scores = pd.DataFrame({"nll": nll, "nll_clean": nll_clean}, dtype=float).groupby(seeds)
         rows = scores.mean().reset_index().assign(n_examples=scores.size().to_numpy())

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pandas as pd
 
-from cachemedic.corruption import severity
+from cachemedic.corruption.severity import shipped_map
 from cachemedic.data.task_data import TaskData
 from cachemedic.data.text_source import TextSource
-from cachemedic.defenses.heuristics import Defence, blind_defences
+from cachemedic.defenses.defense import Defense
+from cachemedic.defenses.heuristics import blind_defenses
 from cachemedic.evaluation import severity_calibration
 from cachemedic.evaluation.decoding import clean_pass
-from cachemedic.evaluation.experiments import clean_statistics, standard_tasks
+from cachemedic.evaluation.experiments import calibration_of, standard_tasks
 from cachemedic.models.load import EMBEDDED, Base
 from cachemedic.studies.main_study import best_blind
 from cachemedic.studies.run import Run
@@ -29,13 +30,13 @@ SEVERITY_WINDOWS = 96  # windows that severities are calibrated on
 
 def severity_map(base: Base, source: TextSource, smoke: bool = False) -> pd.DataFrame:
     """The map from severities to parameters for a base on a text: the one that ships, or one that is calibrated now."""
-    shipped = pd.read_csv(severity.MAP)
+    shipped = shipped_map().rows
     own = shipped[shipped["base"] == base.name]
     if len(own) and not source:
         return own
     examples = {"perplexity": SEVERITY_WINDOWS // 4 if smoke else SEVERITY_WINDOWS}
     task = standard_tasks(base, "calibration", [0], examples, source)["perplexity"]
-    return severity_calibration.calibrate(base, task, clean_pass(base.model, task))[1]
+    return severity_calibration.calibrate_severities(base, task, clean_pass(base.model, task))[1]
 
 
 def main_tasks(base: Base, source: TextSource, split: str, seeds: Sequence[int], smoke: bool) -> dict[str, TaskData]:
@@ -47,9 +48,9 @@ def main_tasks(base: Base, source: TextSource, split: str, seeds: Sequence[int],
     return standard_tasks(base, split, seeds, known, source)
 
 
-def blind_readers(base: Base, source: TextSource, seeds: Sequence[int], run: Run, smoke: bool) -> dict[str, Defence]:
+def blind_readers(base: Base, source: TextSource, seeds: Sequence[int], run: Run, smoke: bool) -> dict[str, Defense]:
     """No defence ("none"), and the blind heuristic of the highest mean AUC on the validation split, by its own name."""
-    blind = blind_defences(clean_statistics(base, 8 if smoke else CALIBRATION, source))
+    blind = blind_defenses(calibration_of(base, 8 if smoke else CALIBRATION, source))
     validation = main_tasks(base, source, "validation", seeds[:2], smoke)
     best = best_blind(base, blind, validation, run.partial / "validation")
     return {"none": blind["none"], best: blind[best]}

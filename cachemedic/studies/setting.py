@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from cachemedic.corruption import severity
+from cachemedic.core.severity_map import GRID, SeverityMap
 from cachemedic.corruption.spec import Axis
-from cachemedic.defenses.heuristics import NoDefence
-from cachemedic.evaluation.evaluate import Reader
+from cachemedic.defenses.defense import Defense
+from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.evaluation.experiments import TYPES, run_grid, standard_tasks
 from cachemedic.models.load import Base, load_base
 from cachemedic.repair.operator import RepairOperator
@@ -20,9 +20,9 @@ from cachemedic.training.config import TrainConfig
 
 
 def base_of(run: Run, parameter: str = "base") -> Base:
-    """The base that a parameter of the run names; the severities of the run are in use from now on."""
-    severity.use_map(run.read_csv("severity_map"))
-    return load_base(run.parameters[parameter], device=run.parameters["device"])
+    """The base that a parameter of the run names, with the severities of the run."""
+    calibrated = SeverityMap(run.read_csv("severity_map"))
+    return load_base(run.parameters[parameter], device=run.parameters["device"], severity_map=calibrated)
 
 
 def bases_of(run: Run) -> dict[str, Base]:
@@ -52,7 +52,7 @@ def shipped(run: Run, base: Base, conditions: Mapping[str, TrainConfig]) -> dict
 
 def severities_of(run: Run) -> tuple[float, ...]:
     """The severities of a grid: all of them, or one in the smoke profile."""
-    return (0.5,) if run.smoke else severity.GRID
+    return (0.5,) if run.smoke else GRID
 
 
 def unseen_bank(run: Run, samples: int) -> BankConfig:
@@ -63,7 +63,7 @@ def unseen_bank(run: Run, samples: int) -> BankConfig:
 def text_grid(
     run: Run,
     base: Base,
-    readers: Mapping[str, Reader],
+    readers: Mapping[str, Defense],
     examples: int,
     part: str = "",
     layers: Axis = "all",
@@ -75,5 +75,5 @@ def text_grid(
     part: a name for this grid among those of the run; severities: `severities_of` the run if not given.
     """
     tasks = standard_tasks(base, "test", run.parameters["seeds"], {"perplexity": examples})
-    readers = {"none": NoDefence(), **readers}
+    readers = {"none": NoDefense(), **readers}
     return run_grid(base, tasks, readers, run.partial / part, layers, types, severities or severities_of(run))

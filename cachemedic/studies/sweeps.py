@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cachemedic.core.errors import nearest_valid
-from cachemedic.evaluation.evaluate import Reader
+from cachemedic.defenses.defense import Defense
 from cachemedic.models.load import Base
 from cachemedic.repair.folded import FoldedOperator
 from cachemedic.repair.operator import RepairOperator
@@ -84,14 +84,14 @@ def rank_sweep(standard: TrainConfig, ranks: Sequence[int]) -> dict[str, TrainCo
     return {f"rank {rank}": replace(standard, rank=rank) for rank in ranks}
 
 
-def reader_of(base: Base, operator: RepairOperator) -> Reader:
+def defense_of(base: Base, operator: RepairOperator) -> Defense:
     """What reads a damaged cache with an operator: D and E scrub it, A to C act inside attention."""
     return Scrubber(base.model, operator) if isinstance(operator, TokenAware) else operator
 
 
-def readers_of(base: Base, operators: Mapping[str, RepairOperator]) -> dict[str, Reader]:
-    """`reader_of` for each operator."""
-    return {name: reader_of(base, operator) for name, operator in operators.items()}
+def defenses_of(base: Base, operators: Mapping[str, RepairOperator]) -> dict[str, Defense]:
+    """`defense_of` for each operator."""
+    return {name: defense_of(base, operator) for name, operator in operators.items()}
 
 
 def block(depth: int, size: int, place: str) -> tuple[int, ...]:

@@ -12,10 +12,10 @@ import pandas as pd
 import torch
 
 from cachemedic.data.text import documentation
-from cachemedic.defenses.heuristics import NoDefence, blind_defences
+from cachemedic.defenses.defense import Defense
+from cachemedic.defenses.heuristics import NoDefense, blind_defenses
 from cachemedic.evaluation import severity_calibration
-from cachemedic.evaluation.evaluate import Reader
-from cachemedic.evaluation.experiments import ID_COLUMNS, clean_statistics, run_grid, standard_tasks
+from cachemedic.evaluation.experiments import ID_COLUMNS, calibration_of, run_grid, standard_tasks
 from cachemedic.models.load import Base, load_base
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies import main_study
@@ -26,7 +26,7 @@ from cachemedic.studies.family_study import headline
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of, shipped, text_grid
 from cachemedic.studies.summaries import Summarise, by_group, intervals, recovery_by_type, summary
-from cachemedic.studies.sweeps import readers_of
+from cachemedic.studies.sweeps import defenses_of
 from cachemedic.studies.verify_sample import Sample
 from cachemedic.studies.verify_sweep_samples import NLL, SWEEP_SAMPLES, bounded
 
@@ -77,15 +77,15 @@ def grid_rows(run: Run) -> pd.DataFrame:
     """Standard setting: every blind reader and A on noisy text of one base, no defence, A, D and E on overwritten
     needles of the other."""
     first, second = base_of(run, "base"), base_of(run, "second")
-    token_aware = readers_of(second, shipped(run, second, main_results.token_aware(run, second)))
-    undefended: dict[str, Reader] = {"none": NoDefence()}
+    token_aware = defenses_of(second, shipped(run, second, main_results.token_aware(run, second)))
+    undefended: dict[str, Defense] = {"none": NoDefense()}
     frames = []
-    readers: Mapping[str, Reader]
+    readers: Mapping[str, Defense]
     for base, readers, task, kind in (
-        (first, blind_defences(clean_statistics(first)), "perplexity", "gaussian"),
+        (first, blind_defenses(calibration_of(first)), "perplexity", "gaussian"),
         (second, undefended | token_aware, "needle", "contiguous_overwrite"),
     ):
-        own: dict[str, Reader] = {**readers, "operator A": _operator_a(run, base)}
+        own: dict[str, Defense] = {**readers, "operator A": _operator_a(run, base)}
         tasks = standard_tasks(base, "test", run.parameters["seeds"], {task: main_study.EXAMPLES[task]})
         rows = run_grid(base, tasks, own, None, types=(kind,), severities=(0.5,))
         frames.append(rows.assign(base=base.name, setting="standard"))
@@ -107,7 +107,7 @@ def family_rows(run: Run) -> pd.DataFrame:
     """No defence, D and E on the second base, whose cache another request's was written over."""
     base = base_of(run, "second")
     configs = headline(base, run.parameters["seeds"])
-    found = readers_of(base, shipped(run, base, {name: configs[name] for name in ("D", "E")}))
+    found = defenses_of(base, shipped(run, base, {name: configs[name] for name in ("D", "E")}))
     examples, kinds = operator_families.examples(run), ("contiguous_overwrite",)
     return text_grid(run, base, found, examples, types=kinds, severities=(0.5,)).assign(base=base.name)
 

@@ -20,7 +20,7 @@ from cachemedic.studies.family_study import headline
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of, shipped, text_grid
 from cachemedic.studies.summaries import Summarise, by_group, recovery_by_type, summary
-from cachemedic.studies.sweeps import by_condition, reader_of, readers_of
+from cachemedic.studies.sweeps import by_condition, defense_of, defenses_of
 from cachemedic.studies.verify_sample import Sample
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.valence.quantiser import KVQuantiser, QuantiserConfig
@@ -56,7 +56,7 @@ def protected_rows(run: Run) -> pd.DataFrame:
     """Four layers in the middle, which alone are hit and repaired."""
     base, name = base_of(run), "mid 4"
     config = protected_layers.conditions(run, base)[f"protected {name}"]
-    reader = reader_of(base, shipped(run, base, {name: config})[name])
+    reader = defense_of(base, shipped(run, base, {name: config})[name])
     return protected_layers.protected_grid(run, base, name, reader, **at("gaussian", 1.0))
 
 
@@ -65,7 +65,7 @@ def left_out_rows(run: Run) -> pd.DataFrame:
     base, kind = base_of(run), "contiguous_overwrite"
     configs = leave_one_type_out.conditions(run, base)
     own = {name: config for name, config in configs.items() if name.startswith((leave_one_type_out.SEEN, kind))}
-    return leave_one_type_out.grid(run, base, readers_of(base, shipped(run, base, own)), kind, severities=(0.5,))
+    return leave_one_type_out.grid(run, base, defenses_of(base, shipped(run, base, own)), kind, severities=(0.5,))
 
 
 def target_rows(run: Run) -> pd.DataFrame:
@@ -89,7 +89,7 @@ def objective_rows(run: Run) -> pd.DataFrame:
     base = base_of(run)
     config = valence.objectives(run, base)
     stack = RepairOperator.from_pretrained(run.trained / config.key(base))
-    readers = readers_of(base, by_condition(stack, list(valence.OBJECTIVES)))
+    readers = defenses_of(base, by_condition(stack, list(valence.OBJECTIVES)))
     return text_grid(run, base, readers, valence.examples(run)["perplexity"], **at("gaussian"))
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from cachemedic.defenses.safeguards import WORD_BITS
+from cachemedic.defenses.defense import WORD_BITS
 from cachemedic.models.cache import unstack_cache
-from cachemedic.repair.operator import Attention, Gates
+from cachemedic.repair.attention import Attention, Gates
 from cachemedic.token.observation import sane
 from cachemedic.token.operator import Repair, TokenAware
 from cachemedic.token.token_vectors import split

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from cachemedic.data.text import LABELS, sentiment_prompt, sentiment_review
 from cachemedic.data.text_source import EMBEDDED_TEXT, TextSource
 from cachemedic.data.windows import sample_windows
-from cachemedic.defenses.safeguards import WORD_BITS
+from cachemedic.defenses.defense import WORD_BITS
 from cachemedic.models.cache import stack_cache, unstack_cache
 from cachemedic.models.load import WEIGHTS, Base, check_format, load_base
 from cachemedic.models.shape import ModelShape
@@ -213,7 +213,7 @@ def calibrate(
         if projection == "learned":
             transform = learn_basis(base, code, operator.layers, operator.known_layers, source)
             code = _code(operator, transform, measured)
-    operator.attach(transform, code)
+    operator.hold(transform, code)
     return operator
 
 

@@ -8,14 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cachemedic.token.operator import TokenAware
-from cachemedic.token.sketch_cache import SketchCache, Watch
+from cachemedic.repair.attach import Watch
 from cachemedic.token.token_prior import LowestLayers
 
 
-def announce(
-    operator: TokenAware, watch: Watch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def announce(operator: Any, watch: Watch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A forward pre-hook of a model that `operator` protects while `watch` is active.
 
     Raises `ValueError` for a cache that is no `SketchCache` of this operator, which would not be repaired, and for a
@@ -26,8 +23,8 @@ def announce(
     cache = given.get("past_key_values")
     if cache is None or isinstance(cache, LowestLayers):
         return
-    if not isinstance(cache, SketchCache) or cache.operator is not operator:
-        found = "one of another operator" if isinstance(cache, SketchCache) else f"a {type(cache).__name__}"
+    if getattr(cache, "operator", None) is not operator:
+        found = "one of another operator" if hasattr(cache, "operator") else f"a {type(cache).__name__}"
         raise ValueError(
             f"family {operator.family} repairs what a SketchCache stores, and the model got {found}: pass "
             "past_key_values=SketchCache(model, operator)"
@@ -37,7 +34,7 @@ def announce(
     cache.begin(ids, _positions(cache, given, past, ids), watch)
 
 
-def _ids(operator: TokenAware, given: dict[str, Any]) -> Tensor:
+def _ids(operator: Any, given: dict[str, Any]) -> Tensor:
     """The ids [B, M] of the new tokens; zeros where only embeddings are given and nothing follows from the ids."""
     if (ids := given.get("input_ids")) is not None:
         return ids
@@ -50,7 +47,7 @@ def _ids(operator: TokenAware, given: dict[str, Any]) -> Tensor:
     return torch.zeros(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
 
 
-def _positions(cache: SketchCache, given: dict[str, Any], past: int, ids: Tensor) -> Tensor:
+def _positions(cache: Any, given: dict[str, Any], past: int, ids: Tensor) -> Tensor:
     """Positions [B, M] of the new tokens behind `past` ones, -1 for padding."""
     end = past + ids.shape[1]
     mask, positions = given.get("attention_mask"), given.get("position_ids")

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cachemedic.repair.attach import FORWARD_HOOKS
+from cachemedic.repair.attention import Attention, Gates
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.inward_clamp import InwardClamp
-from cachemedic.repair.operator import Attention, Gates, RepairOperator
+from cachemedic.repair.operator import RepairOperator
 from cachemedic.repair.registry import register_family
 from cachemedic.token.depth_filter import FEATURES, OUTPUTS, TINY, LayerStatistics, Sight, estimate, weigh
+from cachemedic.token.forward_call import announce
 from cachemedic.token.observation import Observation
 from cachemedic.token.options import check_options, coordinates
 from cachemedic.token.sketch_code import Sketch, SketchCode
@@ -102,7 +105,7 @@ class TokenAware(RepairOperator):
     def _like(self, config: OperatorConfig, parameters: dict[str, Tensor]) -> TokenAware:
         other = type(self)(config, parameters)
         if self.transform is not None:
-            other.attach(self.transform, self.code)
+            other.hold(self.transform, self.code)
         return other
 
     def _held(self) -> object:
@@ -113,7 +116,7 @@ class TokenAware(RepairOperator):
 
     def _read_beside(self, folder: Path, named: str | None) -> None:
         if found := read_statistics(folder, named):
-            self.attach(*found)
+            self.hold(*found)
 
     def attend(
         self, layer: int, attention: Attention, query: Tensor, key: Tensor, value: Tensor
@@ -126,7 +129,7 @@ class TokenAware(RepairOperator):
         """How many of the protected layers are computed from the token ids."""
         return sum(layer < self.config.options["known_layers"] for layer in self.layers)
 
-    def attach(self, transform: Transform, code: SketchCode | None = None) -> None:
+    def hold(self, transform: Transform, code: SketchCode | None = None) -> None:
         """Gives the operator its statistics of clean tokens, and E its code.
 
         Raises `ValueError` for a transform of another shape.
@@ -153,7 +156,7 @@ class TokenAware(RepairOperator):
     def _apply(self, fn: Any, recurse: bool = True) -> TokenAware:
         super()._apply(fn, recurse)
         if self.transform is not None:
-            self.attach(self.transform, self.code)  # to the device where the parameters are now
+            self.hold(self.transform, self.code)  # to the device where the parameters are now
         return self
 
     def strengths(self, rows: int) -> Tensor:
@@ -278,3 +281,6 @@ class SketchAssisted(TokenAware):
     """
 
     default_options = TokenAware.default_options | {"share": 1 / 32, "projection": "principal", "bits": None}
+
+
+FORWARD_HOOKS[TokenAware] = announce

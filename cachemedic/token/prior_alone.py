@@ -1,18 +1,18 @@
-"""The rival of D and E that looks at token ids only."""
+"""The defense that D and E are compared with: it looks at token ids only."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import replace
 
-from cachemedic.defenses.heuristics import Defended
-from cachemedic.defenses.safeguards import Safeguard
+import torch
+
+from cachemedic.defenses.defense import CachedTokens, Defense
 from cachemedic.token.observation import known_tolerance, sane
-from cachemedic.token.scrub import Scrubber, positions_of
+from cachemedic.token.scrub import Scrubber
 from cachemedic.token.token_vectors import join, split
 
 
-class PriorAlone(Safeguard):
+class PriorAlone(Defense):
     """Replaces a token whose lowest layers are not those that its id tells by what the ids predict, in all layers.
 
     So it does with a token that holds, anywhere, a number that no clean one has. Nothing is stored and no damaged
@@ -24,15 +24,9 @@ class PriorAlone(Safeguard):
             raise ValueError("the prior starts from layers that the token ids tell; this operator has known_layers = 0")
         self.scrubber = scrubber
 
-    def bits_per_token(self) -> float:
-        return 0.0
-
-    def write(self, k: Tensor, v: Tensor, ids: Tensor, valid: Tensor) -> None:
-        return None
-
-    def read(self, k: Tensor, v: Tensor, ids: Tensor, valid: Tensor, kept: None) -> Defended:
+    def read(self, damaged: CachedTokens, kept: None) -> CachedTokens:
         transform, layers = self.scrubber.transform, self.scrubber.layers
-        positions = positions_of(valid)
+        k, v, ids, positions = damaged.k, damaged.v, damaged.ids, damaged.positions
         rotation = self.scrubber.rotation.at(positions)
         known = self.scrubber.known(ids, positions)
         chain = [known[:, layer] for layer in range(known.shape[1])]
@@ -44,9 +38,9 @@ class PriorAlone(Safeguard):
         plausible = (stored.abs() < sane(transform)[:, None]).all(-1).all(1)
         read = rotation.undo(stored[:, : len(lowest)])
         off = (read - transform.mean[: len(lowest), None]) * transform.scale[: len(lowest), None] - known
-        told = (off.abs() <= known_tolerance(k)).all(-1).all(1)  # false for NaN
-        sound = plausible & (told | ~valid)  # of padding the ids tell nothing
+        as_expected = (off.abs() <= known_tolerance(k)).all(-1).all(1)  # false for NaN
+        sound = plausible & (as_expected | ~damaged.valid)  # of padding the ids tell nothing
         result = [k.clone(), v.clone()]
         for x, new in zip(result, predicted, strict=True):
             x[:, layers] = torch.where(sound[:, None, None, :, None], x[:, layers], new.to(x.dtype))
-        return Defended(*result)
+        return replace(damaged, k=result[0], v=result[1])

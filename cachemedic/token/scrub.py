@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cachemedic.defenses.heuristics import Defended
-from cachemedic.defenses.safeguards import Safeguard
+from cachemedic.defenses.defense import CachedTokens, Defense
 from cachemedic.token.observation import observe
 from cachemedic.token.operator import Repair, TokenAware
 from cachemedic.token.rewrite import rewrite
@@ -29,7 +28,7 @@ class Found:
     suspicion: Tensor
 
 
-class Scrubber(Safeguard):
+class Scrubber(Defense):
     """A calibrated operator of family D or E at work on the caches of one model.
 
     Raises `ValueError` for an operator that was not calibrated or is made for another model.
@@ -48,21 +47,23 @@ class Scrubber(Safeguard):
         """Of the operator; batch rows are run-major."""
         return self.operator.runs
 
-    def bits_per_token(self) -> float:
-        return 0 if self.operator.code is None else self.operator.code.bits_per_token
+    @property
+    def bytes_per_token(self) -> float:
+        return 0.0 if self.operator.code is None else self.operator.code.bits_per_token / 8
 
-    def write(self, k: Tensor, v: Tensor, ids: Tensor, valid: Tensor) -> Codes:
-        """The codes of clean k, v [B, L, G, T, d], by protected layer uint8 [B, T, m]; None for an operator without."""
+    def write(self, clean: CachedTokens) -> Codes:
+        """The codes of clean tokens, by protected layer uint8 [B, T, m]; None for an operator without."""
         if self.operator.code is None:
             return None
-        positions = positions_of(valid)
-        x = self.rotation.at(positions).undo(join(k[:, self.layers], v[:, self.layers]).float())
+        positions, ids = clean.positions, clean.ids
+        x = self.rotation.at(positions).undo(join(clean.k[:, self.layers], clean.v[:, self.layers]).float())
         z = without_padding(self.transform.standardise(x), positions)
         return self.operator.code.write(z, positions == 0, self.known(ids, positions))
 
-    def read(self, k: Tensor, v: Tensor, ids: Tensor, valid: Tensor, kept: Codes) -> Defended:
+    def read(self, damaged: CachedTokens, kept: Codes) -> CachedTokens:
         """The repaired cache; sound tokens keep every bit."""
-        return Defended(*self.scrub(k, v, ids, positions_of(valid), kept)[:2])
+        k, v, found = self.scrub(damaged.k, damaged.v, damaged.ids, damaged.positions, kept)
+        return replace(damaged, k=k, v=v, suspicion=found.suspicion.mean(1))
 
     @torch.no_grad()
     def scrub(self, k: Tensor, v: Tensor, ids: Tensor, positions: Tensor, codes: Codes) -> tuple[Tensor, Tensor, Found]:

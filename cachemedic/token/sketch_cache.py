@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from cachemedic.core.errors import nearest_valid
+from cachemedic.repair.attach import Watch
 from cachemedic.token.operator import TokenAware
 from cachemedic.token.scrub import Scrubber
 from cachemedic.token.token_record import RecordWriter, TokenRecord
@@ -28,13 +30,6 @@ class ScrubReport:
     tokens: int
     changed: tuple[int, ...]
     suspicion: Tensor
-
-
-@dataclass(eq=False)
-class Watch:
-    """Whether a protection still tells caches of the tokens that they get."""
-
-    active: bool = True
 
 
 class SketchCache(Cache):
@@ -106,7 +101,7 @@ class SketchCache(Cache):
     @property
     def bytes_per_token(self) -> int:
         """Of the sketch, over all layers; 0 for family D."""
-        return -(-int(self.scrubber.bits_per_token()) // 8)
+        return math.ceil(self.scrubber.bytes_per_token)
 
     def sketch_bytes(self) -> int:
         """The memory that the sketch takes."""

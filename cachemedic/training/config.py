@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from cachemedic.core.integers import whole_number, whole_numbers
-from cachemedic.corruption import severity
 from cachemedic.corruption.apply import Mixture
+from cachemedic.corruption.severity import shipped_map
 from cachemedic.models.load import Base
 from cachemedic.models.shape import ModelShape
 from cachemedic.token.statistics_files import shipped_transform
@@ -127,7 +127,8 @@ class TrainConfig:
         transform = shipped_transform(base.name) if self.family in ("D", "E") else None
         defined += [] if transform is None else [transform.digest]
         shape = ModelShape.of(base.model.config)
-        recalibrated = severity.recalibrated(self.mixture.base, (shape.num_layers, shape.num_kv_heads, 0))
+        calibrated, cache_shape = base.severity_map or shipped_map(), (shape.num_layers, shape.num_kv_heads, 0)
+        recalibrated = calibrated.digest_beside(shipped_map(), self.mixture.weights, self.mixture.base, cache_shape)
         defined += [recalibrated] if recalibrated else []
         text = json.dumps(defined, sort_keys=True, default=str)
         return f"{Path(base.name).name}-{self.family}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from cachemedic.core.seeds import generator
+from cachemedic.core.severity_map import SeverityMap
 from cachemedic.corruption.apply import corrupt
 from cachemedic.corruption.spec import CorruptionEvent
 from cachemedic.training.bank import Bank
@@ -27,10 +28,11 @@ class Draw:
     step: int = 0
 
 
-def draw_step(config: TrainConfig, bank: Bank, first: int, step: int) -> Draw:
+def draw_step(config: TrainConfig, bank: Bank, first: int, step: int, severity_map: SeverityMap | None = None) -> Draw:
     """Samples, events and corrupted caches (layers `first` and up) of one step, on the CPU.
 
-    Every seed draws by its own generator from its own slice of the bank.
+    Every seed draws by its own generator from its own slice of the bank. severity_map: what severities stand for (None:
+    the map that ships).
     """
     share = len(bank) // len(config.seeds)
     rows = []
@@ -50,7 +52,7 @@ def draw_step(config: TrainConfig, bank: Bank, first: int, step: int) -> Draw:
         donors = picked + torch.randint(1, max(share, 2), (config.batch,), generator=draws)
         # donors: another text of the same seed
         picked, donors = position * share + picked, position * share + donors % share
-        drawn = config.mixture.draw(draws, config.batch, (layers, heads, length))
+        drawn = config.mixture.draw(draws, config.batch, (layers, heads, length), severity_map)
         drawn = [replace(e, layers=(e.layers & hit)[first:], heads=e.heads[first:]) for e in drawn]
         for sample, (row, donor, event) in enumerate(zip(picked.tolist(), donors.tolist(), drawn, strict=True)):
             # one by one, from views of the bank: nothing but the result is copied

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from cachemedic.core.files import remove_leftovers, write_atomically
 from cachemedic.core.tensors import flattened, read_tensors, tensor_bytes, unflattened
-from cachemedic.corruption import severity
+from cachemedic.corruption.severity import shipped_map
 from cachemedic.models.attention import attention_modules
 from cachemedic.models.load import Base
 from cachemedic.repair.operator import RepairOperator
@@ -58,8 +58,10 @@ class Trainer:
         ).to(base.model.device)  # fmt: skip
         attention_modules(base.model, range(config.first_layer, base.config.num_hidden_layers))  # students need all
         shape = self.operator.config.model
+        cache_shape = (shape.num_layers, shape.num_kv_heads, config.bank.prefix)
+        self.severity_map = base.severity_map or shipped_map()
         for corruption in config.mixture.weights:  # severities must be calibrated
-            severity.reach(corruption, config.mixture.base, (shape.num_layers, shape.num_kv_heads, config.bank.prefix))
+            self.severity_map.reach(corruption, config.mixture.base, cache_shape)
         self.objective = sweep_objective(config.objectives, len(config.seeds))
         self.valence = shipped_valence(base) if valence is None and config.needs_valence else valence
         self.bank = open_bank(base, config.bank) if bank is None else bank
@@ -103,7 +105,7 @@ class Trainer:
 
     def draw(self, step: int) -> Draw:
         """Samples, events and corrupted caches of one step."""
-        return draw_step(self.config, self.bank, self.first, step)
+        return draw_step(self.config, self.bank, self.first, step, self.severity_map)
 
     def forward(self, draw: Draw) -> StepOutputs:
         """The student pass of one step and the terms of the repair."""

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachemedic.corruption.apply import corrupt
+from cachemedic.corruption.apply import MIXTURE_WEIGHTS, corrupt
 from cachemedic.corruption.spec import CorruptionSpec, draw_event
-from cachemedic.corruption.types import ROTATION_SEED_TEST, ROTATION_SEED_TRAIN, TYPES, rotation
+from cachemedic.corruption.types import CORRUPTIONS, ROTATION_SEED_TEST, ROTATION_SEED_TRAIN, rotation
 
 B, L, G, T, D = 3, 2, 3, 10, 8
 SHAPE = (L, G, T)
@@ -41,7 +41,7 @@ def apply(spec: CorruptionSpec, seed: int = 0, **options) -> tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", MIXTURE_WEIGHTS)
 def test_zero_is_the_identity_bit_for_bit(name, dtype):
     k, v = (x.to(dtype) for x in stored())
     k[0, 0, 0, 0] = torch.tensor([-0.0, 0.0, math.inf, math.nan, 1.0, 2.0, 3.0, 4.0])
@@ -54,14 +54,14 @@ def test_zero_is_the_identity_bit_for_bit(name, dtype):
         assert same_bits(k2, k)
         assert same_bits(v2, v)
         assert k2.data_ptr() != k.data_ptr()
-    if TYPES[name].low == 0:
+    if CORRUPTIONS[name].low == 0:
         event = draw_event(CorruptionSpec(name, parameter=0.0), SHAPE, seeded())
         assert not event.is_active
         assert all(map(same_bits, corrupt(k, v, [event] * B, seeded()), (k, v)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", MIXTURE_WEIGHTS)
 def test_only_masked_entries_change_and_the_same_seed_gives_the_same_bits(name, dtype):
     k, v, donor_k, donor_v = (x.to(dtype) for x in (*stored(), *stored(1)))
     k_before, v_before = k.clone(), v.clone()
@@ -86,12 +86,12 @@ def test_only_masked_entries_change_and_the_same_seed_gives_the_same_bits(name, 
 
 
 def test_samples_of_a_batch_follow_their_own_events():
-    k, v = stored(batch=len(TYPES) + 1)
-    donors = stored(1, batch=len(TYPES) + 1)
-    specs = [CorruptionSpec("none"), *(CorruptionSpec(name, parameter=STRONG[name]) for name in TYPES)]
+    k, v = stored(batch=len(MIXTURE_WEIGHTS) + 1)
+    donors = stored(1, batch=len(MIXTURE_WEIGHTS) + 1)
+    specs = [CorruptionSpec("none"), *(CorruptionSpec(name, parameter=STRONG[name]) for name in MIXTURE_WEIGHTS)]
     events = [draw_event(spec, SHAPE, seeded()) for spec in specs]
     k2, _ = corrupt(k, v, events, seeded(), *donors)
-    assert [bool((a != b).any()) for a, b in zip(k2, k, strict=True)] == [False] + [True] * len(TYPES)
+    assert [bool((a != b).any()) for a, b in zip(k2, k, strict=True)] == [False] + [True] * len(MIXTURE_WEIGHTS)
     row = specs.index(next(s for s in specs if s.type == "quant_noise"))
     alone, _ = corrupt(k[row : row + 1], v[row : row + 1], [events[row]], seeded())
     assert same_bits(alone[0], k2[row])

@@ -4,9 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, StaticCache
 
-from cachemedic.corruption.apply import corrupt_cache
+from cachemedic.corruption.apply import MIXTURE_WEIGHTS, corrupt_cache
 from cachemedic.corruption.spec import CorruptionSpec
-from cachemedic.corruption.types import TYPES
 from cachemedic.models.cache import stack_cache
 
 STRONG = {
@@ -29,7 +28,7 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(**TINY)).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", MIXTURE_WEIGHTS)
 def test_a_cache_is_copied_and_decodes(llama, name):
     cache, donor = prefilled(llama), prefilled(llama, seed=1)
     k, v = stack_cache(cache)

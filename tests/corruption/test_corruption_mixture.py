@@ -23,15 +23,15 @@ def calls(monkeypatch):
     """A map linear in severity; yields the arguments it was asked with."""
     asked = []
 
-    def resolve(name, severity, base, shape):
+    def resolve(name, severity, base, shape, by_share):
         asked.append((name, severity, base, shape))
         assert severity <= REACH.get(name, 1.0)
-        discrete = name == "quant_noise"
-        return (1, severity) if discrete else (AT_FULL_SEVERITY[name] * severity, 1.0)
+        assert by_share == (name == "quant_noise")
+        return (1, severity) if by_share else (AT_FULL_SEVERITY[name] * severity, 1.0)
 
     stand_in = SimpleNamespace(resolve=resolve, reach=lambda name, base, shape: REACH.get(name, 1.0))
-    monkeypatch.setattr(spec, "severity", stand_in)
-    monkeypatch.setattr(apply, "severity", stand_in)
+    for module in (spec, apply):
+        monkeypatch.setattr(module, "shipped_map", lambda: stand_in)
     return asked
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from cachemedic.corruption.spec import CorruptionSpec, draw_event, targeted
+from cachemedic.corruption.spec import CorruptionSpec, draw_event
 
 L, G, T = SHAPE = (2, 3, 10)
 
@@ -46,12 +46,6 @@ def test_specifications_share_their_random_draws():
         few, many = draw_event(weak, SHAPE, generators[0]), draw_event(strong, SHAPE, generators[1])
         assert not (few.time & ~many.time).any()
         assert not (few.heads & ~many.heads).any()
-
-
-def test_targeted_names_layers_and_heads():
-    spec = targeted(CorruptionSpec("dropout_zero", parameter=0.5, heads=0.5), layers=[1])
-    assert (spec.layers, spec.heads) == ((1,), 0.5)
-    assert targeted(spec, heads=[0]).heads == (0,)
 
 
 def test_the_record_is_strict_json():

@@ -12,8 +12,8 @@ from cachemedic.corruption.spec import CorruptionSpec, draw_event
 from cachemedic.corruption.storage_faults import FAULT_GRID, FAULT_TYPES, FAULTS, KIVI_GROUPS, PAGE
 from cachemedic.data.task_data import score
 from cachemedic.data.tasks import perplexity_task
-from cachemedic.defenses.heuristics import NoDefence
-from cachemedic.evaluation.decoding import clean_pass, decode_logits
+from cachemedic.defenses.heuristics import NoDefense
+from cachemedic.evaluation.decoding import clean_pass, decode_logits, tokens_of
 from cachemedic.evaluation.evaluate import evaluate
 from cachemedic.models.cache import stack_cache, unstack_cache
 
@@ -213,9 +213,11 @@ def test_evaluation_gives_pages_of_the_next_example():
     bank = clean_pass(model, task)
     donors = [1, 2, 0, 4, 5, 3]
     for name, distance in (("page_swap", 0), ("stale_page", PAGE)):
-        frame = evaluate(model, task, bank, CorruptionSpec(name, parameter=1.0), {"none": NoDefence()})
+        frame = evaluate(model, task, bank, CorruptionSpec(name, parameter=1.0), {"none": NoDefense()})
         k, v = (x[donors].roll(-distance, 3) for x in (bank.k, bank.v))
-        np.testing.assert_allclose(frame.nll, score(task, decode_logits(model, k, v, task))["nll"], rtol=1e-5)
+        np.testing.assert_allclose(
+            frame.nll, score(task, decode_logits(model, tokens_of(task, k, v), task))["nll"], rtol=1e-5
+        )
         assert (frame.n_positions == 32).all()
 
 

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from tiny import DOCUMENTS
 from tiny_training import AT_FULL_SEVERITY, linear_map
 
+from cachemedic.core.severity_map import GRID, MAP_COLUMNS, SeverityMap
 from cachemedic.corruption import severity
-from cachemedic.corruption.spec import CorruptionSpec
+from cachemedic.corruption.spec import CorruptionSpec, draw_event
+from cachemedic.corruption.types import CORRUPTIONS
 from cachemedic.data.task_data import TaskData
 from cachemedic.data.tasks import perplexity_task
-from cachemedic.defenses.heuristics import NoDefence
+from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.evaluation import severity_calibration
 from cachemedic.evaluation.decoding import CleanBank, clean_pass
 from cachemedic.evaluation.evaluate import evaluate
@@ -57,9 +59,10 @@ def test_the_value_of_the_context_is_what_erasing_it_costs(base, task, clean):
 
 def test_the_calibrated_parameters_do_the_damage_that_they_stand_for(base, task, clean, monkeypatch):
     coarse = {"gaussian": (0.2, 0.5, 1.0, 2.0, 8.0), "quant_noise": (4, 2, 1), "contiguous_overwrite": (32, 128)}
-    monkeypatch.setattr(severity_calibration, "PARAMETERS", coarse)
-    curves, rows = severity_calibration.calibrate(base, task, clean)
-    assert list(rows.columns) == severity.MAP_COLUMNS
+    for name, parameters in coarse.items():
+        monkeypatch.setitem(CORRUPTIONS._entries, name, replace(CORRUPTIONS[name], calibration=parameters))
+    curves, rows = severity_calibration.calibrate_severities(base, task, clean, tuple(coarse))
+    assert list(rows.columns) == MAP_COLUMNS
     assert set(rows["type"]) == set(coarse)
     assert (rows["base"] == base.name).all()
     assert (rows[["layers", "heads"]] == [3, 4]).all(axis=None)
@@ -72,7 +75,7 @@ def test_the_calibrated_parameters_do_the_damage_that_they_stand_for(base, task,
         assert (reach == min(thousandths(curve["damage"].max()), 1.0)).all()
     for row in whole.itertuples():  # each entry of a curve is an evaluation of its own
         spec = CorruptionSpec(row.type, parameter=row.parameter)
-        scores = evaluate(base.model, task, clean, spec, {"none": NoDefence()})
+        scores = evaluate(base.model, task, clean, spec, {"none": NoDefense()})
         assert row.damage == pytest.approx((scores["nll"] - scores["nll_clean"]).mean() / worth)
 
 
@@ -80,19 +83,18 @@ def test_the_calibrated_parameters_do_the_damage_that_they_stand_for(base, task,
 @given(st.lists(st.floats(-0.1, 0.4), min_size=11, max_size=11))
 def test_the_map_inverts_the_damage_curve(increments):
     """Whatever the curve, the damage interpolated at a mapped parameter is the severity that it is mapped from."""
-    damage, parameters = np.cumsum(increments), severity_calibration.PARAMETERS["gaussian"]
+    damage, parameters = np.cumsum(increments), CORRUPTIONS["gaussian"].calibration
     curve = pd.DataFrame({"type": "gaussian", "parameter": parameters, "share": 1.0, "damage": damage})
     clean = CleanBank(torch.empty(1, 3, 4, 128, 8), torch.empty(1, 3, 4, 128, 8), torch.empty(1, 1, 1))
     worth = pd.DataFrame({"nll_clean": [1.0], "nll_erased": [2.0]})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(severity_calibration, "PARAMETERS", {"gaussian": parameters})
         patch.setattr(severity_calibration, "context_value", lambda *_: worth)
         patch.setattr(severity_calibration, "damage_curve", lambda *_: curve)
-        _, rows = severity_calibration.calibrate(Named("x"), None, clean)
+        _, rows = severity_calibration.calibrate_severities(Named("x"), None, clean, ["gaussian"])
     most = np.maximum.accumulate(damage.clip(0))
     reach = min(thousandths(most[-1]), 1.0)
     assert (rows["reach"] == reach).all()
-    expected = [s for s in severity.GRID if s <= reach]
+    expected = [s for s in GRID if s <= reach]
     if reach < 1 and reach > max(expected, default=0):
         expected.append(reach)
     assert rows["severity"].tolist() == expected
@@ -112,10 +114,9 @@ def test_bits_reach_a_severity_by_the_share_of_positions(monkeypatch):
     curve = pd.DataFrame({"type": "quant_noise", "parameter": np.repeat([2, 1], 4), "share": shares, "damage": damage})
     clean = CleanBank(torch.empty(1, 3, 4, 128, 8), torch.empty(1, 3, 4, 128, 8), torch.empty(1, 1, 1))
     worth = pd.DataFrame({"nll_clean": [1.0], "nll_erased": [2.0]})
-    monkeypatch.setattr(severity_calibration, "PARAMETERS", {"quant_noise": (2, 1)})
     monkeypatch.setattr(severity_calibration, "context_value", lambda *_: worth)
     monkeypatch.setattr(severity_calibration, "damage_curve", lambda *_: curve)
-    _, rows = severity_calibration.calibrate(Named("x"), None, clean)
+    _, rows = severity_calibration.calibrate_severities(Named("x"), None, clean, ["quant_noise"])
     assert rows["severity"].tolist() == [0.1, 0.25, 0.5, 1.0]
     assert rows["parameter"].tolist() == [2, 1, 1, 1]
     np.testing.assert_allclose(rows["share"], [0.75, 0.3125, 0.5 + 0.25 / 3, 0.9], rtol=1e-6)
@@ -124,76 +125,81 @@ def test_bits_reach_a_severity_by_the_share_of_positions(monkeypatch):
 def test_a_prefix_of_another_length_is_refused(base, task, clean):
     short = CleanBank(clean.k[:, :, :, :64], clean.v[:, :, :, :64], clean.logits)
     with pytest.raises(ValueError, match="prefixes of 128 tokens, not of 64"):
-        severity_calibration.calibrate(base, task, short)
+        severity_calibration.calibrate_severities(base, task, short)
 
 
 def test_a_base_that_ignores_its_context_is_refused(base, task, clean, monkeypatch):
     equal = pd.DataFrame({"nll_clean": [2.0], "nll_erased": [2.0]})
     monkeypatch.setattr(severity_calibration, "context_value", lambda *_: equal)
     with pytest.raises(ValueError, match="worth 0.000 nats to tiny-gpt2: nothing can be damaged"):
-        severity_calibration.calibrate(base, task, clean)
+        severity_calibration.calibrate_severities(base, task, clean)
 
 
-# --- the map in use ---------------------------------------------------------------------------------------------------
+# --- the map ----------------------------------------------------------------------------------------------------------
+
+MAP = SeverityMap(linear_map())
+
+
+def resolve(kind: str, wanted: float, base: str | None = "tiny", calibrated: SeverityMap = MAP) -> tuple[float, float]:
+    return calibrated.resolve(kind, wanted, base, SHAPE, kind == "quant_noise")
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.sampled_from(sorted(AT_FULL_SEVERITY)), st.floats(0.001, 1.0))
 def test_between_its_rows_the_map_is_linear(kind, wanted):
     """The map of these tests is linear itself, so that interpolation must give it back."""
-    parameter, share = severity.resolve(kind, wanted, "tiny", SHAPE)
     full = AT_FULL_SEVERITY[kind]
     expected = (full, wanted) if kind == "quant_noise" else (full * wanted, 1.0)
-    assert (parameter, share) == pytest.approx(expected)
+    assert resolve(kind, wanted) == pytest.approx(expected)
 
 
 def test_the_base_is_known_by_the_shape_of_its_cache():
-    assert severity.resolve("gaussian", 0.5, None, SHAPE) == severity.resolve("gaussian", 0.5, "tiny", SHAPE)
+    assert resolve("gaussian", 0.5, None) == resolve("gaussian", 0.5, "tiny")
 
 
-def test_a_new_map_is_used_at_once():
-    before, _ = severity.resolve("gaussian", 0.5, "tiny", SHAPE)
+def test_a_specification_is_drawn_by_its_own_map_or_by_the_one_that_ships():
     rows = linear_map()
-    severity.use_map(rows.assign(parameter=rows["parameter"] / 2))
-    assert severity.resolve("gaussian", 0.5, "tiny", SHAPE)[0] == before / 2
+    half = SeverityMap(rows.assign(parameter=rows["parameter"] / 2))
+    for calibrated, share in ((None, 1.0), (half, 0.5)):
+        spec = CorruptionSpec("gaussian", severity=0.5, severity_map=calibrated)
+        event = draw_event(spec, SHAPE, torch.Generator().manual_seed(0))
+        assert event.parameter == share * 0.5 * AT_FULL_SEVERITY["gaussian"]
 
 
 def test_a_severity_beyond_the_reach_is_refused():
     rows = linear_map()
-    rows = rows[rows["severity"] <= 0.5].assign(reach=0.5)
-    severity.use_map(rows)
-    assert severity.reach("gaussian", "tiny", SHAPE) == 0.5
+    calibrated = SeverityMap(rows[rows["severity"] <= 0.5].assign(reach=0.5))
+    assert calibrated.reach("gaussian", "tiny", SHAPE) == 0.5
     for wanted in (0.51, 1.0):
         with pytest.raises(ValueError, match=rf"severity {wanted} of gaussian is out of range: from 0 to 0.5"):
-            severity.resolve("gaussian", wanted, "tiny", SHAPE)
+            resolve("gaussian", wanted, calibrated=calibrated)
 
 
 def test_a_type_without_rows_reaches_nothing():
     rows = linear_map()
-    severity.use_map(rows[rows["type"] != "gaussian"])
-    assert severity.reach("gaussian", "tiny", SHAPE) == 0
-    with pytest.raises(ValueError, match="gaussian is not calibrated for tiny: give parameter"):
-        severity.resolve("gaussian", 0.1, "tiny", SHAPE)
+    calibrated = SeverityMap(rows[rows["type"] != "gaussian"])
+    assert calibrated.reach("gaussian", "tiny", SHAPE) == 0
+    with pytest.raises(ValueError, match="the severity of gaussian is not calibrated on this base.*give parameter="):
+        resolve("gaussian", 0.1, calibrated=calibrated)
 
 
 @pytest.mark.parametrize(
-    ("kind", "base", "shape", "message"),
+    ("base", "shape", "message"),
     [
-        ("gausian", "tiny", SHAPE, "did you mean 'gaussian'"),
-        ("gaussian", "gpt2-medium", SHAPE, "not calibrated for base 'gpt2-medium'; .* one of tiny"),
-        ("gaussian", None, (24, 16, 128), "no single calibrated base has 24 layers and 16 key/value heads"),
+        ("gpt2-medium", SHAPE, "not calibrated for base 'gpt2-medium'; .* one of tiny"),
+        (None, (24, 16, 128), "no single calibrated base has 24 layers and 16 key/value heads"),
     ],
 )
-def test_what_is_not_calibrated_is_refused(kind, base, shape, message):
+def test_what_is_not_calibrated_is_refused(base, shape, message):
     with pytest.raises(ValueError, match=message):
-        severity.resolve(kind, 0.5, base, shape)
+        MAP.resolve("gaussian", 0.5, base, shape, False)
 
 
 def test_two_bases_of_one_shape_must_be_named():
-    severity.use_map(pd.concat([linear_map(), linear_map("other")]))
+    two = SeverityMap(pd.concat([linear_map(), linear_map("other")]))
     with pytest.raises(ValueError, match="no single calibrated base .* tiny, other"):
-        severity.reach("gaussian", None, SHAPE)
-    assert severity.reach("gaussian", "other", SHAPE) == 1.0
+        two.reach("gaussian", None, SHAPE)
+    assert two.reach("gaussian", "other", SHAPE) == 1.0
 
 
 def test_writing_replaces_the_rows_of_the_bases_it_has(tmp_path, monkeypatch):
@@ -204,9 +210,9 @@ def test_writing_replaces_the_rows_of_the_bases_it_has(tmp_path, monkeypatch):
     written = pd.read_csv(tmp_path / "map.csv")
     assert len(written) == 2 * len(changed)
     assert (written[written["base"] == "a"]["parameter"] == 0.5).all()
-    assert severity.resolve("gaussian", 1.0, "a", SHAPE)[0] == 0.5
-    assert severity.resolve("gaussian", 1.0, "b", (5, 4, 128))[0] == AT_FULL_SEVERITY["gaussian"]
-    assert list(tmp_path.iterdir()) == [tmp_path / "map.csv"]
+    assert resolve("gaussian", 1.0, "a", severity.shipped_map())[0] == 0.5
+    assert resolve("gaussian", 1.0, "b", severity.shipped_map())[0] == AT_FULL_SEVERITY["gaussian"]
+    assert {file.name for file in tmp_path.iterdir()} == {"map.csv", "severity_map.csv"}  # the latter of the fixture
 
 
 @pytest.mark.parametrize(
@@ -218,30 +224,30 @@ def test_writing_replaces_the_rows_of_the_bases_it_has(tmp_path, monkeypatch):
         (lambda rows: pd.concat([rows, rows.iloc[:1]]), "do not belong together"),
         (lambda rows: rows.assign(share=[None, *rows["share"][1:]]), "row tiny, 3, 4, .* is damaged"),
         (lambda rows: rows.assign(parameter=["x", *rows["parameter"][1:]]), "row tiny, 3, 4, .* is damaged"),
-        (lambda rows: rows.assign(type=["gausian", *rows["type"][1:]]), "row tiny, 3, 4, gausian.* is damaged"),
+        (lambda rows: rows.assign(layers=["x", *rows["layers"][1:]]), "row tiny, x, 4, .* is damaged"),
+        (lambda rows: rows.assign(severity=["x", *rows["severity"][1:]]), "row tiny, 3, 4, .* is damaged"),
+        (lambda rows: rows.assign(type=["gausian", *rows["type"][1:]]), "has no row for severity .* of gaus"),
         (lambda rows: rows.assign(reach=[2.0, *rows["reach"][1:]]), "is damaged"),
     ],
 )
 def test_a_map_that_is_cut_or_damaged_is_refused(spoil, message):
-    severity.use_map(linear_map())
     with pytest.raises(ValueError, match=message):
-        severity.use_map(spoil(linear_map()))
-    assert severity.reach("gaussian", "tiny", SHAPE) == 1.0  # the map in use stays
+        SeverityMap(spoil(linear_map()))
 
 
 def test_the_order_of_rows_does_not_matter():
-    resolved = []
-    for rows in (linear_map(), linear_map().iloc[::-1]):
-        severity.use_map(rows)
-        resolved.append([severity.resolve("gaussian", s, "tiny", SHAPE) for s in (0.05, 0.3, 0.9)])
+    maps = SeverityMap(linear_map()), SeverityMap(linear_map().iloc[::-1])
+    resolved = [[resolve("gaussian", s, calibrated=given) for s in (0.05, 0.3, 0.9)] for given in maps]
     assert resolved[0] == resolved[1]
 
 
 def test_a_shipped_map_that_is_cut_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(severity, "_in_use", [])
     monkeypatch.setattr(severity, "MAP", tmp_path / "map.csv")
+    severity.shipped_map.cache_clear()
     with pytest.raises(ValueError, match="map.csv is missing or damaged"):
-        severity.load_map()
+        severity.shipped_map()
     severity.MAP.write_text("\n".join(linear_map().to_csv(index=False).splitlines()[:-1]))
     with pytest.raises(ValueError, match="map.csv is missing or damaged.*no row for severity 1"):
-        severity.load_map()
+        severity.shipped_map()
+    with pytest.raises(ValueError, match="map.csv is missing or damaged"):
+        severity.write_map(linear_map("other"))

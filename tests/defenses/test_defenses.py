@@ -1,4 +1,6 @@
-"""Baselines: what each leaves alone, what it undoes, and that the blind ones need no truth."""
+"""Baselines: what each leaves alone, and what it undoes."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,12 +9,29 @@ from hypothesis import strategies as st
 
 from cachemedic.corruption.apply import corrupt
 from cachemedic.corruption.spec import CorruptionSpec, draw_event
+from cachemedic.defenses.by_name import create_defense
 from cachemedic.defenses.clean_ranges import CacheStatistics
-from cachemedic.defenses.heuristics import Dropout, Masking, RangeRestriction, Smoothing, Truth, blind_defences, oracles
+from cachemedic.defenses.defense import CachedTokens, Defense
+from cachemedic.defenses.heuristics import (
+    BLIND,
+    ORACLES,
+    ClipRenormalise,
+    Dropout,
+    Masking,
+    RangeRestriction,
+    Smoothing,
+    damaged_vectors,
+    oracles,
+)
+from cachemedic.defenses.registry import Calibration, register_defense
 
 N, L, G, T, D = 5, 2, 3, 12, 4
 PADS = torch.tensor([0, 3, 0, 1, 0])
 VALID = torch.arange(T) >= PADS[:, None]
+
+
+def tokens(k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor = VALID) -> CachedTokens:
+    return CachedTokens.behind_padding(k, v, torch.zeros(valid.shape, dtype=torch.long), valid)
 
 
 def clean_cache(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,26 +50,27 @@ def corrupted_cache(type: str = "bitflip_sparse", parameter: float = 0.1) -> tup
     return corrupt(*clean_cache(), events, generator)
 
 
-STATISTICS = CacheStatistics.measure(*clean_cache(), VALID)
+CLEAN, DAMAGED = tokens(*clean_cache()), tokens(*corrupted_cache())
+HIT = damaged_vectors(CLEAN, DAMAGED)
+# shape and model are not needed by what is tested here
+CALIBRATION = Calibration(None, CLEAN)  # type: ignore[arg-type]
+STATISTICS = CALIBRATION.statistics
 
 
-def truth() -> Truth:
-    clean, hit = clean_cache(), corrupted_cache()
-    return Truth(*clean, damaged=(clean[0] != hit[0]).any(-1) | (clean[1] != hit[1]).any(-1))
+def through(defense: Defense, damaged: CachedTokens = DAMAGED) -> CachedTokens:
+    return defense.read(damaged, defense.write(CLEAN))
 
 
-def test_every_defence_leaves_its_input_alone_and_keeps_the_shapes() -> None:
-    k, v = corrupted_cache()
-    before = k.clone(), v.clone()
-    outcomes = [defence(k, v, VALID) for defence in blind_defences(STATISTICS).values()]
-    outcomes += [oracle(k, v, VALID, truth()) for oracle in oracles(STATISTICS).values()]
-    for outcome in outcomes:
-        assert outcome.k.shape == k.shape
-        assert outcome.v.shape == v.shape
-        assert outcome.k.isfinite().all()
-        assert outcome.keep is None or (outcome.keep.shape == VALID.shape and outcome.keep.dtype == torch.bool)
-    assert torch.equal(k, before[0])
-    assert torch.equal(v, before[1])
+@pytest.mark.parametrize("name", [*BLIND, *ORACLES])
+def test_every_defense_leaves_its_input_alone_and_keeps_the_shapes(name: str) -> None:
+    before = DAMAGED.k.clone(), DAMAGED.v.clone()
+    outcome = through(create_defense(name, CALIBRATION))
+    assert outcome.k.shape == DAMAGED.k.shape
+    assert outcome.v.shape == DAMAGED.v.shape
+    assert outcome.k.isfinite().all()
+    assert outcome.readable is None or (outcome.readable.shape == VALID.shape and outcome.readable.dtype == torch.bool)
+    assert torch.equal(DAMAGED.k, before[0])
+    assert torch.equal(DAMAGED.v, before[1])
 
 
 def test_statistics_keep_the_first_position_apart_and_ignore_padding() -> None:
@@ -67,7 +87,7 @@ def test_statistics_keep_the_first_position_apart_and_ignore_padding() -> None:
 def test_statistics_need_two_positions() -> None:
     k, v = clean_cache()
     with pytest.raises(ValueError, match="at least 2 positions, got 1"):
-        CacheStatistics.measure(k[..., :1, :], v[..., :1, :], VALID[:, :1])
+        CacheStatistics.of(tokens(k[..., :1, :], v[..., :1, :], VALID[:, :1]))
 
 
 @given(beta=st.floats(0, 0.99), pads=st.lists(st.integers(0, T - 1), min_size=N, max_size=N), seed=st.integers(0, 99))
@@ -75,7 +95,7 @@ def test_statistics_need_two_positions() -> None:
 def test_smoothing_is_the_plain_recursion(beta: float, pads: list[int], seed: int) -> None:
     valid = torch.arange(T) >= torch.tensor(pads)[:, None]
     k, v = clean_cache(seed)
-    smoothed = Smoothing(beta)(k, v, valid)
+    smoothed = Smoothing(beta).read(tokens(k, v, valid), None)
     for x, result in ((k, smoothed.k), (v, smoothed.v)):
         for row, pad in enumerate(pads):
             y = x[row, :, :, pad]
@@ -86,9 +106,9 @@ def test_smoothing_is_the_plain_recursion(beta: float, pads: list[int], seed: in
 
 def test_range_restriction_is_the_identity_on_what_it_was_calibrated_on_and_caps_all_else() -> None:
     k, v = clean_cache()
-    same = RangeRestriction(STATISTICS)(k, v, VALID)
+    same = RangeRestriction(STATISTICS).read(tokens(k, v), None)
     assert torch.equal(same.k[:, :, :, 3:], k[:, :, :, 3:])  # before, some positions are padding
-    wild = RangeRestriction(STATISTICS)(k * 100, v * 100, VALID)
+    wild = RangeRestriction(STATISTICS).read(tokens(k * 100, v * 100), None)
     first, others = STATISTICS.k
     row = wild.k[0]  # no padding
     assert ((row[:, :, :1] >= first.low) & (row[:, :, :1] <= first.high)).all()
@@ -97,44 +117,69 @@ def test_range_restriction_is_the_identity_on_what_it_was_calibrated_on_and_caps
 
 def test_clip_renormalise_never_passes_the_largest_clean_norm() -> None:
     k, v = clean_cache()
-    defence = blind_defences(STATISTICS)["clip_renormalise"]
-    wild = defence(k * 100, v * 100, VALID)
+    defense = ClipRenormalise(STATISTICS)
+    wild = defense.read(tokens(k * 100, v * 100), None)
     assert (wild.k[0, :, :, 1:].norm(dim=-1) <= STATISTICS.k[1].norm[..., 0] * 1.0001).all()
-    mild = defence(k, v, VALID)
+    mild = defense.read(tokens(k, v), None)
     torch.testing.assert_close(mild.v[0].norm(dim=-1), v[0].norm(dim=-1))
-    assert defence(torch.zeros_like(k), v, VALID).k.isfinite().all()
+    assert defense.read(tokens(torch.zeros_like(k), v), None).k.isfinite().all()
 
 
 def test_masking_drops_damaged_positions_and_no_clean_one() -> None:
     k, v = clean_cache()
-    assert Masking(STATISTICS)(k, v, VALID).keep[VALID].all()
+    assert Masking(STATISTICS).read(tokens(k, v), None).readable[VALID].all()
     k[2, :, :, 7] *= 100
-    keep = Masking(STATISTICS)(k, v, VALID).keep
-    assert not keep[2, 7]
-    assert keep[VALID].sum() == VALID.sum() - 1
+    readable = Masking(STATISTICS).read(tokens(k, v), None).readable
+    assert not readable[2, 7]
+    assert readable[VALID].sum() == VALID.sum() - 1
 
 
 def test_dropout_is_blind_reproducible_and_drops_the_asked_share() -> None:
     valid = torch.ones(40, 100, dtype=torch.bool)
     cache = torch.zeros(40, 1, 1, 100, 2)
-    keep = Dropout(0.1)(cache, cache, valid).keep
-    assert torch.equal(keep, Dropout(0.1)(cache, cache, valid).keep)
-    assert float((~keep).float().mean()) == pytest.approx(0.1, abs=0.02)
+    readable = Dropout(0.1).read(tokens(cache, cache, valid), None).readable
+    assert torch.equal(readable, Dropout(0.1).read(tokens(cache, cache, valid), None).readable)
+    assert float((~readable).float().mean()) == pytest.approx(0.1, abs=0.02)
 
 
 def test_oracles_touch_damaged_entries_only() -> None:
-    (k, v), known = corrupted_cache(), truth()
-    assert known.damaged.any()
-    assert not known.damaged.all()
-    for outcome in (oracle(k, v, VALID, known) for oracle in oracles(STATISTICS).values()):
-        assert torch.equal(outcome.k[~known.damaged], k[~known.damaged])
-        assert torch.equal(outcome.v[~known.damaged], v[~known.damaged])
+    assert HIT.any()
+    assert not HIT.all()
+    for oracle in oracles(CALIBRATION).values():
+        outcome = through(oracle)
+        assert torch.equal(outcome.k[~HIT], DAMAGED.k[~HIT])
+        assert torch.equal(outcome.v[~HIT], DAMAGED.v[~HIT])
 
 
-def test_references_know_the_truth() -> None:
-    (k, v), known = corrupted_cache(), truth()
-    recomputed = oracles(STATISTICS)["recompute"](k, v, VALID, known)
-    assert torch.equal(recomputed.k, known.k)
-    assert torch.equal(recomputed.v, known.v)
-    erased = oracles(STATISTICS)["erase_damaged"](k, v, VALID, known)
-    assert torch.equal(erased.keep, ~known.damaged.any(2).any(1))
+def test_references_read_the_clean_cache() -> None:
+    recomputed = through(oracles(CALIBRATION)["recompute"])
+    assert torch.equal(recomputed.k, CLEAN.k)
+    assert torch.equal(recomputed.v, CLEAN.v)
+    erased = through(oracles(CALIBRATION)["erase_damaged"])
+    assert erased.readable is not None
+    assert torch.equal(erased.readable, ~HIT.any(2).any(1))
+
+
+def test_a_defense_registers_by_name_from_any_module() -> None:
+    @register_defense("zero values")
+    class ZeroValues(Defense):
+        def read(self, damaged: CachedTokens, kept: None) -> CachedTokens:
+            return replace(damaged, v=torch.zeros_like(damaged.v))
+
+    @register_defense("clip twice")
+    def clip_twice(calibration: Calibration) -> Defense:
+        return ClipRenormalise(calibration.statistics, width=2.0)
+
+    assert not through(create_defense("zero values", CALIBRATION)).v.any()
+    assert create_defense("clip twice", CALIBRATION).width == 2.0
+    register_defense("clip twice")(clip_twice)  # the same definition again, as when a notebook cell is run twice
+    with pytest.raises(ValueError, match="defense 'none' is cachemedic.defenses.heuristics.NoDefense already"):
+        register_defense("none")(ZeroValues)
+    with pytest.raises(ValueError, match="unknown defense 'zero value': did you mean 'zero values'"):
+        create_defense("zero value", CALIBRATION)
+
+
+def test_a_defense_that_overrides_nothing_is_free_and_reads_the_cache_as_it_is() -> None:
+    defense = Defense()
+    assert through(defense) is DAMAGED
+    assert (defense.bytes_per_token, defense.fixed_bytes, defense.prefill_share, defense.runs) == (0, 0, 0, 1)

@@ -1,5 +1,7 @@
 """Evaluation against slow references: plain forward passes, one example and one reader at a time."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,14 +10,13 @@ from tiny import CONTEXT, DOCUMENTS, VOCABULARY, tiny_model, tiny_tokenizer
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.data.task_data import TaskData, score
 from cachemedic.data.tasks import needle_task, perplexity_task, sentiment_task
-from cachemedic.defenses.clean_ranges import CacheStatistics
-from cachemedic.defenses.heuristics import NoDefence, Reset, Smoothing, blind_defences, oracles
-from cachemedic.defenses.rivals import rivals
+from cachemedic.defenses.heuristics import NoDefense, Reset, Smoothing, blind_defenses, oracles
+from cachemedic.defenses.registry import Calibration
+from cachemedic.defenses.storage_defenses import storage_defenses
 from cachemedic.evaluation import decoding
-from cachemedic.evaluation.decoding import CleanBank, clean_pass, decode_logits
+from cachemedic.evaluation.decoding import CleanBank, clean_pass, decode_logits, tokens_of
 from cachemedic.evaluation.evaluate import evaluate
 from cachemedic.models.cache import unstack_cache
-from cachemedic.models.shape import ModelShape
 from cachemedic.repair.operator import RepairOperator
 
 NONE = CorruptionSpec("none")
@@ -79,13 +80,15 @@ def test_unreadable_positions_are_as_if_cut_out_at_the_same_position_ids(archite
     model = tiny_model(architecture)
     task = perplexity_task(tokenizer, DOCUMENTS, n=3, prefix=12, scored=5)
     bank = clean_pass(model, task)
-    keep = torch.ones(3, 12, dtype=torch.bool)
-    keep[:, [2, 3, 9]] = False
-    cut = unstack_cache(*(x[..., keep[0], :] for x in (bank.k, bank.v)))
+    cache, readable = bank.tokens(task), torch.ones(3, 12, dtype=torch.bool)
+    readable[:, [2, 3, 9]] = False
+    cut = unstack_cache(*(x[..., readable[0], :] for x in (bank.k, bank.v)))
     positions = torch.arange(12, 17).expand(3, -1)
     expected = model(task.continuation_ids, past_key_values=cut, position_ids=positions).logits
-    torch.testing.assert_close(decode_logits(model, bank.k, bank.v, task, keep), expected, rtol=1e-3, atol=1e-4)
-    erased = decode_logits(model, bank.k, bank.v, task, torch.zeros_like(keep))
+    torch.testing.assert_close(
+        decode_logits(model, replace(cache, readable=readable), task), expected, rtol=1e-3, atol=1e-4
+    )
+    erased = decode_logits(model, replace(cache, readable=torch.zeros_like(readable)), task)
     alone = model(task.continuation_ids, position_ids=positions).logits
     torch.testing.assert_close(erased, alone, rtol=1e-3, atol=1e-4)
 
@@ -99,7 +102,7 @@ def test_a_task_longer_than_the_context_is_an_error(model, tokenizer) -> None:
 
 
 def test_batches_change_nothing_but_rounding(model, padded, clean, monkeypatch) -> None:
-    readers = {"none": NoDefence(), "repaired": operator_of(model), "runs": operator_of(model, runs=2)}
+    readers = {"none": NoDefense(), "repaired": operator_of(model), "runs": operator_of(model, runs=2)}
     whole = evaluate(model, padded, clean, GAUSSIAN, readers)
     monkeypatch.setattr(decoding, "BATCH_BYTES", 1)  # one example of every run at a time
     pieces = evaluate(model, padded, clean, GAUSSIAN, readers)
@@ -111,12 +114,12 @@ def test_batches_change_nothing_but_rounding(model, padded, clean, monkeypatch) 
 
 def test_runs_of_an_operator_repair_their_own_seed(model, padded, clean) -> None:
     both = operator_of(model, runs=2)
-    stacked = decode_logits(model, clean.k, clean.v, padded, operator=both)
+    stacked = decode_logits(model, clean.tokens(padded), padded, both)
     for run in range(2):
         rows = torch.arange(4) + 4 * run
-        alone = decode_logits(model, clean.k[rows], clean.v[rows], padded.select(rows), operator=both.select(run))
+        alone = decode_logits(model, clean.tokens(padded, rows), padded.select(rows), both.select(run))
         torch.testing.assert_close(stacked[rows], alone, rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(stacked[:4], decode_logits(model, clean.k, clean.v, padded)[:4], atol=1e-2)
+    assert not torch.allclose(stacked[:4], decode_logits(model, clean.tokens(padded), padded)[:4], atol=1e-2)
 
 
 def test_runs_that_do_not_fit_are_errors(model, padded, clean) -> None:
@@ -127,7 +130,7 @@ def test_runs_that_do_not_fit_are_errors(model, padded, clean) -> None:
 
 
 def test_without_corruption_reading_the_cache_as_it_is_costs_nothing(model, padded, clean) -> None:
-    frame = evaluate(model, padded, clean, NONE, {"none": NoDefence(), "repaired": operator_of(model)})
+    frame = evaluate(model, padded, clean, NONE, {"none": NoDefense(), "repaired": operator_of(model)})
     none, repaired = (frame[frame.reader == name] for name in ("none", "repaired"))
     assert (none.kl == 0).all()
     assert (none.nll == none.nll_clean).all()
@@ -140,7 +143,7 @@ def test_without_corruption_reading_the_cache_as_it_is_costs_nothing(model, padd
 
 def test_scores_are_those_of_the_decoded_logits(model, padded, clean) -> None:
     frame = evaluate(model, padded, clean, NONE, {"reset": Reset()})
-    logits = decode_logits(model, clean.k, clean.v, padded, keep=torch.zeros_like(padded.prefix_mask))
+    logits = decode_logits(model, Reset().read(clean.tokens(padded), None), padded)
     np.testing.assert_allclose(frame.nll, score(padded, logits)["nll"])
     scored = padded.target_mask
     log_p, log_q = clean.logits[scored].log_softmax(-1), logits[scored].log_softmax(-1)
@@ -150,8 +153,8 @@ def test_scores_are_those_of_the_decoded_logits(model, padded, clean) -> None:
 
 
 def test_references_bound_the_scale(model, padded, clean) -> None:
-    statistics = CacheStatistics.measure(clean.k, clean.v, padded.prefix_mask)
-    readers = blind_defences(statistics) | oracles(statistics)
+    calibration = Calibration(model, clean.tokens(padded))
+    readers = blind_defenses(calibration) | oracles(calibration)
     frame = evaluate(model, padded, clean, GAUSSIAN, readers)
     assert frame.reader.unique().tolist() == list(readers)
     assert frame.groupby("reader").size().eq(len(padded)).all()
@@ -161,13 +164,13 @@ def test_references_bound_the_scale(model, padded, clean) -> None:
     assert kl["erase_damaged"] == pytest.approx(kl["reset"]), "everything is damaged here"
 
 
-def test_safeguards_keep_the_clean_cache_and_read_the_corrupted_one(model, padded, clean) -> None:
-    readers = rivals(clean.k, clean.v, padded.prefix_mask, ModelShape.of(model.config))
+def test_storage_defenses_keep_the_clean_cache_and_read_the_corrupted_one(model, padded, clean) -> None:
+    calibration = Calibration(model, clean.tokens(padded))
+    readers = storage_defenses(calibration)
     untouched = evaluate(model, padded, clean, NONE, readers)
     assert untouched.reader.unique().tolist() == list(readers)
     assert (untouched.kl == 0).all()
-    statistics = CacheStatistics.measure(clean.k, clean.v, padded.prefix_mask)
-    frame = evaluate(model, padded, clean, GAUSSIAN, {"none": NoDefence()} | oracles(statistics) | readers)
+    frame = evaluate(model, padded, clean, GAUSSIAN, {"none": NoDefense()} | oracles(calibration) | readers)
     kl = frame.groupby("reader").kl.mean()
     assert kl["checksum_recompute"] == 0
     assert kl["checksum_erase"] == pytest.approx(kl["erase_damaged"])
@@ -176,21 +179,21 @@ def test_safeguards_keep_the_clean_cache_and_read_the_corrupted_one(model, padde
 
 
 def test_readers_and_conditions_are_paired(model, padded, clean) -> None:
-    alone = evaluate(model, padded, clean, GAUSSIAN, {"none": NoDefence()})
-    among = evaluate(model, padded, clean, GAUSSIAN, {"smoothing": Smoothing(), "none": NoDefence()})
+    alone = evaluate(model, padded, clean, GAUSSIAN, {"none": NoDefense()})
+    among = evaluate(model, padded, clean, GAUSSIAN, {"smoothing": Smoothing(), "none": NoDefense()})
     assert (among[among.reader == "none"].nll.to_numpy() == alone.nll).all()
-    other = evaluate(model, padded, clean, GAUSSIAN, {"none": NoDefence()}, draw=1)
+    other = evaluate(model, padded, clean, GAUSSIAN, {"none": NoDefense()}, draw=1)
     assert (other.nll != alone.nll).all()
     # an example's draws do not depend on the other seeds that are evaluated with it
     rows = torch.arange(4, 8)
     part = CleanBank(clean.k[rows], clean.v[rows], clean.logits[rows])
-    second = evaluate(model, padded.select(rows), part, GAUSSIAN, {"none": NoDefence()})
+    second = evaluate(model, padded.select(rows), part, GAUSSIAN, {"none": NoDefense()})
     np.testing.assert_allclose(second.nll, alone.nll[4:], rtol=1e-5)
 
 
 def test_the_event_is_reported(model, padded, clean) -> None:
     spec = CorruptionSpec("dropout_zero", parameter=0.5, share=0.8, layers=[1], time=("old_only", 3))
-    frame = evaluate(model, padded, clean, spec, {"none": NoDefence()})
+    frame = evaluate(model, padded, clean, spec, {"none": NoDefense()})
     assert (frame.type == "dropout_zero").all()
     assert (frame.parameter == 0.5).all()
     assert frame.severity.isna().all()
@@ -202,15 +205,15 @@ def test_an_overwritten_cache_is_that_of_the_next_example_of_the_seed(model, tok
     task = perplexity_task(tokenizer, DOCUMENTS, seeds=(0, 1), n=3, prefix=12, scored=5)
     bank = clean_pass(model, task)
     spec = CorruptionSpec("contiguous_overwrite", parameter=12)
-    frame = evaluate(model, task, bank, spec, {"none": NoDefence()})
+    frame = evaluate(model, task, bank, spec, {"none": NoDefense()})
     donors = [1, 2, 0, 4, 5, 3]
-    swapped = decode_logits(model, bank.k[donors], bank.v[donors], task)
+    swapped = decode_logits(model, tokens_of(task, bank.k[donors], bank.v[donors]), task)
     np.testing.assert_allclose(frame.nll, score(task, swapped)["nll"], rtol=1e-5)
 
 
 def test_a_donor_shorter_than_the_example_leaves_the_rest(model, padded, clean) -> None:
     spec = CorruptionSpec("contiguous_overwrite", parameter=10)
-    frame = evaluate(model, padded, clean, spec, {"none": NoDefence()})
+    frame = evaluate(model, padded, clean, spec, {"none": NoDefense()})
     assert frame.nll.notna().all()
     assert (frame.kl > 0).all()
 
@@ -220,7 +223,7 @@ def test_an_example_without_a_donor_is_an_error(model, padded, clean) -> None:
     bank = CleanBank(clean.k[one], clean.v[one], clean.logits[one])
     with pytest.raises(ValueError, match="donor"):
         evaluate(
-            model, padded.select(one), bank, CorruptionSpec("contiguous_overwrite", parameter=4), {"none": NoDefence()}
+            model, padded.select(one), bank, CorruptionSpec("contiguous_overwrite", parameter=4), {"none": NoDefense()}
         )
 
 

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 import tiny
 
-from cachemedic.corruption import severity
+from cachemedic.core.severity_map import MAP_COLUMNS, SeverityMap
 from cachemedic.data.tasks import perplexity_task
-from cachemedic.defenses.heuristics import NoDefence, Reset
+from cachemedic.defenses.heuristics import NoDefense, Reset
 from cachemedic.evaluation import experiments
 from cachemedic.models.load import Base
 from cachemedic.studies import summaries
@@ -61,14 +61,11 @@ def test_intervals_count_seeds_and_examples():
 
 def test_an_interrupted_grid_goes_on_and_gives_the_same_rows(tmp_path, monkeypatch):
     model, tokenizer = tiny.tiny_model(), tiny.tiny_tokenizer()
-    base = Base(model, tokenizer, "tiny")
     shape = model.config.num_hidden_layers, model.config.num_attention_heads
     rows = [("tiny", *shape, "gaussian", s, 4 * s, 1.0, 1.0) for s in (0.5, 1.0)]
-    monkeypatch.setattr(severity, "_in_use", [pd.DataFrame(rows, columns=severity.MAP_COLUMNS)])
-    severity.reach.cache_clear()
-    severity.resolve.cache_clear()
+    base = Base(model, tokenizer, "tiny", SeverityMap(pd.DataFrame(rows, columns=MAP_COLUMNS)))
     tasks = {"perplexity": perplexity_task(tokenizer, tiny.DOCUMENTS, (0, 1), n=3, prefix=12, scored=4)}
-    readers = {"none": NoDefence(), "reset": Reset()}
+    readers = {"none": NoDefense(), "reset": Reset()}
 
     def grid(folder):
         return experiments.run_grid(base, tasks, readers, folder, types=("gaussian",), severities=(0.5, 1.0))
@@ -87,8 +84,6 @@ def test_an_interrupted_grid_goes_on_and_gives_the_same_rows(tmp_path, monkeypat
         grid(tmp_path)
     pd.testing.assert_frame_equal(grid(tmp_path), whole)
     assert len(calls) == 4  # two before the interrupt, the one that it hit twice
-    severity.reach.cache_clear()
-    severity.resolve.cache_clear()
 
 
 def test_advantage_is_over_the_reference_and_paired():

@@ -11,9 +11,9 @@ from tiny_repair import base_of, calibrated
 
 from cachemedic.core.seeds import generator
 from cachemedic.data.tasks import perplexity_task
-from cachemedic.defenses.heuristics import NoDefence, Reset, Smoothing
+from cachemedic.defenses.heuristics import NoDefense, Reset, Smoothing
 from cachemedic.evaluation import stability
-from cachemedic.evaluation.decoding import clean_pass
+from cachemedic.evaluation.decoding import clean_pass, tokens_of
 from cachemedic.models.cache import unstack_cache
 from cachemedic.repair.attach import protect
 from cachemedic.repair.operator import RepairOperator
@@ -34,23 +34,21 @@ def case(request):
     task.prefix_mask[1, :4] = False  # one example with padding on the left
     operator = shaken(RepairOperator.create("A", model.config, layers=(1, 2), rank=3, runs=2))
     sketch = Scrubber(model, calibrated(request.param, "E", runs=2))
-    readers = {"none": NoDefence(), "smoothing": Smoothing(), "A": operator, "E": sketch}
+    readers = {"none": NoDefense(), "smoothing": Smoothing(), "A": operator, "E": sketch}
     return model, task, clean_pass(model, task), readers
 
 
 def slow_logits(model, task, clean, example, k, v, reader):
     """All logits [M, V] of one example."""
     row, context = task.select(slice(example, example + 1)), torch.no_grad()
+    run = example // (len(task) // reader.runs)
     if isinstance(reader, RepairOperator):
-        context = protect(model, reader.select(example // (len(task) // reader.runs)))
-    elif isinstance(reader, Scrubber):
-        alone = Scrubber(model, reader.operator.select(example // (len(task) // reader.runs)))
-        kept = alone.write(clean.k[[example]], clean.v[[example]], row.prefix_ids, row.prefix_mask)
-        defended = alone.read(k, v, row.prefix_ids, row.prefix_mask, kept)
-        k, v = defended.k, defended.v
+        context = protect(model, reader.select(run))
     else:
-        defended = reader(k, v, row.prefix_mask)
-        k, v = defended.k, defended.v
+        alone = Scrubber(model, reader.operator.select(run)) if isinstance(reader, Scrubber) else reader
+        kept = alone.write(clean.tokens(task, slice(example, example + 1)))
+        read = alone.read(tokens_of(row, k, v), kept)
+        k, v = read.k, read.v
     read = row.continuation_ids.shape[1]
     mask = torch.cat([row.prefix_mask, torch.ones(1, read, dtype=torch.bool)], 1).long()
     with torch.no_grad(), context:
@@ -149,7 +147,7 @@ def test_without_noise_nothing_moves_but_a_repair_may_differ_from_the_clean_mode
 
 def test_a_reader_that_ignores_the_cache_is_insensitive_but_far_from_the_clean_model(case):
     model, task, clean, _ = case
-    readers = {"none": NoDefence(), "reset": Reset()}
+    readers = {"none": NoDefense(), "reset": Reset()}
     rows = stability.sensitivity(model, task, clean, readers, levels=(0.1,), draws=2).groupby("reader").mean()
     assert rows.loc["reset", "sensitivity"] == pytest.approx(0, abs=1e-4)
     assert rows.loc["reset", "distance"] > rows.loc["none", "distance"]

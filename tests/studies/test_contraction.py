@@ -8,7 +8,7 @@ import pytest
 from small_models import shaken
 from tiny_training import CONFIG, linear_map, tiny_bank, tiny_base
 
-from cachemedic.corruption import severity
+from cachemedic.core.severity_map import SeverityMap
 from cachemedic.corruption.apply import MIXTURE_WEIGHTS
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.contraction import measure_contraction
@@ -19,19 +19,13 @@ BANK = BankConfig(samples=8, prefix=10)
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(severity, "_in_use", [linear_map("tiny-gpt2")])
-        severity.reach.cache_clear()
-        severity.resolve.cache_clear()
-        base = tiny_base()
-        bank = tiny_bank(base, BANK, tmp_path_factory.mktemp("bank"))
-        config = replace(CONFIG, bank=BANK, batch=4, objectives=CONFIG.objectives[:1])
-        new = RepairOperator.create("A", base.model.config, config.layers, config.rank, runs=2)
-        operators = {"new": new, "shaken": shaken(RepairOperator.stack([new.select(0), new.select(1)]), 0.1)}
-        rows = measure_contraction(base, config, operators, bank, severities=(0.25, 1.0))
-        severity.reach.cache_clear()
-        severity.resolve.cache_clear()
-        return rows
+    base = replace(tiny_base(), severity_map=SeverityMap(linear_map("tiny-gpt2")))
+    bank = tiny_bank(base, BANK, tmp_path_factory.mktemp("bank"))
+    config = replace(CONFIG, bank=BANK, batch=4, objectives=CONFIG.objectives[:1])
+    new = RepairOperator.create("A", base.model.config, config.layers, config.rank, runs=2)
+    operators = {"new": new, "shaken": shaken(RepairOperator.stack([new.select(0), new.select(1)]), 0.1)}
+    rows = measure_contraction(base, config, operators, bank, severities=(0.25, 1.0))
+    return rows
 
 
 def test_every_condition_type_severity_and_seed_has_a_row(measured):

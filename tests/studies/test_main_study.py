@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tiny import DOCUMENTS
 from tiny_training import linear_map, tiny_base
 
-from cachemedic.corruption import severity
+from cachemedic.core.severity_map import SeverityMap
 from cachemedic.data import text_source
-from cachemedic.defenses.heuristics import NoDefence
+from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.studies import main_study
 from cachemedic.studies.main_study import settings
 
@@ -19,12 +21,10 @@ def measured(tmp_path_factory):
         patch.setattr(text_source, "documentation", lambda split: tuple(4 * document for document in 3 * DOCUMENTS))
         patch.setattr(main_study, "SMOKE_EXAMPLES", {"perplexity": 2, "sentiment": 2})  # needles need a longer context
         base = tiny_base()
-        patch.setattr(severity, "_in_use", [linear_map(base.name)])
-        severity.reach.cache_clear()
-        linear = {setting: NoDefence() for setting in settings(base)}
+        base = replace(base, severity_map=SeverityMap(linear_map(base.name)))
+        linear = {setting: NoDefense() for setting in settings(base)}
         folder = tmp_path_factory.mktemp("grid")
-        yield main_study.measure(base, linear, {"operator E": NoDefence()}, [0, 1], folder, smoke=True)
-        severity.reach.cache_clear()
+        yield main_study.measure(base, linear, {"operator E": NoDefense()}, [0, 1], folder, smoke=True)
 
 
 def test_every_setting_has_its_readers(measured):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from cachemedic.defenses.heuristics import blind_defences
+from cachemedic.defenses.heuristics import BLIND
 from cachemedic.studies.bench.decode import random_cache
 from cachemedic.studies.bench.memory import peak_bytes
 from cachemedic.studies.bench.readers import reading_cost
@@ -41,7 +41,7 @@ TOKEN_AWARE = [f"operator {family}, {way}" for family in "DE" for way in ("write
 
 def test_every_reader_has_a_row_at_every_length():
     frame = reading_cost(tiny_model(), positions=(4, 16), families="ABDE", rounds=6, rank=2)
-    readers = [*blind_defences(None), "operator A", "operator B", *TOKEN_AWARE]
+    readers = [*BLIND, "operator A", "operator B", *TOKEN_AWARE]
     assert frame["reader"].tolist() == 2 * readers
     assert frame["positions"].tolist() == len(readers) * [4] + len(readers) * [16]
     assert (frame["milliseconds"] > 0).all()

@@ -11,7 +11,7 @@ import pytest
 from tiny import DOCUMENTS
 from tiny_training import linear_map, tiny_base
 
-from cachemedic.corruption import severity
+from cachemedic.core.severity_map import SeverityMap
 from cachemedic.data import text_source
 from cachemedic.data.text_source import EMBEDDED_TEXT, TextSource
 from cachemedic.evaluation import severity_calibration
@@ -37,7 +37,7 @@ def test_the_shipped_map_is_for_an_embedded_base_on_the_embedded_text(monkeypatc
         measured.append((base.name, len(task)))
         return pd.DataFrame(), linear_map(base.name)
 
-    monkeypatch.setattr(severity_calibration, "calibrate", calibrate)
+    monkeypatch.setattr(severity_calibration, "calibrate_severities", calibrate)
     shipped = second_model.severity_map(replace(base, name="embedded-llama"), EMBEDDED_TEXT)
     assert set(shipped["base"]) == {"embedded-llama"}
     assert not measured
@@ -58,12 +58,10 @@ def test_needles_are_for_embedded_bases():
 @pytest.mark.usefixtures("_long_text")
 def test_the_blind_reader_is_the_best_of_the_validation_split(monkeypatch):
     base = tiny_base()
-    monkeypatch.setattr(severity, "_in_use", [linear_map(base.name)])
-    severity.reach.cache_clear()
+    base = replace(base, severity_map=SeverityMap(linear_map(base.name)))
     scored = pd.DataFrame({"reader": ["reset", "masking", "smoothing"], "auc": [0.1, 0.3, 0.2]})
     monkeypatch.setattr(main_study, "robustness", lambda grid: scored[scored["reader"].isin(grid["reader"])])
     readers = second_model.blind_readers(base, EMBEDDED_TEXT, [0, 1], Run("smoke"), smoke=True)
-    severity.reach.cache_clear()
     assert list(readers) == ["none", "masking"]
 
 

@@ -10,7 +10,7 @@ from small_models import operator_for
 from tiny_repair import base_of, calibrated
 from tiny_training import CONFIG, linear_map, parameters, tiny_bank, tiny_base
 
-from cachemedic.corruption import severity
+from cachemedic.core.severity_map import SeverityMap
 from cachemedic.studies import sweeps
 from cachemedic.studies.family_study import token_aware_config
 from cachemedic.token.scrub import Scrubber
@@ -20,19 +20,8 @@ from cachemedic.training.trainer import Trainer
 from cachemedic.training.valence.objective import ValenceObjective
 
 
-@pytest.fixture
-def _calibrated(monkeypatch):
-    monkeypatch.setattr(severity, "_in_use", [linear_map("tiny-gpt2")])
-    severity.reach.cache_clear()
-    severity.resolve.cache_clear()
-    yield
-    severity.reach.cache_clear()
-    severity.resolve.cache_clear()
-
-
-@pytest.mark.usefixtures("_calibrated")
 def test_operators_are_those_of_their_conditions(tmp_path, monkeypatch):
-    base = tiny_base()
+    base = replace(tiny_base(), severity_map=SeverityMap(linear_map("tiny-gpt2")))
     bank = tiny_bank(base, CONFIG.bank, tmp_path)
     monkeypatch.setattr(train, "open_bank", lambda base, config: bank)
     one = replace(CONFIG, objectives=(RepairObjective(),))
@@ -118,7 +107,7 @@ def test_the_contraction_term_on_and_off_and_ranks():
 def test_operators_of_d_and_e_scrub_before_the_cache_is_read():
     base = base_of("gpt2")
     operators = {"A": operator_for(base.model), "D": calibrated(family="D"), "E": calibrated(family="E")}
-    found = sweeps.readers_of(base, operators)
+    found = sweeps.defenses_of(base, operators)
     assert found["A"] is operators["A"]
     for name in ("D", "E"):
         assert isinstance(found[name], Scrubber)

@@ -8,8 +8,7 @@ from random_statistics import informed
 from small_models import model_of, padded_batch
 from transformers import DynamicCache
 
-from cachemedic.data.task_data import TaskData
-from cachemedic.evaluation.decoding import decode_logits
+from cachemedic.defenses.defense import CachedTokens
 from cachemedic.models.cache import stack_cache, unstack_cache
 from cachemedic.repair.attach import protect
 from cachemedic.token.augmented import AugmentedRead
@@ -64,7 +63,7 @@ def scene(name="llama", implementation="sdpa", rank=8, non_finite=False, family=
         model(ids[:, :PREFIX], past_key_values=cache, **inputs)
         k, v = stack_cache(cache)
         scrubber = Scrubber(model, operator)
-        codes = scrubber.write(k, v, ids[:, :PREFIX], valid)
+        codes = scrubber.write(CachedTokens.behind_padding(k, v, ids[:, :PREFIX], valid))
         generator = torch.Generator().manual_seed(2)
         damaged = [x + 0.5 * torch.randn(x.shape, generator=generator) for x in (k, v)]
         if non_finite:
@@ -157,19 +156,6 @@ def test_bias_and_projected_correction_in_one_layer(name, rank):
     assert gates == (None, None)
     assert read.tails[0].shape[-1] + head_dim == {2: 16, 7: 16, 8: 24}[rank]
     assert read.bits_per_token() == 16 * 2 * read.tails[0].shape[-1] * groups * 3
-
-
-def test_it_reads_what_a_task_is_decoded_on_in_batches(monkeypatch):
-    it = scene("gpt2")
-    continuation, per_row = it.ids[:, PREFIX:], torch.zeros(3)
-    task = TaskData(
-        "test", it.ids[:, :PREFIX], it.mask[:, :PREFIX].bool(), continuation, continuation, continuation > 0, per_row,
-        per_row,
-    )  # fmt: skip
-    together = decode_logits(it.model, *it.damaged, task, operator=it.read)
-    torch.testing.assert_close(together, decode_logits(it.model, *it.mended, task), rtol=1e-5, atol=2e-5)
-    monkeypatch.setattr("cachemedic.evaluation.decoding.BATCH_BYTES", 1)
-    torch.testing.assert_close(decode_logits(it.model, *it.damaged, task, operator=it.read), together)
 
 
 def test_rows_and_tokens_that_were_not_scrubbed_are_refused():

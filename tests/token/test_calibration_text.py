@@ -10,6 +10,7 @@ from tiny_repair import base_of
 from cachemedic.data import text_source
 from cachemedic.data.tasks import sentiment_task
 from cachemedic.data.text import LABELS
+from cachemedic.defenses.defense import CachedTokens
 from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.models.load import load_base
 from cachemedic.repair.operator import RepairOperator
@@ -101,9 +102,9 @@ def test_the_code_reaches_what_reviews_hold(monkeypatch):
     operator.strength.data.fill_(1.0)
     scrubber, task = Scrubber(base.model, operator), sentiment_task(base.tokenizer, n=8)
     clean, valid = clean_pass(base.model, task), task.prefix_mask
-    kept = scrubber.write(clean.k, clean.v, task.prefix_ids, valid)
+    kept = scrubber.write(CachedTokens.behind_padding(clean.k, clean.v, task.prefix_ids, valid))
     lost = torch.zeros_like(clean.k)
-    mended = scrubber.read(lost, lost, task.prefix_ids, valid, kept)
+    mended = scrubber.read(CachedTokens.behind_padding(lost, lost, task.prefix_ids, valid), kept)
     stored, found = (operator.transform.scale[:, None] * join(*x) for x in ((clean.k, clean.v), (mended.k, mended.v)))
     behind_first = valid & (valid.cumsum(1) > 1)
     for layer in (1, 2):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_repair import base_of, calibrated, case
 
+from cachemedic.defenses.defense import CachedTokens
 from cachemedic.token.prior_alone import PriorAlone
 from cachemedic.token.scrub import Scrubber
 
@@ -15,8 +16,8 @@ BOTH = pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def read(architecture: str, k, v, **options):
     c = case(architecture)
     prior = PriorAlone(Scrubber(base_of(architecture).model, calibrated(architecture, "D", **options)))
-    assert prior.bits_per_token() == 0
-    return prior.read(k, v, c.ids, c.valid, prior.write(c.k, c.v, c.ids, c.valid))
+    assert prior.bytes_per_token == 0
+    return prior.read(CachedTokens.behind_padding(k, v, c.ids, c.valid), None)
 
 
 @BOTH

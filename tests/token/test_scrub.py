@@ -10,8 +10,8 @@ from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.data.tasks import perplexity_task, sentiment_task
 from cachemedic.data.text import documentation
 from cachemedic.data.windows import sample_windows
-from cachemedic.defenses.heuristics import NoDefence, Reset
-from cachemedic.defenses.safeguards import share_of_cache
+from cachemedic.defenses.defense import CachedTokens, cache_bytes_per_token
+from cachemedic.defenses.heuristics import NoDefense, Reset
 from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.evaluation.evaluate import evaluate
 from cachemedic.models.load import load_base
@@ -29,7 +29,7 @@ def test_positions_begin_behind_the_padding():
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_it_is_a_safeguard_of_the_evaluation(architecture):
+def test_it_is_a_defense_of_the_evaluation(architecture):
     base = base_of(architecture)
     task = sentiment_task(base.tokenizer, seeds=(3, 5), n=3)
     assert not task.prefix_mask.all()
@@ -40,7 +40,7 @@ def test_it_is_a_safeguard_of_the_evaluation(architecture):
         "runs": calibrated(architecture, share=0.2, coordinates=8, runs=2, seed=5),
         "D": calibrated(architecture, "D"),
     }
-    readers = {name: Scrubber(base.model, operator) for name, operator in operators.items()} | {"none": NoDefence()}
+    readers = {name: Scrubber(base.model, operator) for name, operator in operators.items()} | {"none": NoDefense()}
     gaussian = CorruptionSpec("gaussian", parameter=1.0, share=0.5)
     scores = evaluate(base.model, task, clean, gaussian, readers)
     scores = scores.set_index(["reader", "seed", "example"]).sort_index()
@@ -62,14 +62,14 @@ def test_its_bytes_are_those_of_the_packed_codes(share):
     base = base_of("gpt2")
     operator = calibrated("gpt2", share=share)
     scrubber = Scrubber(base.model, operator)
-    assert scrubber.bits_per_token() == int(operator.code.bits.sum())
-    assert 0.9 * share <= share_of_cache(scrubber, operator.config.model) <= share
+    assert 8 * scrubber.bytes_per_token == int(operator.code.bits.sum())
+    assert 0.9 * share <= scrubber.bytes_per_token / cache_bytes_per_token(operator.config.model) <= share
     task = perplexity_task(base.tokenizer, DOCUMENTS, n=2, prefix=10, scored=3)
     clean = clean_pass(base.model, task)
-    codes = scrubber.write(clean.k, clean.v, task.prefix_ids, task.prefix_mask)
+    codes = scrubber.write(CachedTokens.behind_padding(clean.k, clean.v, task.prefix_ids, task.prefix_mask))
     taken = sum(8 * pack(c, bits).shape[-1] for c, bits in zip(codes, operator.code.bits, strict=True))
-    assert scrubber.bits_per_token() <= taken < scrubber.bits_per_token() + 8 * len(codes)
-    assert Scrubber(base.model, calibrated("gpt2", "D")).bits_per_token() == 0
+    assert 0 <= taken - 8 * scrubber.bytes_per_token < 8 * len(codes)
+    assert Scrubber(base.model, calibrated("gpt2", "D")).bytes_per_token == 0
 
 
 @pytest.fixture(scope="module", params=["embedded-gpt2", "embedded-llama"])
@@ -89,7 +89,7 @@ def test_it_raises_no_false_alarm_on_the_embedded_bases(embedded):
     base, scrubber, task, clean = embedded
     ids, valid = task.prefix_ids, task.prefix_mask
     assert int(valid.sum()) > 2000
-    codes = scrubber.write(clean.k, clean.v, ids, valid)
+    codes = scrubber.write(CachedTokens.behind_padding(clean.k, clean.v, ids, valid))
     for rows in (torch.arange(18), torch.tensor([5, 2, 9]), torch.tensor([17])):  # other shapes round otherwise
         kept = [c[rows] for c in codes]
         stored = clean.k[rows], clean.v[rows]
@@ -106,7 +106,7 @@ def test_an_untrained_operator_recovers_what_an_overwrite_takes(embedded):
     base, scrubber, task, clean = embedded
     few = task.select(slice(0, 6))
     part = type(clean)(clean.k[:6], clean.v[:6], clean.logits[:6])
-    readers = {"none": NoDefence(), "reset": Reset(), "E": scrubber}
+    readers = {"none": NoDefense(), "reset": Reset(), "E": scrubber}
     overwrite = CorruptionSpec("contiguous_overwrite", severity=0.25)
     scores = evaluate(base.model, few, part, overwrite, readers)
     lost = {name: (rows["nll"] - rows["nll_clean"]).mean() for name, rows in scores.groupby("reader")}

@@ -7,6 +7,7 @@ from small_models import VOCABULARY, padded_batch
 from transformers import DynamicCache, StaticCache
 
 from cachemedic import CorruptionSpec, SketchCache, corrupt_cache, protect
+from cachemedic.defenses.defense import CachedTokens
 from cachemedic.models.cache import stack_cache
 from cachemedic.token.scalar_codes import pack
 from cachemedic.token.scrub import Scrubber
@@ -33,7 +34,9 @@ def test_codes_do_not_depend_on_how_the_tokens_come(name, known_layers):
         assert_sound(cache)
         caches.append(cache)
     k, v = stack_cache(caches[0])
-    codes = Scrubber(model, operator).write(k, v, ids, mask.bool())  # of the whole cache at once
+    codes = Scrubber(model, operator).write(
+        CachedTokens.behind_padding(k, v, ids, mask.bool())
+    )  # of the whole cache at once
     bits = operator.code.bits.flatten()
     assert torch.equal(caches[0].record.sketch, pack(torch.cat(codes, -1), bits))
     for cache in caches[1:]:  # rounding of keys may move a number over the edge of a cell

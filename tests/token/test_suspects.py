@@ -9,6 +9,7 @@ from sketch_caches import filled, protected
 from small_models import VOCABULARY, model_of
 from transformers import DynamicCache
 
+from cachemedic.defenses.defense import CachedTokens
 from cachemedic.models.cache import stack_cache
 from cachemedic.token import scrub as scrub_module
 from cachemedic.token import suspects as suspects_module
@@ -29,7 +30,7 @@ def scene(name, **options):
     with torch.no_grad():
         model(ids, attention_mask=valid.long(), position_ids=positions.clamp_min(0), past_key_values=cache)
         k, v = stack_cache(cache)
-        return scrubber, k, v, ids, positions, scrubber.write(k, v, ids, valid)
+        return scrubber, k, v, ids, positions, scrubber.write(CachedTokens.behind_padding(k, v, ids, valid))
 
 
 def whole(scrubber, k, v, ids, positions, codes):

@@ -7,6 +7,7 @@ import torch
 from small_models import shaken
 from tiny_repair import base_of, calibrated, case, repair_at_once
 
+from cachemedic.defenses.defense import CachedTokens
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.token.scrub import Scrubber, positions_of
 
@@ -18,7 +19,7 @@ def scrub(operator, k, v, architecture="gpt2", c=None):
     """Repaired k, v, and what was found, of stored k, v of a case whose clean cache was written."""
     c = c or case(architecture)
     scrubber = Scrubber(base_of(architecture).model, operator)
-    codes = scrubber.write(c.k, c.v, c.ids, c.valid)
+    codes = scrubber.write(CachedTokens.behind_padding(c.k, c.v, c.ids, c.valid))
     stored = k, v, c.ids, positions_of(c.valid), codes
     return *scrubber.scrub(*stored)[:2], scrubber.repair(*stored)
 
@@ -26,7 +27,9 @@ def scrub(operator, k, v, architecture="gpt2", c=None):
 def at_once(operator, k, v, architecture):
     """The same by the slow reference."""
     c, scrubber = case(architecture), Scrubber(base_of(architecture).model, operator)
-    return repair_at_once(scrubber, k, v, c.ids, c.valid, scrubber.write(c.k, c.v, c.ids, c.valid))
+    return repair_at_once(
+        scrubber, k, v, c.ids, c.valid, scrubber.write(CachedTokens.behind_padding(c.k, c.v, c.ids, c.valid))
+    )
 
 
 def some_tokens(c, share: float = 0.4) -> torch.Tensor:

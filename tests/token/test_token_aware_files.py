@@ -11,6 +11,7 @@ from small_models import model_of, shaken
 from tiny_repair import base_of, calibrated, case, random_ids
 from tiny_training import parameters
 
+from cachemedic.defenses.defense import CachedTokens
 from cachemedic.models.load import load_base
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.token.calibration import calibrate, vectors_of
@@ -24,7 +25,7 @@ GPT2 = base_of("gpt2").model.config
 def repaired(operator: TokenAware) -> list[torch.Tensor]:
     c = case("gpt2")
     scrubber = Scrubber(base_of("gpt2").model, operator)
-    codes = scrubber.write(c.k, c.v, c.ids, c.valid)
+    codes = scrubber.write(CachedTokens.behind_padding(c.k, c.v, c.ids, c.valid))
     return list(scrubber.scrub(*c.damaged(c.valid), c.ids, positions_of(c.valid), codes)[:2])
 
 
@@ -67,7 +68,7 @@ def test_a_transform_that_ships_is_named_and_not_copied(tmp_path):
     assert torch.equal(loaded.code.spread, operator.code.spread)
     part = RepairOperator.create("D", base.model.config, layers=[3, 4])
     with pytest.raises(ValueError, match="a transform of 12 layers and 128 numbers .* 2 layers and 128"):
-        part.attach(loaded.transform)
+        part.hold(loaded.transform)
 
 
 @pytest.mark.parametrize("family", ["D", "E"])
@@ -185,7 +186,7 @@ def test_operators_that_were_calibrated_apart_do_not_stack(family):
         with pytest.raises(ValueError, match="same statistics of clean tokens stack: these were calibrated apart"):
             RepairOperator.stack(apart)
     if family == "E":  # of one transform, but another code
-        other.attach(one.transform, other.code)
+        other.hold(one.transform, other.code)
         with pytest.raises(ValueError, match="these were calibrated apart"):
             RepairOperator.stack([one, other])
 
@@ -197,7 +198,7 @@ def test_operators_of_another_model_are_refused():
     with pytest.raises(ValueError, match="this operator was made for .*gpt2.* but the model has .*llama"):
         calibrate(operator, base_of("llama"))
     with pytest.raises(ValueError, match="a transform of 3 layers and 64 numbers a token does not fit .* 32"):
-        calibrated("llama", "E").attach(operator.transform)
+        calibrated("llama", "E").hold(operator.transform)
 
 
 @pytest.mark.parametrize(

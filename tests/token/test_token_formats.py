@@ -9,6 +9,7 @@ from small_models import VOCABULARY, model_of, padded_batch
 from tiny_repair import base_of, calibrated, case
 
 from cachemedic import CorruptionSpec, RepairOperator, SketchCache, calibrate, corrupt_cache, protect
+from cachemedic.defenses.defense import CachedTokens
 from cachemedic.models.cache import stack_cache
 from cachemedic.models.load import Base
 from cachemedic.token.augmented import AugmentedRead
@@ -128,7 +129,7 @@ def test_what_a_bf16_cache_rounds_of_an_fp32_model_is_no_damage(architecture):
     operator = calibrated(architecture, "E", share=0.2)
     scrubber = Scrubber(base_of(architecture).model, operator)
     k, v = c.k.bfloat16(), c.v.bfloat16()
-    codes = scrubber.write(k, v, c.ids, c.valid)
+    codes = scrubber.write(CachedTokens.behind_padding(k, v, c.ids, c.valid))
     rounded = (join(k, v).float() - join(c.k, c.v))[:, 0] * operator.transform.scale[0]
     assert rounded.abs().max() > KNOWN_TOLERANCE, "more than may be off in fp32"
     new_k, new_v, _ = scrubber.scrub(k, v, c.ids, positions_of(c.valid), codes)

@@ -5,6 +5,7 @@ import torch
 from small_models import shaken
 from tiny_repair import base_of, calibrated, case
 
+from cachemedic.defenses.defense import CachedTokens
 from cachemedic.token.observation import sane
 from cachemedic.token.scrub import Scrubber, positions_of
 from cachemedic.token.token_vectors import KeyRotation, split
@@ -20,7 +21,7 @@ def some_tokens(c) -> torch.Tensor:
 def scrub(architecture, operator, k, v):
     """Repaired k, v, what was found, the repair as an `AugmentedRead` takes it, and the codes of the clean cache."""
     c, scrubber = case(architecture), Scrubber(base_of(architecture).model, operator)
-    codes = scrubber.write(c.k, c.v, c.ids, c.valid)
+    codes = scrubber.write(CachedTokens.behind_padding(c.k, c.v, c.ids, c.valid))
     told = k, v, c.ids, positions_of(c.valid), codes
     return *scrubber.scrub(*told), scrubber.repair(*told), codes
 

@@ -7,7 +7,7 @@ import torch
 from small_models import shaken
 from tiny_training import CONFIG, linear_map, log_lines, parameters, tiny_bank, tiny_base
 
-from cachemedic.corruption import severity
+from cachemedic.core.severity_map import SeverityMap
 from cachemedic.corruption.apply import Mixture
 from cachemedic.models.cache import unstack_cache
 from cachemedic.models.load import Base
@@ -56,8 +56,8 @@ def slow_terms(trainer: Trainer, drawn, run: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("corrupted_layers", ["all", "protected"])
 @pytest.mark.parametrize(("architecture", "family"), [("gpt2", "A"), ("gpt2", "B"), ("gpt2", "C"), ("llama", "A")])
 def test_a_step_is_the_slow_one(architecture, family, corrupted_layers, tmp_path):
-    base = tiny_base(architecture)
-    severity.use_map(linear_map(heads=2 if architecture == "llama" else 4))
+    calibrated = SeverityMap(linear_map(heads=2 if architecture == "llama" else 4))
+    base = replace(tiny_base(architecture), severity_map=calibrated)
     config = replace(CONFIG, family=family, layers=(1, 2), corrupted_layers=corrupted_layers)
     trainer = Trainer(base, config, tmp_path, tiny_bank(base, CONFIG.bank, tmp_path))
     shaken(trainer.operator)
@@ -100,7 +100,7 @@ def test_a_single_overwritten_sample_receives_another_text(base, bank, tmp_path)
 
 def test_a_type_of_no_reach_is_drawn_as_clean(base, bank, tmp_path):
     rows = linear_map()
-    severity.use_map(rows[rows["type"] != "gaussian"])
+    base = replace(base, severity_map=SeverityMap(rows[rows["type"] != "gaussian"]))
     mixture = Mixture({"gaussian": 1.0}, clean_share=0.0)
     trainer = Trainer(base, replace(CONFIG, mixture=mixture), tmp_path, bank)
     drawn = trainer.draw(0)

@@ -26,18 +26,24 @@ def test_the_key_names_configuration_and_base(base):
 
 
 def test_operators_of_another_severity_map_have_another_name(base):
-    used, before = severity.load_map(), CONFIG.key(base)
-    severity.use_map(used.assign(parameter=3 * used["parameter"]))
-    assert CONFIG.key(base) != before
+    used, before = severity.shipped_map().rows, CONFIG.key(base)
+    other = severity.SeverityMap(used.assign(parameter=3 * used["parameter"]))
+    assert CONFIG.key(replace(base, severity_map=other)) != before
+
+
+def test_operators_do_not_change_their_name_with_types_that_they_do_not_see(base):
+    used = severity.shipped_map().rows
+    more = pd.concat([used, used[used["type"] == "gaussian"].assign(type="mine")])
+    assert CONFIG.key(replace(base, severity_map=severity.SeverityMap(more))) == CONFIG.key(base)
 
 
 def test_the_shipped_map_measured_again_makes_no_other_name():
-    shipped, config = pd.read_csv(severity.MAP), replace(CONFIG, mixture=Mixture(base="embedded-llama"))
+    shipped, config = pd.read_csv(severity.MAP), replace(CONFIG, mixture=Mixture(base="tiny"))
     keys = []
     for factor in (1.0, 1.001, 1.1):
         measured = shipped.assign(parameter=factor * shipped["parameter"], config_hash="another column")
-        severity.use_map(measured.iloc[::-1])
-        keys.append(config.key(tiny_base("llama")))
+        base = replace(tiny_base("llama"), severity_map=severity.SeverityMap(measured.iloc[::-1]))
+        keys.append(config.key(base))
     assert keys[0] == keys[1] != keys[2]
 
 

@@ -10,9 +10,10 @@ from tiny import DOCUMENTS
 from tiny_training import CONFIG, linear_map, log_lines, parameters, saved, tiny_bank, tiny_base
 
 from cachemedic.core.divergence import contraction_ratio, identity_loss
-from cachemedic.corruption import severity
+from cachemedic.core.severity_map import SeverityMap
 from cachemedic.corruption.apply import Mixture
 from cachemedic.data import text_source
+from cachemedic.defenses.defense import CachedTokens
 from cachemedic.token import calibration
 from cachemedic.token.scrub import Scrubber, positions_of
 from cachemedic.training.forward import read_cache, repaired
@@ -50,8 +51,8 @@ def at_work(trainer: Trainer) -> Trainer:
 def test_students_read_what_a_scrub_returns_and_it_is_measured_as_defined(
     family, architecture, layers, corrupted, tmp_path
 ):
-    base = tiny_base(architecture)
-    severity.use_map(linear_map(heads=2 if architecture == "llama" else 4))
+    calibrated = SeverityMap(linear_map(heads=2 if architecture == "llama" else 4))
+    base = replace(tiny_base(architecture), severity_map=calibrated)
     options = OPTIONS[family] | {"known_layers": 2}
     config = config_of(family, layers=layers, corrupted_layers=corrupted, options=options)
     trainer = at_work(Trainer(base, config, tmp_path, tiny_bank(base, CONFIG.bank, tmp_path)))
@@ -70,7 +71,7 @@ def test_students_read_what_a_scrub_returns_and_it_is_measured_as_defined(
             x[:, trainer.first :] = hit[seed]
         ids, valid = bank.ids[rows, : bank.prefix], torch.ones(config.batch, bank.prefix, dtype=torch.bool)
         scrubber = Scrubber(base.model, trainer.operator.select(run))
-        codes = scrubber.write(*clean, ids, valid)
+        codes = scrubber.write(CachedTokens.behind_padding(*clean, ids, valid))
         k, v, _ = scrubber.scrub(*whole, ids, positions_of(valid), codes)
         torch.testing.assert_close(read.keys[run], k[:, trainer.first :].detach(), rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(read.values[run], v[:, trainer.first :].detach(), rtol=1e-3, atol=1e-3)

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from cachemedic.repair.attention import Attention, Gates
 from cachemedic.repair.folded import FoldedOperator
-from cachemedic.repair.operator import Attention, Gates
 
 
 class MaterialisedOperator(FoldedOperator):

@@ -1,6 +1,6 @@
-"""What every reader of a cache costs a decoding step, in time and in memory: blind defences and operator families.
+"""What every reader of a cache costs a decoding step, in time and in memory: blind defenses and operator families.
 
-A fault may have struck since the last step, so a blind defence treats the whole cache at every read, as a folded
+A fault may have struck since the last step, so a blind defense treats the whole cache at every read, as a folded
 operator does. D and E are read in two ways: "write-back", behind a cache that was scrubbed when it was loaded, where E
 writes the sketch of each new token, and "augmented", of a repair that is kept beside the cache.
 """
@@ -17,8 +17,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from cachemedic.defenses.clean_ranges import CacheStatistics
-from cachemedic.defenses.heuristics import Defence, blind_defences
+from cachemedic.defenses.defense import CachedTokens, Defense
+from cachemedic.defenses.heuristics import blind_defenses
+from cachemedic.defenses.registry import Calibration
 from cachemedic.repair.attach import protect
 from cachemedic.repair.folded import FoldedOperator
 from cachemedic.repair.operator import RepairOperator
@@ -38,12 +39,17 @@ OPERATOR = "operator "  # and the name of the family, and how D and E are read
 WRITE_BACK, AUGMENTED = ", write-back", ", augmented"
 
 
-def _through(model: PreTrainedModel, k: torch.Tensor, v: torch.Tensor, defence: Defence) -> torch.Tensor:
-    """One decoding step on what the defence makes of the cache; the last of the positions is the token's own."""
-    read = defence(k, v, torch.ones(k.shape[0], k.shape[3], dtype=torch.bool))
-    if (mask := read.keep) is not None:
+def _tokens(k: torch.Tensor, v: torch.Tensor) -> CachedTokens:
+    ids = torch.zeros(k.shape[0], k.shape[3], dtype=torch.long)
+    return CachedTokens.behind_padding(k, v, ids, torch.ones_like(ids, dtype=torch.bool))
+
+
+def _through(model: PreTrainedModel, cache: CachedTokens, defense: Defense) -> torch.Tensor:
+    """One decoding step on what the defense makes of the cache; the last of the positions is the token's own."""
+    read = defense.read(cache, None)
+    if (mask := read.readable) is not None:
         mask[:, -1] = True
-    return decode(model, Cache([RepeatableLayer(read.k[:, i], read.v[:, i]) for i in range(k.shape[1])]), mask)
+    return decode(model, Cache([RepeatableLayer(read.k[:, i], read.v[:, i]) for i in range(read.k.shape[1])]), mask)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,17 +86,18 @@ def _steps(
     model: PreTrainedModel, k: torch.Tensor, v: torch.Tensor, families: Iterable[str], rank: int
 ) -> dict[str, _Step]:
     """Every reader's, by name, on the cache k, v [1, L, G, T + 1, d], whose last position is free."""
-    defences = blind_defences(CacheStatistics.measure(k, v, torch.ones(1, k.shape[3], dtype=torch.bool)))
+    cache = _tokens(k, v)
+    defenses = blind_defenses(Calibration(model, cache))
 
-    def through(defence: Defence) -> Callable[[], torch.Tensor]:
-        return lambda: _through(model, k, v, defence)
+    def through(defense: Defense) -> Callable[[], torch.Tensor]:
+        return lambda: _through(model, cache, defense)
 
-    steps = {name: _Step(model, through(defence)) for name, defence in defences.items()}
+    steps = {name: _Step(model, through(defense)) for name, defense in defenses.items()}
     for family in families:
         if issubclass(family_class(family), FoldedOperator):
             layers = range(model.config.num_hidden_layers)
             operator = RepairOperator.create(family, model.config, layers=layers, rank=rank)
-            steps[OPERATOR + family] = _Step(model, through(defences[PLAIN]), operator)
+            steps[OPERATOR + family] = _Step(model, through(defenses[PLAIN]), operator)
         else:
             steps[OPERATOR + family + WRITE_BACK] = _written_back(model, k, v, family)
             steps[OPERATOR + family + AUGMENTED] = _augmented(model, k, v, family, rank)

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from cachemedic.defenses.safeguards import WORD_BITS
+from cachemedic.defenses.defense import WORD_BITS
 from cachemedic.models.cache import stack_cache, unstack_cache
 from cachemedic.repair.attach import protect
 from cachemedic.repair.operator import RepairOperator
@@ -68,7 +68,7 @@ def uncalibrated(model: PreTrainedModel, family: str = "E", **options: Any) -> T
     operator = RepairOperator.create(family, model.config, layers=layers, **options)
     assert isinstance(operator, TokenAware)
     transform = random_transform(operator)
-    operator.attach(transform, random_code(operator, transform) if family == "E" else None)
+    operator.hold(transform, random_code(operator, transform) if family == "E" else None)
     torch.nn.init.ones_(operator.strength)
     return operator
 

@@ -15,7 +15,7 @@ from cachemedic.studies.contraction import measure_contraction
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of, severities_of, standard_of, text_grid, train, unseen_bank
 from cachemedic.studies.summaries import advantage, by_group, in_order, means_over_seeds, summary
-from cachemedic.studies.sweeps import block, contraction_sweep, readers_of
+from cachemedic.studies.sweeps import block, contraction_sweep, defenses_of
 from cachemedic.training.bank import open_bank
 from cachemedic.training.config import TrainConfig
 
@@ -42,7 +42,7 @@ def conditions(run: Run, base: Base, setting: str = STANDARD) -> dict[str, Train
 def grid(run: Run, base: Base, setting: str, operators: Mapping[str, RepairOperator], **chosen: Any) -> pd.DataFrame:
     """The operators of a setting on every type and severity, or on those `chosen` as for `text_grid`."""
     hit = "all" if setting == STANDARD else settings(run, base)[setting].layers
-    readers = readers_of(base, operators)
+    readers = defenses_of(base, operators)
     return text_grid(run, base, readers, 3 if run.smoke else 20, setting, hit, **chosen).assign(setting=setting)
 
 

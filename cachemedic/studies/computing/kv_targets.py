@@ -15,7 +15,7 @@ from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of, standard_of, text_grid, train
 from cachemedic.studies.summaries import advantage, in_order, recovery_by_type, summary
-from cachemedic.studies.sweeps import readers_of
+from cachemedic.studies.sweeps import defenses_of
 from cachemedic.training.config import TrainConfig
 
 
@@ -27,7 +27,7 @@ def conditions(run: Run, base: Base) -> dict[str, TrainConfig]:
 
 def grid(run: Run, base: Base, operators: Mapping[str, RepairOperator], **chosen: Any) -> pd.DataFrame:
     """Every target on every type and severity, or on those `chosen` as for `text_grid`."""
-    return text_grid(run, base, readers_of(base, operators), 3 if run.smoke else 20, **chosen)
+    return text_grid(run, base, defenses_of(base, operators), 3 if run.smoke else 20, **chosen)
 
 
 def results(run: Run) -> dict[str, pd.DataFrame]:

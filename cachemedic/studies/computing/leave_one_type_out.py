@@ -9,13 +9,13 @@ from itertools import product
 
 import pandas as pd
 
-from cachemedic.evaluation.evaluate import Reader
+from cachemedic.defenses.defense import Defense
 from cachemedic.evaluation.experiments import TYPES
 from cachemedic.models.load import Base
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of, standard_of, text_grid, train
 from cachemedic.studies.summaries import advantage, by_group, in_order, summary
-from cachemedic.studies.sweeps import readers_of, with_and_without_contraction
+from cachemedic.studies.sweeps import defenses_of, with_and_without_contraction
 from cachemedic.training.config import TrainConfig
 
 STEPS = 100
@@ -50,7 +50,7 @@ def conditions(run: Run, base: Base) -> dict[str, TrainConfig]:
 
 
 def grid(
-    run: Run, base: Base, readers: Mapping[str, Reader], kind: str, severities: Sequence[float] | None = None
+    run: Run, base: Base, readers: Mapping[str, Defense], kind: str, severities: Sequence[float] | None = None
 ) -> pd.DataFrame:
     """One type, read through the operators that never saw it, and through those that did."""
     own = {f"{SEEN}, {term}": readers[f"{SEEN}, {term}"] for term in terms(run, base)}
@@ -61,7 +61,7 @@ def grid(
 
 def results(run: Run) -> dict[str, pd.DataFrame]:
     base, types = base_of(run), types_of(run)
-    readers = readers_of(base, train(run, base, conditions(run, base)))
+    readers = defenses_of(base, train(run, base, conditions(run, base)))
     rows = pd.concat([grid(run, base, readers, kind) for kind in types], ignore_index=True)
     overall = by_group(rows, ["held_out"], summary)
     overall = in_order(overall[overall.reader != "none"], "held_out", types)

@@ -14,7 +14,7 @@ from cachemedic.studies.family_evaluation import trained
 from cachemedic.studies.family_study import headline
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import bases_of, unseen_bank
-from cachemedic.studies.sweeps import readers_of
+from cachemedic.studies.sweeps import defenses_of
 from cachemedic.training.bank import open_bank
 from cachemedic.training.config import TrainConfig
 
@@ -48,7 +48,7 @@ def results(run: Run) -> dict[str, pd.DataFrame]:
     operators = {name: trained(base, linear(run, base), run, run.smoke) for name, base in bases.items()}
     measured = {}
     for name, base in bases.items():
-        found = readers_of(base, trained(base, token_aware(run, base), run, run.smoke))
+        found = defenses_of(base, trained(base, token_aware(run, base), run, run.smoke))
         measured[name] = main_study.measure(base, operators[name], found, seeds, run.partial, run.smoke)
     grid = pd.concat([m.grid.assign(base=name) for name, m in measured.items()], ignore_index=True)
     grid = grid[[*GROUPS, *grid.columns.drop(GROUPS)]]

@@ -6,19 +6,25 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from cachemedic.defenses.heuristics import NoDefence
-from cachemedic.evaluation.evaluate import Reader
+from cachemedic.defenses.defense import Defense
+from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.evaluation.experiments import TYPES, run_grid, standard_tasks
 from cachemedic.models.load import Base
-from cachemedic.studies.family_evaluation import Yardsticks, bytes_per_token, linear_operators, scrubbers, trained
+from cachemedic.studies.family_evaluation import (
+    bytes_per_token,
+    comparison_defenses,
+    linear_operators,
+    scrubbers,
+    trained,
+)
 from cachemedic.studies.family_study import headline, held_out
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import bases_of, severities_of, text_grid
 from cachemedic.studies.summaries import by_group, recovery_by_severity, summary
-from cachemedic.studies.sweeps import readers_of
+from cachemedic.studies.sweeps import defenses_of
 from cachemedic.token.prior_alone import PriorAlone
 
-# Rivals of notebook 14, which measures them under the faults that they are made for.
+# Defenses of notebook 14, which measures them under the faults that they are made for.
 ELSEWHERE = ("secded_ecc", "secded_ecc_in_page", "secded_ecc_restricted", "checksum_recompute", "shadow_4bit")
 HEADLINE = ("none", "clip_renormalise", "A", "D, no prior", "D", "E")  # readers of the other tasks
 FEW = 3  # seeds of the operators that never saw a type
@@ -29,17 +35,17 @@ def examples(run: Run) -> int:
     return 2 if run.smoke else 5
 
 
-def readers_on(run: Run, base: Base) -> dict[str, Reader]:
+def readers_on(run: Run, base: Base) -> dict[str, Defense]:
     """Every reader of a base, by name."""
     seeds = run.parameters["seeds"]
-    yardsticks = Yardsticks.measure(base, 8 if run.smoke else 64)
+    heuristics, storage = comparison_defenses(base, 8 if run.smoke else 64)
     found = scrubbers(base, headline(base, seeds, run.smoke), run, run.smoke)
-    rivals = {name: rival for name, rival in yardsticks.rivals.items() if name not in ELSEWHERE}
+    storage = {name: defense for name, defense in storage.items() if name not in ELSEWHERE}
     linear = linear_operators(base, seeds, run, run.smoke)
-    return {**yardsticks.blind, **linear, "prior alone": PriorAlone(found["D"]), **found, **rivals}
+    return {**heuristics, **linear, "prior alone": PriorAlone(found["D"]), **found, **storage}
 
 
-def grid(run: Run, base: Base, readers: Mapping[str, Reader]) -> pd.DataFrame:
+def grid(run: Run, base: Base, readers: Mapping[str, Defense]) -> pd.DataFrame:
     """Language modelling with all readers at all severities, and the other tasks with the headline ones at 0.5."""
     words = text_grid(run, base, readers, examples(run), "all")
     sizes = {"sentiment": 2, "needle": 2} if run.smoke else {"sentiment": 8, "needle": 4}
@@ -57,7 +63,7 @@ def held_out_grid(run: Run, base: Base) -> pd.DataFrame:
     parts = []
     for kind in TYPES:
         own = {reader: operators[reader, kind] for reader in headline(base, few, run.smoke)}
-        readers = {"none": NoDefence(), **readers_of(base, own)}
+        readers = {"none": NoDefense(), **defenses_of(base, own)}
         folder, severities = run.partial / "held_out", severities_of(run)
         parts.append(run_grid(base, task, readers, folder, types=[kind], severities=severities))
     return pd.concat(parts, ignore_index=True).assign(base=base.name)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from cachemedic.defenses.heuristics import blind_defences
-from cachemedic.evaluation.experiments import clean_statistics, run_grid, standard_tasks
+from cachemedic.defenses.heuristics import blind_defenses
+from cachemedic.evaluation.experiments import calibration_of, run_grid, standard_tasks
 from cachemedic.models.load import Base
 from cachemedic.studies.bench.decode import gpt2_medium
 from cachemedic.studies.bench.readers import OPERATOR, reading_cost
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of, train
 from cachemedic.studies.summaries import means_over_seeds
-from cachemedic.studies.sweeps import readers_of, standard_config
+from cachemedic.studies.sweeps import defenses_of, standard_config
 
 CONTEXTS, ROUNDS = (128, 512, 2048), 13
 SMOKE_CONTEXTS, SMOKE_ROUNDS = (32, 64), 7
@@ -32,7 +32,7 @@ def regression(run: Run, base: Base) -> pd.DataFrame:
     """The clean cost of every reader."""
     seeds, families = run.parameters["seeds"], run.parameters["families"]
     configs = {f"{OPERATOR}{family}": standard_config(base, family, seeds, run.smoke) for family in families}
-    readers = {**blind_defences(clean_statistics(base)), **readers_of(base, train(run, base, configs))}
+    readers = {**blind_defenses(calibration_of(base)), **defenses_of(base, train(run, base, configs))}
     task = standard_tasks(base, "test", seeds, {"perplexity": 3 if run.smoke else 20})
     grid = run_grid(base, task, readers, run.partial, types=())
     grid["clean_regression"] = 100 * np.expm1(grid.nll - grid.nll_clean)

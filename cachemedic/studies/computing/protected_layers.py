@@ -8,13 +8,13 @@ from itertools import product
 
 import pandas as pd
 
-from cachemedic.evaluation.evaluate import Reader
+from cachemedic.defenses.defense import Defense
 from cachemedic.evaluation.experiments import TYPES
 from cachemedic.models.load import Base
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of, standard_of, text_grid, train
 from cachemedic.studies.summaries import by_group, in_order, summary
-from cachemedic.studies.sweeps import PLACES, block, readers_of
+from cachemedic.studies.sweeps import PLACES, block, defenses_of
 from cachemedic.training.config import TrainConfig
 
 SIZES = (2, 4, 8)
@@ -41,7 +41,7 @@ def protected_grid(
     run: Run,
     base: Base,
     name: str,
-    reader: Reader,
+    reader: Defense,
     types: Sequence[str] = TYPES,
     severities: Sequence[float] = SEVERITIES,
 ) -> pd.DataFrame:
@@ -51,7 +51,7 @@ def protected_grid(
     return rows.assign(hit="protected", layers=name)
 
 
-def everywhere_grid(run: Run, base: Base, readers: Mapping[str, Reader]) -> pd.DataFrame:
+def everywhere_grid(run: Run, base: Base, readers: Mapping[str, Defense]) -> pd.DataFrame:
     """Faults on all layers: all blocks read the same caches."""
     severities, examples = ((0.5,), 2) if run.smoke else (SEVERITIES, 12)
     rows = text_grid(run, base, readers, examples, "all", severities=severities)
@@ -61,7 +61,7 @@ def everywhere_grid(run: Run, base: Base, readers: Mapping[str, Reader]) -> pd.D
 def results(run: Run) -> dict[str, pd.DataFrame]:
     base = base_of(run)
     names = blocks(run, base)
-    readers = readers_of(base, train(run, base, conditions(run, base)))
+    readers = defenses_of(base, train(run, base, conditions(run, base)))
     grids = [everywhere_grid(run, base, {name: readers[f"all {name}"] for name in names})]
     grids += [protected_grid(run, base, name, readers[f"protected {name}"]) for name in names]
     grid = pd.concat(grids, ignore_index=True)

@@ -13,7 +13,7 @@ from cachemedic.studies.contraction import measure_contraction
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of, standard_of, text_grid, train, unseen_bank
 from cachemedic.studies.summaries import advantage, in_order, summary
-from cachemedic.studies.sweeps import rank_sweep, readers_of
+from cachemedic.studies.sweeps import defenses_of, rank_sweep
 from cachemedic.training.bank import open_bank
 from cachemedic.training.config import TrainConfig
 
@@ -27,7 +27,7 @@ def conditions(run: Run, base: Base) -> dict[str, TrainConfig]:
 
 def grid(run: Run, base: Base, operators: Mapping[str, RepairOperator], **chosen: Any) -> pd.DataFrame:
     """Every rank on every type and severity, or on those `chosen` as for `text_grid`."""
-    return text_grid(run, base, readers_of(base, operators), 3 if run.smoke else 20, **chosen)
+    return text_grid(run, base, defenses_of(base, operators), 3 if run.smoke else 20, **chosen)
 
 
 def results(run: Run) -> dict[str, pd.DataFrame]:

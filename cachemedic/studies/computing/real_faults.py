@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from cachemedic.corruption.storage_faults import FAULT_GRID
-from cachemedic.defenses.heuristics import NoDefence
-from cachemedic.evaluation.evaluate import Reader
+from cachemedic.defenses.defense import Defense
+from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.evaluation.experiments import standard_tasks
 from cachemedic.models.load import Base, load_base
-from cachemedic.studies.family_evaluation import Yardsticks, bytes_per_token, scrubbers
+from cachemedic.studies.family_evaluation import bytes_per_token, comparison_defenses, scrubbers
 from cachemedic.studies.family_study import headline
 from cachemedic.studies.fault_grid import Guarded, fault_summary, run_faults
 from cachemedic.studies.run import Run
@@ -24,23 +24,23 @@ FAULTS: Mapping[str, Sequence[float]] = {
     "stale_page": (0.125, 0.5, 1.0),
     **{f"bitflip_{kind}": (1e-3,) for kind in ("bf16_exponent", "fp16", "fp32", "int8")},
 }
-RIVALS = (
+STORAGE_DEFENSES = (
     *("secded_ecc_in_page", "secded_ecc_restricted", "checksum_erase", "checksum_recompute_2", "shadow_1bit"),
     "low_rank_shadow_3pct",
 )
 
 
-def readers_on(run: Run, base: Base) -> dict[str, Reader]:
+def readers_on(run: Run, base: Base) -> dict[str, Defense]:
     """Every reader of a base, by name."""
-    yardsticks = Yardsticks.measure(base, 8 if run.smoke else 64)
+    heuristics, storage = comparison_defenses(base, 8 if run.smoke else 64)
     found = scrubbers(base, headline(base, run.parameters["seeds"], run.smoke), run, run.smoke)
-    blind: dict[str, Reader] = {"none": NoDefence(), "guard": Guarded(NoDefence())}
-    blind["range_restriction"] = Guarded(yardsticks.blind["range_restriction"])
-    rivals = {name: yardsticks.rivals[name] for name in RIVALS}
-    return {**blind, **rivals, "prior alone": PriorAlone(found["D"]), **found}
+    blind: dict[str, Defense] = {"none": NoDefense(), "guard": Guarded(NoDefense())}
+    blind["range_restriction"] = Guarded(heuristics["range_restriction"])
+    storage = {name: storage[name] for name in STORAGE_DEFENSES}
+    return {**blind, **storage, "prior alone": PriorAlone(found["D"]), **found}
 
 
-def grid(run: Run, base: Base, readers: Mapping[str, Reader]) -> pd.DataFrame:
+def grid(run: Run, base: Base, readers: Mapping[str, Defense]) -> pd.DataFrame:
     """Language modelling through all readers, at every parameter of every fault."""
     faults = {name: parameters[:1] if run.smoke else parameters for name, parameters in FAULTS.items()}
     sizes = {"perplexity": 2 if run.smoke else 4}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pandas as pd
 
-from cachemedic.corruption import severity
+from cachemedic.core.severity_map import SeverityMap
 from cachemedic.data.text_source import TextSource
-from cachemedic.defenses.heuristics import Defence
-from cachemedic.evaluation.evaluate import Reader
+from cachemedic.defenses.defense import Defense
 from cachemedic.evaluation.experiments import run_grid, standard_tasks
 from cachemedic.models.load import Base, load_base
 from cachemedic.studies import second_model
@@ -19,14 +19,14 @@ from cachemedic.studies.family_evaluation import bytes_per_token
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import severities_of, train
 from cachemedic.studies.summaries import advantage, in_order, means_over_seeds, recovery_by_type, summary
-from cachemedic.studies.sweeps import contraction_sweep, readers_of, standard_config
+from cachemedic.studies.sweeps import contraction_sweep, defenses_of, standard_config
 from cachemedic.training.bank import open_bank
 from cachemedic.training.config import TrainConfig
 
 BOUNDS = ("rho", "bound_rank", "bound_full", "shared_rank", "rank_floor")
 
 
-def main_grid(run: Run, base: Base, source: TextSource, readers: Mapping[str, Reader]) -> pd.DataFrame:
+def main_grid(run: Run, base: Base, source: TextSource, readers: Mapping[str, Defense]) -> pd.DataFrame:
     """Language modelling at all severities, the other tasks at two."""
     tasks = second_model.main_tasks(base, source, "test", run.parameters["seeds"], run.smoke)
     words = {"perplexity": tasks.pop("perplexity")}
@@ -44,12 +44,12 @@ def sweep(run: Run, base: Base, source: TextSource) -> dict[str, TrainConfig]:
     return contraction_sweep(second_model.on_text(standard, source))
 
 
-def swept(run: Run, base: Base, source: TextSource, undefended: Defence) -> tuple[pd.DataFrame, pd.DataFrame]:
+def swept(run: Run, base: Base, source: TextSource, undefended: Defense) -> tuple[pd.DataFrame, pd.DataFrame]:
     """rho of every condition of the sweep, and a summary of each with what it undoes."""
     seeds, configs = run.parameters["seeds"], sweep(run, base, source)
     operators = train(run, base, configs)
     task = standard_tasks(base, "test", seeds, {"perplexity": 2 if run.smoke else 8}, source)
-    readers: dict[str, Reader] = {"none": undefended, **readers_of(base, operators)}
+    readers: dict[str, Defense] = {"none": undefended, **defenses_of(base, operators)}
     grid = run_grid(base, task, readers, run.partial / "contraction", severities=severities_of(run))
     bank = open_bank(base, second_model.unseen_bank(source, seeds, run.smoke))
     rho = measure_contraction(base, configs[contraction.DEFAULT], operators, bank, severities=(0.5,))
@@ -63,11 +63,11 @@ def swept(run: Run, base: Base, source: TextSource, undefended: Defence) -> tupl
 def results(run: Run, source: TextSource) -> dict[str, pd.DataFrame]:
     """`source`: the text; what the parameters record of it are names and a digest."""
     base, seeds = load_base(run.parameters["base"], device=run.parameters["device"]), run.parameters["seeds"]
-    severity.use_map(second_model.severity_map(base, source, run.smoke))
+    base = replace(base, severity_map=SeverityMap(second_model.severity_map(base, source, run.smoke)))
     blind = second_model.blind_readers(base, source, seeds, run, run.smoke)
     best = list(blind)[-1]
     operators = train(run, base, second_model.main_configs(base, source, seeds, run.smoke))
-    compared: dict[str, Reader] = {**blind, **readers_of(base, operators)}
+    compared: dict[str, Defense] = {**blind, **defenses_of(base, operators)}
     grid = main_grid(run, base, source, compared)
     overall = summary(grid).merge(bytes_per_token(base, compared), on="reader")
     overall = in_order(overall, "reader", compared).assign(base=base.name, setting="standard")

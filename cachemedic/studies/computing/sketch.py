@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from cachemedic.corruption import severity
+from cachemedic.corruption.severity import shipped_map
 from cachemedic.corruption.spec import CorruptionSpec
-from cachemedic.defenses.heuristics import NoDefence
+from cachemedic.corruption.types import CORRUPTIONS
+from cachemedic.defenses.defense import Defense
+from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.evaluation.decoding import clean_pass
-from cachemedic.evaluation.evaluate import Reader
 from cachemedic.evaluation.experiments import TYPES, run_grid, standard_tasks
 from cachemedic.evaluation.repair_quality import repair_quality
 from cachemedic.models.load import Base
@@ -41,7 +42,7 @@ def bytes_of(run: Run, base: Base, sketch: Scrubber) -> tuple[pd.DataFrame, pd.D
     """Recovery by size of the sketch, and the rate-distortion curves of a base; `sketch` is E at its usual size."""
     smaller = scrubbers(base, shares(base, few(run), run.smoke), run, run.smoke)
     task = standard_tasks(base, "test", few(run), examples(run))
-    own: dict[str, Reader] = {"none": NoDefence(), **smaller}
+    own: dict[str, Defense] = {"none": NoDefense(), **smaller}
     grid = run_grid(base, task, own, run.partial / "shares", severities=severities_of(run))
     points = summary(grid).merge(bytes_per_token(base, own), on="reader")
     curves = rate_distortion(base, {"E": sketch, **smaller}, 4 if run.smoke else 24)
@@ -54,8 +55,8 @@ def ablation(run: Run, base: Base) -> pd.DataFrame:
     changed = scrubbers(base, conditions, run, run.smoke)
     sound = changed[SMALL]
     sides = {"keys only": OneSide(sound, "k"), "values only": OneSide(sound, "v")}
-    own: dict[str, Reader] = {
-        "none": NoDefence(),
+    own: dict[str, Defense] = {
+        "none": NoDefense(),
         **changed,
         **sides,
         "sketch of another request": SketchSwapped(sound),
@@ -70,10 +71,10 @@ def quality(run: Run, base: Base, readers: Mapping[str, Scrubber]) -> pd.DataFra
     """Error left in the cache at severity 0.5, and detection of damage where half of the positions are hit."""
     task = standard_tasks(base, "test", run.parameters["seeds"], examples(run))["perplexity"]
     clean = clean_pass(base.model, task)
-    shape, parts = clean.k.shape[1:4], []
+    shape, calibrated, parts = clean.k.shape[1:4], base.severity_map or shipped_map(), []
     for kind in TYPES:
-        limit = severity.reach(kind, base.name, shape)
-        parameter, _ = severity.resolve(kind, min(0.5, limit), base.name, shape)
+        limit = calibrated.reach(kind, base.name, shape)
+        parameter, _ = calibrated.resolve(kind, min(0.5, limit), base.name, shape, CORRUPTIONS[kind].by_share)
         for hit in (1.0, 0.5):
             parameter = round(parameter) if kind == "contiguous_overwrite" else parameter  # positions
             spec = CorruptionSpec(kind, parameter=parameter, share=hit)

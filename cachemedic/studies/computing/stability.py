@@ -9,10 +9,10 @@ import pandas as pd
 from cachemedic.data.task_data import TaskData
 from cachemedic.data.tasks import perplexity_task
 from cachemedic.data.text import documentation
-from cachemedic.defenses.heuristics import blind_defences
+from cachemedic.defenses.defense import Defense
+from cachemedic.defenses.heuristics import blind_defenses
 from cachemedic.evaluation.decoding import clean_pass
-from cachemedic.evaluation.evaluate import Reader
-from cachemedic.evaluation.experiments import clean_statistics
+from cachemedic.evaluation.experiments import calibration_of
 from cachemedic.evaluation.stability import NOISE, amplification, sensitivity
 from cachemedic.models.load import Base
 from cachemedic.repair.operator import RepairOperator
@@ -22,7 +22,7 @@ from cachemedic.studies.family_study import headline
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of, standard_of
 from cachemedic.studies.summaries import means_over_seeds
-from cachemedic.studies.sweeps import reader_of, train_sweep
+from cachemedic.studies.sweeps import defense_of, train_sweep
 from cachemedic.training.config import TrainConfig
 
 NO_DEFENCE, SKETCH = "no defence", "E, sketch"
@@ -43,17 +43,17 @@ def operator_name(run: Run) -> str:
 
 def readers(
     run: Run, base: Base, swept: Mapping[str, RepairOperator], study: Mapping[str, RepairOperator]
-) -> dict[str, Reader]:
+) -> dict[str, Defense]:
     """What is compared: no defence, the best heuristic, operators `swept` over conditions, D and E of the `study`."""
-    blind = blind_defences(clean_statistics(base))
+    blind = blind_defenses(calibration_of(base))
     main = run.read_csv("main_results")
     heuristic = main[(main.base == run.parameters["base"]) & main.best_heuristic].reader.iloc[0]
     repaired = operator_name(run)
     shown = {contraction.DEFAULT: repaired, contraction.WITHOUT: f"{repaired}, no contraction term"}
     shown |= {run.parameters["objective"]: repaired}
-    compared: dict[str, Reader] = {NO_DEFENCE: blind["none"], heuristic.replace("_", " "): blind[heuristic]}
-    compared |= {label: reader_of(base, swept[name]) for name, label in shown.items() if name in swept}
-    return compared | {"D, nothing stored": reader_of(base, study["D"]), SKETCH: reader_of(base, study["E"])}
+    compared: dict[str, Defense] = {NO_DEFENCE: blind["none"], heuristic.replace("_", " "): blind[heuristic]}
+    compared |= {label: defense_of(base, swept[name]) for name, label in shown.items() if name in swept}
+    return compared | {"D, nothing stored": defense_of(base, study["D"]), SKETCH: defense_of(base, study["E"])}
 
 
 def texts(run: Run, base: Base) -> TaskData:
@@ -62,7 +62,7 @@ def texts(run: Run, base: Base) -> TaskData:
     return perplexity_task(base.tokenizer, documentation("test"), run.parameters["seeds"], n, scored=8)
 
 
-def moved(run: Run, base: Base, compared: Mapping[str, Reader], levels: Sequence[float] = NOISE) -> pd.DataFrame:
+def moved(run: Run, base: Base, compared: Mapping[str, Defense], levels: Sequence[float] = NOISE) -> pd.DataFrame:
     """How far the logits move under noise of some `levels`."""
     task = texts(run, base)
     return sensitivity(base.model, task, clean_pass(base.model, task), compared, levels, draws=1 if run.smoke else 2)

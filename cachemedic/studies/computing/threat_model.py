@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pandas as pd
 
-from cachemedic.corruption import severity
+from cachemedic.core.severity_map import SeverityMap
+from cachemedic.corruption.severity import write_map
 from cachemedic.data.task_data import TaskData
-from cachemedic.defenses.heuristics import NoDefence
+from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.evaluation import severity_calibration
 from cachemedic.evaluation.decoding import CleanBank, clean_pass
 from cachemedic.evaluation.experiments import EXAMPLES, run_grid, standard_tasks
@@ -47,7 +49,7 @@ def context_value(base: Base, task: TaskData, clean: CleanBank) -> pd.DataFrame:
 def damage(run: Run, base: Base) -> pd.DataFrame:
     """What the calibrated parameters do to the three tasks, as a share of the value of the context."""
     tasks = standard_tasks(base, "test", run.parameters["seeds"], SMOKE_EXAMPLES if run.smoke else EXAMPLES)
-    grid = run_grid(base, tasks, {"none": NoDefence()}, run.partial)
+    grid = run_grid(base, tasks, {"none": NoDefense()}, run.partial)
     erased = {
         name: severity_calibration.context_value(base, task, clean_pass(base.model, task))
         for name, task in tasks.items()
@@ -62,11 +64,11 @@ def results(run: Run) -> dict[str, pd.DataFrame]:
     names = dict.fromkeys((run.parameters["base"], run.parameters["second"]))
     calibrated = {name: calibration(name, run.parameters["device"], run.smoke) for name in names}
     value = pd.concat([context_value(*given) for given in calibrated.values()], ignore_index=True)
-    maps = {name: severity_calibration.calibrate(*given) for name, given in calibrated.items()}
+    maps = {name: severity_calibration.calibrate_severities(*given) for name, given in calibrated.items()}
     curves = pd.concat([curve.assign(base=name) for name, (curve, _) in maps.items()])
     mapped = pd.concat([rows for _, rows in maps.values()])
-    severity.use_map(mapped)
     if not run.smoke and run.notebook and all(name.startswith("embedded-") for name in names):
-        severity.write_map(mapped)  # the map that ships with the library
-    rows = pd.concat([damage(run, base) for base, _, _ in calibrated.values()])
+        write_map(mapped)  # the map that ships with the library
+    severities = SeverityMap(mapped)
+    rows = pd.concat([damage(run, replace(base, severity_map=severities)) for base, _, _ in calibrated.values()])
     return {"context_value": value, "damage_curves": curves, "severity_map": mapped, "threat_model": rows}

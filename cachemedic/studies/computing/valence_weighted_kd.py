@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 
 from cachemedic.corruption.apply import Mixture
-from cachemedic.defenses.heuristics import NoDefence
+from cachemedic.defenses.defense import Defense
+from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.evaluation.decoding import clean_pass
-from cachemedic.evaluation.evaluate import Reader
 from cachemedic.evaluation.experiments import run_grid, standard_tasks
 from cachemedic.models.load import Base
 from cachemedic.repair.operator import RepairOperator
@@ -19,7 +19,7 @@ from cachemedic.studies import valence_report
 from cachemedic.studies.quantised_evaluation import quantised_readers, quantised_scores
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of
-from cachemedic.studies.sweeps import by_condition, readers_of, standard_config
+from cachemedic.studies.sweeps import by_condition, defenses_of, standard_config
 from cachemedic.training.config import Objective, TrainConfig
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.trainer import load_or_train
@@ -73,14 +73,14 @@ def quantised(run: Run, base: Base) -> TrainConfig:
 
 
 def grid(
-    run: Run, base: Base, readers: Mapping[str, Reader], part: str, few: bool = False, **chosen: Any
+    run: Run, base: Base, readers: Mapping[str, Defense], part: str, few: bool = False, **chosen: Any
 ) -> pd.DataFrame:
     """Readers on both tasks, or with a `few` seeds on language modelling; `chosen` as for `run_grid`."""
     seeds, sizes = run.parameters["seeds"], examples(run)
     if few:
         seeds, sizes = seeds[:FEW], {"perplexity": sizes["perplexity"]}
     tasks = standard_tasks(base, "test", seeds, sizes)
-    readers = {"none": NoDefence(), **readers}
+    readers = {"none": NoDefense(), **readers}
     return run_grid(base, tasks, readers, run.partial / part, **{"severities": SEVERITIES, **chosen})
 
 
@@ -98,10 +98,10 @@ def results(run: Run) -> dict[str, pd.DataFrame]:
         return load_or_train(base, config, run.trained, run.work, retrain=run.retrain or run.smoke)
 
     first, second, gates = objectives(run, base), variants(run, base), gated(run, base)
-    grid_a = grid(run, base, readers_of(base, by_condition(trained(first), list(OBJECTIVES))), "a")
+    grid_a = grid(run, base, defenses_of(base, by_condition(trained(first), list(OBJECTIVES))), "a")
     names = list(valence_report.VARIANTS)
-    others = readers_of(base, by_condition(trained(second), names))
-    others |= readers_of(base, {f"gate: {name}": trained(config) for name, config in gates.items()})
+    others = defenses_of(base, by_condition(trained(second), names))
+    others |= defenses_of(base, {f"gate: {name}": trained(config) for name, config in gates.items()})
     grid_b = grid(run, base, others, "b", few=True)
     folders = {name: run.trained / config.key(base) for name, config in gates.items()}
 

@@ -13,6 +13,7 @@ from tiny_training import CONFIG, log_lines, parameters
 
 from cachemedic.data.task_data import score
 from cachemedic.data.tasks import perplexity_task
+from cachemedic.defenses.defense import CachedTokens
 from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.models.cache import unstack_cache
 from cachemedic.studies.quantised_evaluation import quantised_scores
@@ -56,8 +57,8 @@ def test_it_sees_the_states_of_a_student_behind_the_scrubbed_cache(family, base,
             rows, hit = draw.rows[run // 2], (draw.keys[run // 2], draw.values[run // 2])
             ids, valid = bank.ids[rows, : bank.prefix], torch.ones(CONFIG.batch, bank.prefix, dtype=torch.bool)
             scrubber = Scrubber(base.model, trainer.operator.select(run))
-            kept = scrubber.write(bank.keys[rows], bank.values[rows], ids, valid)
-            read = scrubber.read(*hit, ids, valid, kept)
+            kept = scrubber.write(CachedTokens.behind_padding(bank.keys[rows], bank.values[rows], ids, valid))
+            read = scrubber.read(CachedTokens.behind_padding(*hit, ids, valid), kept)
             output = base.model(
                 bank.ids[rows, bank.prefix :],
                 past_key_values=unstack_cache(read.k, read.v),
@@ -108,13 +109,13 @@ def test_a_quantised_cache_is_scrubbed_and_its_sketch_counted(family, base, bank
     readers = {"steps": (quantiser, None), "steps + repair": (quantiser, trainer.operator)}
     rows = quantised_scores(base, task, clean, readers).set_index(["reader", "seed"])
     scrubber = Scrubber(base.model, trainer.operator)
-    kept = scrubber.write(clean.k, clean.v, task.prefix_ids, task.prefix_mask)
+    kept = scrubber.write(CachedTokens.behind_padding(clean.k, clean.v, task.prefix_ids, task.prefix_mask))
     k, v = (x.flatten(0, 1) for x in quantiser(clean.k[None], clean.v[None]))
-    read = scrubber.read(k, v, task.prefix_ids, task.prefix_mask, kept)
+    read = scrubber.read(CachedTokens.behind_padding(k, v, task.prefix_ids, task.prefix_mask), kept)
     assert not torch.equal(read.k, k)
     with torch.no_grad():
         output = base.model(task.continuation_ids, past_key_values=unstack_cache(read.k, read.v))
     nll = pd.Series(score(task, output.logits)["nll"]).groupby(task.seeds.numpy()).mean()
     assert rows.loc["steps + repair", "nll"].tolist() == pytest.approx(nll.tolist(), rel=1e-4)
     more = rows.loc["steps + repair", "bytes_per_token"] - rows.loc["steps", "bytes_per_token"]
-    assert more.tolist() == [scrubber.bits_per_token() / 8] * 2
+    assert more.tolist() == [scrubber.bytes_per_token] * 2

@@ -12,7 +12,7 @@ from small_models import shaken
 from tiny_training import CONFIG, linear_map, log_lines, parameters, tiny_bank, tiny_base
 
 import cachemedic
-from cachemedic.corruption import severity
+from cachemedic.core.severity_map import SeverityMap
 from cachemedic.corruption.apply import Mixture
 from cachemedic.models.cache import unstack_cache
 from cachemedic.repair.attach import protect
@@ -58,8 +58,8 @@ def slow_states(trainer: Trainer, drawn, run: int, repaired: bool) -> torch.Tens
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_it_sees_the_states_of_teacher_and_student(architecture, tmp_path):
-    base = tiny_base(architecture)
-    severity.use_map(linear_map(heads=2 if architecture == "llama" else 4))
+    calibrated = SeverityMap(linear_map(heads=2 if architecture == "llama" else 4))
+    base = replace(tiny_base(architecture), severity_map=calibrated)
     trainer = trainer_of(base, tiny_bank(base, CONFIG.bank, tmp_path), tmp_path, VALENCE, RepairObjective())
     shaken(trainer.operator)
     drawn = trainer.draw(2)

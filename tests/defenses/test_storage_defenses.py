@@ -1,23 +1,24 @@
-"""Rivals: nothing on clean caches, what each undoes, and what it costs."""
+"""Defenses with protected storage: nothing on clean caches, what each undoes, and what it costs."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig
 
+from cachemedic.defenses.clean_ranges import PLAUSIBLE
+from cachemedic.defenses.defense import CachedTokens, Defense, cache_bytes_per_token
 from cachemedic.defenses.ecc import from_words, stored_words
-from cachemedic.defenses.rivals import ChecksumErase, ChecksumRecompute, SecdedEcc, rivals
-from cachemedic.defenses.safeguards import PLAUSIBLE, share_of_cache
+from cachemedic.defenses.registry import Calibration
 from cachemedic.defenses.shadows import GROUP, GroupQuantisedShadow, LowRankShadow, group_quantise
+from cachemedic.defenses.storage_defenses import ChecksumErase, ChecksumRecompute, SecdedEcc, storage_defenses
 from cachemedic.evaluation.detection import detection_auroc
 from cachemedic.models.shape import ModelShape
 
 N, L, G, T, D = 4, 4, 2, 40, 16
 SHAPE = ModelShape("gpt2", L, G, G, D)
-GPT2_BASE = ModelShape("gpt2", 12, 4, 4, 32)
 VALID = torch.arange(T) >= torch.tensor([0, 3, 0, 1])[:, None]
-IDS = torch.zeros(N, T, dtype=torch.long)
 
 
 def clean_cache(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,12 +32,24 @@ def clean_cache(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return k.contiguous(), v.contiguous()
 
 
+def tokens(k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor = VALID) -> CachedTokens:
+    return CachedTokens.behind_padding(k, v, torch.zeros(valid.shape, dtype=torch.long), valid)
+
+
+def defenses_of(config: PreTrainedConfig, clean: CachedTokens) -> dict[str, Defense]:
+    with torch.device("meta"):  # its shape is all that is used
+        model = GPT2LMHeadModel(config)
+    return storage_defenses(Calibration(model, clean))
+
+
 K, V = clean_cache()
-RIVALS = rivals(*clean_cache(1), torch.ones(N, T, dtype=torch.bool), SHAPE)
+CLEAN = tokens(K, V)
+CONFIG = GPT2Config(n_layer=L, n_head=G, n_embd=G * D, vocab_size=8, n_positions=T)
+STORAGE = defenses_of(CONFIG, tokens(*clean_cache(1), torch.ones(N, T, dtype=torch.bool)))
 
 
-def read(safeguard, k, v):
-    return safeguard.read(k, v, IDS, VALID, safeguard.write(K, V, IDS, VALID))
+def read(defense: Defense, k: torch.Tensor, v: torch.Tensor) -> CachedTokens:
+    return defense.read(tokens(k, v), defense.write(CLEAN))
 
 
 def flip(x: torch.Tensor, where: tuple[int, ...], bits: int) -> torch.Tensor:
@@ -48,21 +61,21 @@ def flip(x: torch.Tensor, where: tuple[int, ...], bits: int) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("name", [name for name in RIVALS if name != "secded_ecc_restricted"])
+@pytest.mark.parametrize("name", [name for name in STORAGE if name != "secded_ecc_restricted"])
 def test_a_clean_cache_is_read_bit_for_bit_and_no_input_is_changed(name) -> None:
-    defended = read(RIVALS[name], K, V)
+    defended = read(STORAGE[name], K, V)
     assert torch.equal(defended.k, K)
     assert torch.equal(defended.v, V)
-    assert defended.keep is None or defended.keep.all()
+    assert defended.readable is None or defended.readable.all()
     assert torch.equal(K, clean_cache()[0])
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", STORAGE)
 def test_wild_values_never_reach_attention(name) -> None:
     k, v = K.clone(), V.clone()
     k[0, 1, 0, 5], v[0, 1, 0, 6], k[1, 3, 1, 7, 2], v[2, 0, 1, 8, 3] = math.nan, math.inf, -math.inf, 1e38
     before = k.clone(), v.clone()
-    defended = read(RIVALS[name], k, v)
+    defended = read(STORAGE[name], k, v)
     for x in (defended.k, defended.v):
         assert (x.abs() <= PLAUSIBLE).all()
     torch.testing.assert_close((k, v), before, equal_nan=True, rtol=0, atol=0)
@@ -73,14 +86,14 @@ def test_ecc_corrects_a_flip_in_every_word_and_zeroes_a_double_one() -> None:
     words[..., ::4] ^= 1 << 14  # an exponent bit in each code word
     hit = from_words(words, K.dtype)
     assert not hit.isfinite().all(), "some became NaN"
-    assert torch.equal(read(RIVALS["secded_ecc"], hit, V).k, K.bfloat16().float().where(hit != K, K))
+    assert torch.equal(read(STORAGE["secded_ecc"], hit, V).k, K.bfloat16().float().where(hit != K, K))
     words[..., 1::4] ^= 1
-    assert (read(RIVALS["secded_ecc"], from_words(words, K.dtype), V).k == 0).all()
+    assert (read(STORAGE["secded_ecc"], from_words(words, K.dtype), V).k == 0).all()
 
 
 def test_ecc_passes_all_but_the_hit_value_at_full_precision() -> None:
     where = (1, 2, 0, 9, 6)
-    corrected = read(RIVALS["secded_ecc"], flip(K, where, 1 << 9), V)
+    corrected = read(STORAGE["secded_ecc"], flip(K, where, 1 << 9), V)
     expected = K.clone()
     expected[where] = K[where].bfloat16().float()
     assert torch.equal(corrected.k, expected)
@@ -90,7 +103,7 @@ def test_ecc_passes_all_but_the_hit_value_at_full_precision() -> None:
 def test_check_bits_in_the_page_come_along_with_an_overwrite_but_not_with_flips() -> None:
     k, v = K.clone(), V.clone()
     k[:, :, :, 8:24], v[:, :, :, 8:24] = K.roll(1, 0)[:, :, :, 8:24], V.roll(1, 0)[:, :, :, 8:24]
-    in_page, protected = RIVALS["secded_ecc_in_page"], RIVALS["secded_ecc"]
+    in_page, protected = STORAGE["secded_ecc_in_page"], STORAGE["secded_ecc"]
     assert torch.equal(read(in_page, k, v).k, k), "valid code words"
     noticed = read(protected, k, v)
     assert (noticed.k[:, :, :, 8:24] == 0).float().mean() > 0.5
@@ -103,12 +116,10 @@ def test_check_bits_in_the_page_come_along_with_an_overwrite_but_not_with_flips(
 
 
 def test_a_restricted_code_is_the_code_and_then_the_range() -> None:
-    restricted = RIVALS["secded_ecc_restricted"]
+    restricted = STORAGE["secded_ecc_restricted"]
     k = flip(K, (0, 0, 0, 3, 1), 1 << 12).clone()
     k[1, 2] *= 50
-    expected = restricted.restriction(
-        *[getattr(read(RIVALS["secded_ecc_in_page"], k, V), side) for side in "kv"], VALID
-    )
+    expected = restricted.restriction.read(read(STORAGE["secded_ecc_in_page"], k, V), None)
     defended = read(restricted, k, V)
     assert torch.equal(defended.k, expected.k)
     assert torch.equal(defended.v, expected.v)
@@ -124,22 +135,22 @@ def damaged_cache() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return k, v, damaged
 
 
-@pytest.mark.parametrize("name", [name for name in RIVALS if name.startswith(("shadow", "low_rank"))])
+@pytest.mark.parametrize("name", [name for name in STORAGE if name.startswith(("shadow", "low_rank"))])
 def test_shadows_replace_damaged_tokens_and_no_other(name) -> None:
     k, v, damaged = damaged_cache()
-    copy_k, copy_v = RIVALS[name].copy(K, V, VALID)
-    defended = read(RIVALS[name], k, v)
+    copy_k, copy_v = STORAGE[name].copy(CLEAN)
+    defended = read(STORAGE[name], k, v)
     hit = damaged[:, :, None, :, None]
     assert torch.equal(defended.k, torch.where(hit, copy_k, K))
     assert torch.equal(defended.v, torch.where(hit, copy_v, V))
-    everything = read(RIVALS[name], K + 1, V + 1)
+    everything = read(STORAGE[name], K + 1, V + 1)
     torch.testing.assert_close(everything.k, copy_k)
 
 
 def test_erasure_drops_the_positions_that_are_damaged_in_any_layer() -> None:
     k, v, damaged = damaged_cache()
     defended = read(ChecksumErase(SHAPE), k, v)
-    assert torch.equal(defended.keep, ~damaged.any(1))
+    assert torch.equal(defended.readable, ~damaged.any(1))
     assert torch.equal(defended.k.movedim(3, 2)[~damaged], K.movedim(3, 2)[~damaged])
     assert (defended.v.movedim(3, 2)[damaged] == 0).all()
 
@@ -147,12 +158,12 @@ def test_erasure_drops_the_positions_that_are_damaged_in_any_layer() -> None:
 @pytest.mark.parametrize("layers", range(L))
 def test_recomputing_j_layers_restores_layers_0_to_j(layers) -> None:
     k, v, damaged = damaged_cache()
-    safeguard = ChecksumRecompute(SHAPE, layers)
-    defended = read(safeguard, k, v)
+    defense = ChecksumRecompute(SHAPE, layers)
+    defended = read(defense, k, v)
     assert torch.equal(defended.k[:, : layers + 1], K[:, : layers + 1])
     assert torch.equal(defended.v[:, : layers + 1], V[:, : layers + 1])
     assert torch.equal(defended.k[:, layers + 1 :], k[:, layers + 1 :])
-    assert safeguard.recompute_share == layers / L
+    assert defense.prefill_share == layers / L
 
 
 def test_recomputation_out_of_range_is_an_error() -> None:
@@ -174,7 +185,7 @@ def slow_group(values: list[float], bits: int) -> list[float]:
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_group_quantisation_picks_the_nearest_level_of_each_group(bits) -> None:
-    k, v = RIVALS[f"shadow_{bits}bit"].copy(K, V, VALID)
+    k, v = STORAGE[f"shadow_{bits}bit"].copy(CLEAN)
     n, layer, head, channel = 1, 2, 1, 5  # a row with padding
     own = K[n, layer, head, :, channel]
     for part in (slice(3, GROUP), slice(GROUP, T)):
@@ -195,18 +206,18 @@ def test_padding_belongs_to_no_group() -> None:
 
 
 def test_finer_shadows_are_closer() -> None:
-    errors = [float((RIVALS[f"shadow_{bits}bit"].copy(K, V, VALID)[1] - V).norm()) for bits in (1, 2, 4)]
+    errors = [float((STORAGE[f"shadow_{bits}bit"].copy(CLEAN)[1] - V).norm()) for bits in (1, 2, 4)]
     assert errors[0] > 1.3 * errors[1]
     assert errors[1] > 3 * errors[2], "5 times finer"
 
 
 def test_a_low_rank_shadow_holds_what_lies_on_the_principal_directions() -> None:
     valid = torch.ones(N, T, dtype=torch.bool)
-    shadow = LowRankShadow.fit(*clean_cache(1), valid, SHAPE, 5 / 32)
+    shadow = LowRankShadow.fit(tokens(*clean_cache(1), valid), SHAPE, 5 / 32)
     assert shadow.basis_k.shape == (L, G * D, 4)
     eye = torch.eye(4).expand(L, 4, 4)
     torch.testing.assert_close(shadow.basis_k.mT @ shadow.basis_k, eye, atol=1e-4, rtol=0)
-    copy_k, _ = shadow.copy(K, V, valid)
+    copy_k, _ = shadow.copy(tokens(K, V, valid))
     others = slice(1, None)
     assert (copy_k - K)[..., others, :].norm() < 0.05 * K[..., others, :].norm()
     # a plain projection of one token
@@ -215,13 +226,15 @@ def test_a_low_rank_shadow_holds_what_lies_on_the_principal_directions() -> None
     expected = shadow.mean_k[0, 1] + shadow.basis_k[1] @ (shadow.basis_k[1].T @ centred).bfloat16().float()
     torch.testing.assert_close(copy_k[2, 1, :, 9].flatten(), expected, atol=1e-2, rtol=1e-2)
     with pytest.raises(ValueError, match="does not pay for one direction"):
-        LowRankShadow.fit(K, V, valid, SHAPE, 0.01)
+        LowRankShadow.fit(CLEAN, SHAPE, 0.01)
 
 
 def test_bytes_are_counted() -> None:
     k, v = torch.randn(2, 2, 12, 4, 8, 32, generator=torch.Generator().manual_seed(0))
-    valid = torch.ones(2, 8, dtype=torch.bool)
-    shares = {name: share_of_cache(rival, GPT2_BASE) for name, rival in rivals(k, v, valid, GPT2_BASE).items()}
+    config = GPT2Config(n_layer=12, n_head=4, n_embd=128, vocab_size=8, n_positions=8)
+    found = defenses_of(config, tokens(k, v, torch.ones(2, 8, dtype=torch.bool)))
+    whole = cache_bytes_per_token(ModelShape.of(config))
+    shares = {name: defense.bytes_per_token / whole for name, defense in found.items()}
     checksum = 16 / (16 * 2 * 4 * 32)
     assert shares == pytest.approx(
         {
