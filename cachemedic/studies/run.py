@@ -130,16 +130,17 @@ class Run:
             raise ValueError(f"the study of {self.notebook} is {made['study']!r}, not {study!r}")
         stored = {name: self.published / "results" / f"{name}.csv" for name in made["csv"]}
         if not self.retrain and all(self._current(path, made["inputs"]) for path in stored.values()):
-            for path in (path.with_suffix(suffix) for path in stored.values() for suffix in (".csv", ".json")):
-                write_atomically(self.folder / "results" / path.name, path.read_bytes())
-        else:
-            # The module is loaded here only: it brings torch with it, which a page that draws what is there can spare.
-            frames = importlib.import_module(f"cachemedic.studies.computing.{study}").results(self, **given)
-            if set(frames) != set(stored):
-                raise ValueError(f"study {study} made {sorted(frames)}, notebooks/graph.toml says {sorted(stored)}")
-            for name, frame in frames.items():
-                self.write_csv(frame, name)
-        return {name: self.read_csv(name) for name in stored}
+            if self._study:  # make publishes what is in the folder of the run, and nothing else
+                for path in (path.with_suffix(suffix) for path in stored.values() for suffix in (".csv", ".json")):
+                    write_atomically(self.folder / "results" / path.name, path.read_bytes())
+            return {name: pd.read_csv(path) for name, path in stored.items()}
+        # The module is loaded here only: it brings torch with it, which a page that draws what is there can spare.
+        frames = importlib.import_module(f"cachemedic.studies.computing.{study}").results(self, **given)
+        if set(frames) != set(stored):
+            raise ValueError(f"study {study} made {sorted(frames)}, notebooks/graph.toml says {sorted(stored)}")
+        for name, frame in frames.items():
+            self.write_csv(frame, name)
+        return {name: self.read_csv(name) for name in stored}  # rounded, as they are when they are drawn again
 
     def _current(self, path: Path, inputs: Mapping[str, str]) -> bool:
         """Whether a CSV is what its sidecar records, made from `inputs` and the parameters of this run."""
