@@ -11,6 +11,7 @@ from small_models import model_of, shaken
 from tiny_repair import base_of, calibrated, case, random_ids
 from tiny_training import parameters
 
+from cachemedic.core.files import read_sealed, seal
 from cachemedic.defenses.defense import CachedTokens
 from cachemedic.models.load import load_base
 from cachemedic.repair.operator import RepairOperator
