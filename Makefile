@@ -3,13 +3,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= paper
+# What a person gives is one word to the shell, whatever is in it, and make expands none of it.
+quote = '$(subst ','\'',$(1))'
+given = $(call quote,$(value $(1)))
+unexport BASE SEEDS DEVICE TEXT REVIEWS TEXT_FOLDER
 # Parameters of all notebooks, each only if given: make reproduce BASE=gpt2-medium SEEDS=[0,1] DEVICE=cuda
-OPTIONS := $(if $(BASE),--parameter 'base=$(BASE)') $(if $(SEEDS),--parameter 'seeds=$(SEEDS)') \
-	$(if $(DEVICE),--device '$(DEVICE)') $(if $(RETRAIN),--retrain)
+OPTIONS := $(if $(value BASE),--parameter base=$(call given,BASE)) $(if $(value SEEDS),--parameter seeds=$(call given,SEEDS)) \
+	$(if $(value DEVICE),--device $(call given,DEVICE)) $(if $(value RETRAIN),--retrain)
 
 # Text from outside, for the notebook that reads it: make 13_second_model BASE=gpt2-medium TEXT=wikitext2 REVIEWS=sst2
-13_second_model: private OPTIONS += $(if $(TEXT),--parameter 'text=$(TEXT)') \
-	$(if $(REVIEWS),--parameter 'reviews=$(REVIEWS)')
+13_second_model: private OPTIONS += $(if $(value TEXT),--parameter text=$(call given,TEXT)) \
+	$(if $(value REVIEWS),--parameter reviews=$(call given,REVIEWS))
 
 # A notebook has one thread, and this many run at once (make -j4 for more; each takes up to 4 GB): results are the same.
 MAKEFLAGS += --jobs=2
@@ -28,14 +32,17 @@ TEX_HINT := Debian and Ubuntu: apt-get install $(TEX_PACKAGES); macOS: MacTeX; o
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-$(if $(filter paper smoke,$(PROFILE)),,$(error unknown PROFILE=$(PROFILE); allowed: paper, smoke))
-$(if $(TEXT)$(REVIEWS),$(if $(filter reproduce 13_second_model,$(MAKECMDGOALS)),,$(error TEXT and REVIEWS are parameters of \
+$(if $(filter 1,$(words $(PROFILE))),$(if $(filter paper smoke,$(PROFILE)),,$(error unknown PROFILE=$(PROFILE); allowed: \
+	paper, smoke)),$(error PROFILE=$(PROFILE) is not one word; allowed: paper, smoke))
+$(if $(filter 1,$(words $(VENV))),,$(error VENV=$(VENV): make cannot name a folder with spaces))
+$(foreach sign,; ' " & | < > `,$(if $(findstring $(sign),$(VENV)),$(error VENV=$(VENV): make cannot name a folder with $(sign))))
+$(if $(value TEXT)$(value REVIEWS),$(if $(filter reproduce 13_second_model,$(MAKECMDGOALS)),,$(error TEXT and REVIEWS are parameters of \
 	13_second_model: no other target takes them)))
 
 # Which notebook makes what: notebooks/graph.toml as rules (defines NOTEBOOKS).
 build/rules.mk: notebooks/graph.toml tools/graph.py tools/imports.py
 	@mkdir -p build
-	@$(PYTHON) tools/graph.py rules > $@.$$$$.new && mv $@.$$$$.new $@
+	@$(call given,PYTHON) tools/graph.py rules > $@.$$$$.new && mv $@.$$$$.new $@
 include build/rules.mk
 
 .PHONY: help
@@ -48,15 +55,16 @@ help:  ## This list
 
 .PHONY: reproduce
 reproduce: $(NOTEBOOKS)  ## Results, figures, tables and the paper's numbers (PROFILE=smoke: minutes, into build/smoke)
-	@$(if $(filter paper,$(PROFILE)),$(if $(BASE)$(SEEDS)$(TEXT)$(REVIEWS),,$(RUN) -m cachemedic.studies.paper_numbers))
+	@$(if $(filter paper,$(PROFILE)),$(if $(value BASE)$(value SEEDS)$(value TEXT)$(value REVIEWS),,$(RUN) -m cachemedic.studies.paper_numbers))
 
 # Always asked, seldom run: tools/run_notebook.py compares contents and leaves what is up to date alone.
 .PHONY: $(NOTEBOOKS)
 $(NOTEBOOKS): $(READY)
-	@$(RUN) tools/run_notebook.py $@ --profile $(PROFILE) $(OPTIONS) --goals $(MAKECMDGOALS)
+	@$(RUN) tools/run_notebook.py $@ --profile $(PROFILE) $(OPTIONS) \
+		--goals $(foreach goal,$(MAKECMDGOALS),$(call quote,$(goal)))
 
 figures/% results/% paper/tables/%:
-	@$(PYTHON) tools/graph.py explain $@
+	@$(call given,PYTHON) tools/graph.py explain $(call quote,$@)
 
 .PHONY: test
 test: $(READY)  ## Tests
@@ -75,7 +83,7 @@ paper: tex $(READY)  ## paper/main.pdf from the committed results (needs TeX: la
 	$(RUN) -m cachemedic.studies.paper_numbers
 	@mkdir -p build/paper
 	SOURCE_DATE_EPOCH=0 FORCE_SOURCE_DATE=1 latexmk -cd -pdf -silent -halt-on-error -Werror \
-		-outdir=$(CURDIR)/build/paper paper/main.tex
+		-outdir=$(call quote,$(CURDIR)/build/paper) paper/main.tex
 	cp build/paper/main.pdf paper/main.pdf
 
 .PHONY: tex
@@ -110,7 +118,7 @@ base-models: $(READY)  ## Train the base models anew (hours; goes on after an in
 	$(RUN) -m cachemedic.studies.pretraining.train llama
 	for base in embedded-gpt2 embedded-llama; do \
 		$(RUN) -m cachemedic.training.valence.head $$base && $(RUN) -m cachemedic.token.calibration $$base || exit; done
-	$(if $(TEXT_FOLDER),$(RUN) -m cachemedic.studies.pretraining.train wikipedia --text '$(TEXT_FOLDER)' && \
+	$(if $(value TEXT_FOLDER),$(RUN) -m cachemedic.studies.pretraining.train wikipedia --text $(call given,TEXT_FOLDER) && \
 		$(RUN) -m cachemedic.training.valence.head embedded-wikipedia)
 
 .PHONY: clean
@@ -118,7 +126,7 @@ clean:  ## Remove build/ but for the checkpoints of base models; results and .ve
 	find build -mindepth 1 -maxdepth 1 ! -name base -exec rm -rf {} +
 
 $(READY):
-	$(PYTHON) -m venv $(VENV)
+	$(call given,PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --requirement requirements.txt
 	$(RUN) -m pip install --no-build-isolation --no-deps --editable .
 	@rm -f $(VENV)/ready-*

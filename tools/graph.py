@@ -90,13 +90,24 @@ class Graph:
         self.root = root
         self._modules = Modules(root / "cachemedic")
         self._inputs: dict[str, dict[str, str]] = {}
-        rows = tomllib.loads((root / "notebooks" / "graph.toml").read_text(encoding="utf-8"))
+        try:
+            rows = tomllib.loads((root / "notebooks" / "graph.toml").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise GraphError(f"notebooks/graph.toml is missing or damaged: {error}") from error
         fields = list(Notebook.__dataclass_fields__)[1:]
         makers: dict[str, str] = {}
         notebooks = {}
         for name, row in rows.items():
+            if not isinstance(row, dict):
+                raise GraphError(f"notebooks/graph.toml is damaged: {name} is no table")
             for key in set(row) - set(fields):
                 raise unknown(f"key of [{name}] in notebooks/graph.toml", key, fields)
+            for key, value in row.items():
+                kind: type = {"minutes": dict, "alone": bool}.get(key, list)
+                if not isinstance(value, kind) or (
+                    isinstance(value, list) and not all(isinstance(v, str) for v in value)
+                ):
+                    raise GraphError(f"{key} of [{name}] in notebooks/graph.toml is {value!r}, no {kind.__name__}")
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
             notebooks[name] = notebook = Notebook(name, **values)
             for output in notebook.outputs:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cachemedic.core.files import read_sealed
 from graph import Graph, GraphError, sha256
 
 PROFILES = ("paper", "smoke")
@@ -44,9 +45,9 @@ class Variant:
         return self.graph.root / "build" / "stamps" / self.label / f"{name}.json"
 
     def record(self, name: str) -> dict[str, Any]:
-        """What is known of the last complete run on this machine; empty if there was none."""
+        """What is known of the last complete run on this machine; empty if there was none, or its record is damaged."""
         try:
-            return json.loads(self.record_path(name).read_text())
+            return read_sealed(self.record_path(name))
         except (FileNotFoundError, ValueError):
             return {}
 

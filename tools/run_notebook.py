@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from cachemedic.core.files import seal, write_atomically
 from graph import Graph, GraphError, sha256, unknown
 from records import PROFILES, Variant
 
@@ -126,12 +127,6 @@ def publish(variant: Variant, name: str) -> dict[str, str]:
     return hashes
 
 
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps(record, indent=1))
-    temporary.replace(path)
-
-
 def check_parameters(graph: Graph, name: str, given: Iterable[str]) -> None:
     """papermill only warns of a parameter that the notebook does not know; here it is an error."""
     known = parameter_names(graph, name)
@@ -185,7 +180,7 @@ def bring_up_to_date(variant: Variant, name: str, options: argparse.Namespace) -
             hashes, seconds = publish(variant, name), round(time.monotonic() - started, 1)
         record = {"inputs": inputs, "parameters": dict(variant.parameters), "retrained": options.retrain}
         record |= {"outputs": hashes, "seconds": before if only_draws else seconds}  # those that computing takes
-        write_record(variant.record_path(name), record)
+        write_atomically(variant.record_path(name), seal(record))
         say(f"{title} done in {seconds / 60:.1f} min")
 
 

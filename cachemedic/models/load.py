@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import socket
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -82,6 +87,8 @@ def load_base(
             f"unknown base {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; allowed: "
             f"{', '.join(NAMED)}, the name of a Hugging Face causal LM, or an existing local folder"
         )
+    elif not Path(name).exists():
+        _check_within_reach(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, use_safetensors=True)
@@ -92,6 +99,27 @@ def load_base(
         ) from error
     model = model.to(device)  # type: ignore[arg-type]  # mypy sees `to` unbound
     return Base(model.eval().requires_grad_(False), tokenizer, name, severity_map)
+
+
+def _check_within_reach(name: str) -> None:
+    """Raise `ValueError` at once for a model that is not kept from the hub, where the hub cannot be reached.
+
+    transformers would ask again and again, for the better part of a minute.
+    """
+    endpoint = urlsplit(constants.ENDPOINT)
+    if endpoint.hostname is None or getproxies():  # a proxy may reach what a socket does not
+        return
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=5).close()
+    except HFValidationError:  # no name of a model: transformers says why
+        return
+    except OSError as error:
+        raise ValueError(
+            f"unknown base {name!r}: it is not embedded ({', '.join(EMBEDDED)}), no local folder and not kept from the "
+            f"Hugging Face hub, which cannot be reached ({error})"
+        ) from error
 
 
 def check_format(dtype: torch.dtype) -> None:

@@ -189,7 +189,12 @@ def _check(model: PreTrainedModel, operator: AttentionRepair) -> list[Any]:
     _check_mode(model)
     modules = attention_modules(model, operator.layers)
     for module in modules:
-        if (found := next(module.parameters()).device) != operator.device:
+        found = next(module.parameters()).device
+        if found.type == "meta" and operator.device.type != "meta":
+            raise ValueError(
+                f"layer {module.layer_idx} of {type(model).__name__} is offloaded: load the model onto one device whole"
+            )
+        if found != operator.device:
             raise ValueError(
                 f"the operator is on {operator.device}, layer {module.layer_idx} on {found}: move one of them"
             )

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,11 +75,14 @@ def _mean(values: torch.Tensor) -> float | None:
 
 
 def drop_after(log: Path, step: int) -> None:
-    """Cut off the lines of `log` that come after `step`, and a line that was not written to its end."""
+    """Cut off the lines of `log` that come after `step`, and a line that was not written to its end.
+
+    Raises `ValueError` for a line before that is no record.
+    """
     with open(log, "rb+") as file:
         kept = 0
-        for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n") or _record(log, number, line)["step"] > step:
                 break
             kept += len(line)
         file.truncate(kept)
@@ -86,6 +90,16 @@ def drop_after(log: Path, step: int) -> None:
 
 def gate_lines(log: Path) -> bytes:
     """The checks of the mercy gate in `log`, one JSON line each: run_id, step and what the record says of the gate."""
-    records = map(json.loads, log.read_text().splitlines())
+    records = [_record(log, number, line) for number, line in enumerate(log.read_bytes().splitlines(), 1)]
     kept = ({"run_id": r["run_id"], "step": r["step"], **r["gate"]} for r in records if "gate" in r)
     return "".join(json.dumps(line) + "\n" for line in kept).encode()
+
+
+def _record(log: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        if isinstance(record["step"], int) and isinstance(record["run_id"], str):
+            return record
+        raise ValueError("no step or run_id")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"line {number} of {log} is damaged ({error!r}); delete it to train from the start") from error

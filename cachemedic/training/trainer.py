@@ -70,7 +70,7 @@ class Trainer:
         self.first = config.first_layer
         self.quantiser, self.strength = self._quantiser(), self._strength()
         self.optimizer = RunAdam((p for part in self.trained.values() for p in part.parameters()), lr=config.lr)
-        self.keeper = None if config.gate is None else GateKeeper(config.gate, config.runs)
+        self.keeper = None if config.gate is None else GateKeeper(config.gate, config.runs, self.optimizer)
         self.step = 0
         self.key = config.key(base)
         conditions = range(len(config.objectives))
@@ -140,7 +140,7 @@ class Trainer:
             self.optimizer.step()
             return None
         by_proxy = gate.projection == "proxy"
-        return self.keeper.step(self.optimizer, lambda: proxy(outputs) if by_proxy else project(self.students, gate))
+        return self.keeper.step(lambda: proxy(outputs) if by_proxy else project(self.students, gate))
 
     def _clip(self) -> torch.Tensor:
         """Clips the gradient of each run by its norm; returns the norms [R] before that."""

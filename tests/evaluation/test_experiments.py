@@ -84,6 +84,10 @@ def test_an_interrupted_grid_goes_on_and_gives_the_same_rows(tmp_path, monkeypat
         grid(tmp_path)
     pd.testing.assert_frame_equal(grid(tmp_path), whole)
     assert len(calls) == 4  # two before the interrupt, the one that it hit twice
+    kept = max(tmp_path.iterdir())
+    kept.write_bytes(kept.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=f"{kept.name} is damaged"):
+        grid(tmp_path)
 
 
 def test_advantage_is_over_the_reference_and_paired():

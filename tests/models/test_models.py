@@ -117,6 +117,17 @@ def test_an_unknown_name_is_refused_without_a_download(name, hint, monkeypatch):
         load_base(name)
 
 
+def test_a_misspelt_name_of_the_hub_is_refused_at_once_where_the_hub_is_out_of_reach(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(models, "getproxies", dict)
+    monkeypatch.setattr("socket.create_connection", unreachable)
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("looked for on the hub"))
+    with pytest.raises(ValueError, match="unknown base 'gpt2-medum': .*cannot be reached \\(no route to host\\)"):
+        load_base("gpt2-medum")
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not embedded .* and could not be loaded as a local folder"):
         load_base(tmp_path)

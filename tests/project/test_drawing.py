@@ -11,7 +11,13 @@ from toy_project import ROOT, TABLE, Project
 
 from graph import STUDIES, Graph
 
-LIBRARY = ("core/files.py", "studies/run.py", "studies/report.py", "studies/drawing/style.py")
+LIBRARY = (
+    "core/files.py",
+    "studies/result_files.py",
+    "studies/run.py",
+    "studies/report.py",
+    "studies/drawing/style.py",
+)
 STUDY = """\
 from pathlib import Path
 import pandas as pd

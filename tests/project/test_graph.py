@@ -23,6 +23,10 @@ def fresh(tmp_path: Path) -> Project:
         ('[figure]\nneeds = ["figur"]\n[figures]', "unknown notebook needed by"),
         ("[a]\nfigure = []", "nearest: figures"),
         ('[a]\ncsv = ["x"]\n[b]\ncsv = ["x"]', "results/x.csv is made twice, by a and by b"),
+        ("[a]\ncsv = [", "graph.toml is missing or damaged"),
+        ("a = 1", "graph.toml is damaged: a is no table"),
+        ('[a]\ncsv = "x"', r"csv of \[a\] in notebooks/graph.toml is 'x', no list"),
+        ("[a]\nminutes = 3", r"minutes of \[a\] in notebooks/graph.toml is 3, no dict"),
     ],
 )
 def test_wrong_tables_are_refused(fresh: Project, table: str, message: str) -> None:

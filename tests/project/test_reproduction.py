@@ -12,6 +12,9 @@ import nbformat
 import pytest
 from toy_project import FIGURE, TABLE, Project, run_make, started
 
+from graph import Graph
+from records import Variant
+
 MEETING = """\
 import pathlib, time
 from cachemedic import write
@@ -79,6 +82,16 @@ def test_outputs_saved_in_a_notebook_and_unused_modules_do_not_count(made: Proje
     nbformat.write(notebook, path)
     made.write("cachemedic/unused.py", "changed = True\n")
     assert made.ran("reproduce") == set()
+
+
+def test_a_damaged_record_is_no_record(made: Project) -> None:
+    record = Variant(Graph(made.root), "paper", {}).record_path("30_apart")
+    content = record.read_text()
+    for damaged in (content.replace("seconds", "sekonds"), content[:-9], "[]", content.replace("{", "[", 1)):
+        record.write_text(damaged)
+        assert made.stale("30_apart") == "not run here before"
+    record.write_text(content)
+    assert made.stale("30_apart") is None
 
 
 def test_deleting_a_figure_reruns_its_notebook_only(made: Project) -> None:

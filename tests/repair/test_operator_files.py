@@ -123,6 +123,26 @@ def test_numbers_that_are_not_whole_are_refused(arguments, message):
         RepairOperator.create(**({"family": "A", "model_config": LLAMA, "layers": [0]} | arguments))
 
 
+def test_no_bit_of_a_saved_operator_changes_unseen(tmp_path):
+    op = shaken(RepairOperator.create("A", LLAMA, [0, 2], rank=2))
+    op.save_pretrained(tmp_path)
+    numbers = np.random.default_rng(0)
+    for path in sorted(tmp_path.iterdir()):
+        content = path.read_bytes()
+        for at in numbers.integers(8 * len(content), size=60):
+            spoilt = bytearray(content)
+            spoilt[at // 8] ^= 1 << at % 8
+            path.write_bytes(spoilt)
+            try:
+                loaded = RepairOperator.from_pretrained(tmp_path)
+            except ValueError as error:
+                assert path.name in str(error)  # noqa: PT017
+            else:  # white space between two words of JSON
+                assert path.name == "config.json"
+                assert loaded.config == op.config
+        path.write_bytes(content)
+
+
 def test_models_without_attention_or_with_layers_of_their_own_sizes_are_refused():
     with pytest.raises(ValueError, match="mamba has no attention heads"):
         RepairOperator.create("A", MambaConfig(num_hidden_layers=2), [0])

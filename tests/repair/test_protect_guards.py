@@ -161,3 +161,12 @@ def test_models_with_other_names_for_eager_attention_are_left_alone():
     plain = other(ids).logits
     with protect(model, operator_for(model)):
         assert torch.equal(other(ids).logits, plain)
+
+
+def test_an_offloaded_model_is_refused_by_that_name():
+    model = model_of("llama").to("meta")
+    with (
+        pytest.raises(ValueError, match="layer 0 of LlamaForCausalLM is offloaded"),
+        protect(model, operator_for(model)),
+    ):
+        pass

@@ -131,9 +131,9 @@ def test_folders_that_do_not_name_their_statistics_still_load(tmp_path):
 
 def unname_statistics(folder: Path) -> None:
     """Makes a folder like those that were written before `config.json` named the statistics."""
-    record = json.loads((folder / "config.json").read_text())
+    record = read_sealed(folder / "config.json")
     del record["statistics"]
-    (folder / "config.json").write_text(json.dumps(record))
+    (folder / "config.json").write_bytes(seal(record))
 
 
 def test_damaged_statistics_are_refused(tmp_path):

@@ -182,3 +182,22 @@ def test_a_full_disk_is_one_clear_error(base, tmp_path, monkeypatch):
 def test_bad_configurations_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         BankConfig(**options)
+
+
+def test_a_bank_that_is_not_what_was_written_is_refused(tmp_path):
+    base, config = tiny_base(), BankConfig(samples=4, prefix=9)
+    sound = tiny_bank(base, config, tmp_path).keys.clone()
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        flipped = bytearray(content)
+        flipped[-3] ^= 4
+        for damaged in (bytes(flipped), content[:-5]):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=rf"{path.name} is (missing or )?damaged"):
+                tiny_bank(base, config, tmp_path)
+        path.write_bytes(content)
+    assert torch.equal(tiny_bank(base, config, tmp_path).keys, sound)
+    (folder / "ids.npy").unlink()
+    with pytest.raises(ValueError, match=r"ids.npy is missing.*delete .* to have the bank computed anew"):
+        tiny_bank(base, config, tmp_path)

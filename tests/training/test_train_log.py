@@ -12,6 +12,7 @@ from tiny_training import CONFIG, log_lines, parameters, saved
 
 import cachemedic
 from cachemedic.training import trainer as train
+from cachemedic.training.log import drop_after, gate_lines
 from cachemedic.training.trainer import Trainer, load_or_train
 
 SCHEMA = json.loads((Path(cachemedic.__file__).parent / "schemas" / "log_record.schema.json").read_text())
@@ -131,3 +132,13 @@ def test_two_that_ask_at_once_train_once(base, bank, tmp_path, monkeypatch):
         first, second = (parameters(job.result()) for job in jobs)
     assert steps == [0, 1, 2, 3, 4]
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"step": "x", "run_id": "a"}', "\x00"])
+def test_a_damaged_line_of_the_log_is_named(line, tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text(f'{{"step": 1, "run_id": "a"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"line 2 of .*log.jsonl is damaged"):
+        drop_after(log, 1)
+    with pytest.raises(ValueError, match=r"line 2 of .*log.jsonl is damaged"):
+        gate_lines(log)

@@ -1,11 +1,12 @@
-"""The mercy gate: an update that would lower the student's projected future valence too far is taken back."""
+"""The mercy gate: updates that lower the student's projected future valence too far are taken back."""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -66,32 +67,30 @@ class Verdict:
     message: list[str | None]  # of blocked runs
 
 
-@dataclass
 class GateKeeper:
-    """Applies a gate to the updates of an optimiser over R runs; counts what it blocked, in total and in a row [R]."""
+    """Applies a gate to the updates of an optimiser over R runs; counts what it blocked, in total and in a row [R].
 
-    gate: MercyGate
-    runs: int
-    blocked: torch.Tensor = field(init=False)
-    in_a_row: torch.Tensor = field(init=False)
+    A run that fails a check goes back to its last state that passed one, or to its state when the keeper was made:
+    between the checks of a gate that is not asked at every update there are states that no check has seen.
+    """
 
-    def __post_init__(self) -> None:
-        self.blocked, self.in_a_row = torch.zeros(2, self.runs, dtype=torch.long)
+    def __init__(self, gate: MercyGate, runs: int, optimizer: torch.optim.Optimizer) -> None:
+        self.gate, self.runs, self.optimizer = gate, runs, optimizer
+        self.blocked, self.in_a_row = torch.zeros(2, runs, dtype=torch.long)
+        self.passed = Snapshot(optimizer)
 
-    def step(
-        self, optimizer: torch.optim.Optimizer, project: Callable[[], tuple[torch.Tensor, torch.Tensor]]
-    ) -> Verdict:
-        """One update; the runs that fail the check are then bit for bit what they were, optimiser state included.
+    def step(self, project: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> Verdict:
+        """One update; the runs that fail the check are then bit for bit what passed last, optimiser state included.
 
         `project()` is called after the tentative update: the projected valence of the student and the baseline of the
         teacher, [R] each. Raises `MercyGateError` after `patience` blocked checks of a run in a row.
         """
-        before = Snapshot(optimizer)
-        optimizer.step()
+        self.optimizer.step()
         projected, baseline = (x.detach().cpu().expand(self.runs) for x in project())
         # not "<": a valence that is not a number does not pass
         blocked = ~(projected >= self.gate.threshold * baseline)
-        before.restore(blocked)
+        self.passed.restore(blocked)
+        self.passed.take(~blocked)
         self.blocked += blocked
         self.in_a_row = torch.where(blocked, self.in_a_row + 1, 0)
         messages: list[str | None] = [None] * self.runs
@@ -109,21 +108,35 @@ class GateKeeper:
             )
         return Verdict(projected, baseline, blocked, messages)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"blocked": self.blocked, "in_a_row": self.in_a_row}
+    def state_dict(self) -> dict[str, Any]:
+        return {"blocked": self.blocked, "in_a_row": self.in_a_row, "passed": self.passed.state_dict()}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.blocked, self.in_a_row = state["blocked"], state["in_a_row"]
+        self.passed.load_state_dict(state["passed"])
 
 
 class Snapshot:
-    """Parameters and state of an optimiser at one time."""
+    """Parameters and state of an optimiser at one time, or at one time for each run."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._take_all()
+
+    def _take_all(self) -> None:
         self.values = [p.detach().clone() for p in self.parameters]
-        self.states = [copy.deepcopy(optimizer.state.get(p)) for p in self.parameters]
+        self.states = [copy.deepcopy(self.optimizer.state.get(p)) for p in self.parameters]
+
+    @torch.no_grad()
+    def take(self, runs: torch.Tensor) -> None:
+        """Have the runs where `runs` [R] holds as they are now. Raises as `restore`."""
+        if runs.all():
+            self._take_all()
+        elif runs.any():
+            for p, value, state in zip(self.parameters, self.values, self.states, strict=True):
+                value[runs.to(p.device)] = p[runs.to(p.device)]
+                self._copy(self.optimizer.state[p], state, runs)
 
     @torch.no_grad()
     def restore(self, runs: torch.Tensor) -> None:
@@ -138,10 +151,28 @@ class Snapshot:
                 p.copy_(value)
                 self.optimizer.state.pop(p, None)
                 if state is not None:
-                    self.optimizer.state[p] = state
+                    self.optimizer.state[p] = copy.deepcopy(state)
                 continue
             p[runs.to(p.device)] = value[runs.to(p.device)]
-            for name, now in self.optimizer.state[p].items():
-                if state is None or now.shape[:1] != runs.shape:
-                    raise ValueError(f"state {name!r} of {type(self.optimizer).__name__} is not one a run: use RunAdam")
-                now[runs.to(now.device)] = state[name][runs.to(now.device)]
+            self._copy(state, self.optimizer.state[p], runs)
+
+    def _copy(self, source: dict[str, Any] | None, target: dict[str, Any] | None, runs: torch.Tensor) -> None:
+        """Copy the optimiser's state of some runs."""
+        for name, numbers in (target or source or {}).items():
+            if source is None or target is None or numbers.shape[:1] != runs.shape:
+                raise ValueError(f"state {name!r} of {type(self.optimizer).__name__} is not one a run: use RunAdam")
+            target[name][runs.to(numbers.device)] = source[name][runs.to(numbers.device)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values, "states": self.states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises `ValueError` for the state of other parameters."""
+        values, states = state["values"], state["states"]
+        if [v.shape for v in values] != [v.shape for v in self.values]:
+            raise ValueError("this is the state of other parameters")
+        self.values = [value.to(p.device) for p, value in zip(self.parameters, values, strict=True)]
+        self.states = [
+            None if found is None else {name: x.to((own or found)[name].device) for name, x in found.items()}
+            for own, found in zip(self.states, states, strict=True)
+        ]

@@ -20,6 +20,7 @@ from cachemedic.core.files import digest, read_sealed, replace_together, seal
 
 WEIGHTS, CONFIG = "quantiser.safetensors", "quantiser.json"
 BITS = (4, 3, 2)
+LARGEST = torch.finfo(torch.float16).max
 SCALE_BITS = 16  # of each stored minimum and step of a group of values
 
 
@@ -72,7 +73,10 @@ class KVQuantiser(nn.Module):
         by_channel = keys.permute(1, 2, 4, 0, 3).flatten(3)  # [L, G, d, N*T]
         low, high = by_channel.aminmax(dim=-1)
         middle = (low + high) / 2
-        step = (high - low).clamp_min(torch.finfo(keys.dtype).tiny) / (config.levels - 1)
+        # a channel that was constant has a step that its key can be divided by, and the square of it, too
+        largest = by_channel.abs().amax()
+        least = torch.finfo(keys.dtype).eps * torch.where(largest > 0, largest, 1.0)
+        step = (high - low).clamp_min(least) / (config.levels - 1)
         groups = *values.shape[1:3], dim // group
         zeros = {"log_key": torch.zeros(runs, *step.shape), "log_value": torch.zeros(runs, *groups)}
         buffers = {"key_middle": middle, "key_step": step}
@@ -86,7 +90,13 @@ class KVQuantiser(nn.Module):
         """The cache as it is read back: keys and values [S, B, L, G, T, d] -> [R, B, L, G, T, d] each.
 
         The R runs are seed-major, R / S to a seed. Gradients reach the steps, and numbers within their range.
+        Raises `ValueError` for values beyond what the 16 bits of a stored minimum hold.
         """
+        if (largest := float(values.detach().abs().max())) > LARGEST:
+            raise ValueError(
+                f"values of up to {largest:g} cannot be quantised: their ranges are stored in half precision, "
+                f"up to {LARGEST:,.0f}"
+            )
         levels, each = self.config.levels, self.runs // len(keys)
         tokens = keys.shape[1] * keys.shape[-2]
         log_key = _normalised(self.log_key, tokens, levels)[:, None, :, :, None]  # [R, 1, L, G, 1, d]

@@ -1,5 +1,6 @@
 """The mercy gate: what it takes back, run by run and bit for bit, what it says, and when it gives up."""
 
+import copy
 import logging
 
 import pytest
@@ -41,10 +42,10 @@ def test_a_blocked_run_is_what_it_was_and_the_others_move_on(updates):
     parameters, adam = stack(updates=updates)
     free_parameters, free = stack(updates=updates)
     before = state_of(parameters, adam, 1)
-    keeper = GateKeeper(MercyGate(), RUNS)
+    keeper = GateKeeper(MercyGate(), RUNS, adam)
     gradients(parameters, updates)
     gradients(free_parameters, updates)
-    verdict = keeper.step(adam, projecting(0.46, 0.44, 0.45))  # the bound is 0.45
+    verdict = keeper.step(projecting(0.46, 0.44, 0.45))  # the bound is 0.45
     free.step()
     assert verdict.blocked.tolist() == [False, True, False]
     assert all(torch.equal(x, y) for x, y in zip(state_of(parameters, adam, 1), before, strict=True))
@@ -73,23 +74,23 @@ def test_any_optimiser_can_be_set_back_as_a_whole_but_not_in_part():
     parameters, adam = stack(torch.optim.Adam, updates=2)
     before = [p.detach().clone() for p in parameters], {p: dict(adam.state[p]) for p in parameters}
     steps = [adam.state[p]["step"].clone() for p in parameters]
-    keeper = GateKeeper(MercyGate(), RUNS)
+    keeper = GateKeeper(MercyGate(), RUNS, adam)
     gradients(parameters, 9)
-    keeper.step(adam, projecting(0.1, 0.1, 0.1))
+    keeper.step(projecting(0.1, 0.1, 0.1))
     assert all(torch.equal(p, q) for p, q in zip(parameters, before[0], strict=True))
     assert all(torch.equal(adam.state[p]["step"], s) for p, s in zip(parameters, steps, strict=True))
     gradients(parameters, 9)
     with pytest.raises(ValueError, match="state 'step' of Adam is not one a run: use RunAdam"):
-        keeper.step(adam, projecting(0.1, 0.9, 0.9))
+        keeper.step(projecting(0.1, 0.9, 0.9))
 
 
 def test_it_says_what_it_blocked_and_counts(caplog):
     parameters, adam = stack()
-    keeper = GateKeeper(MercyGate(), RUNS)
+    keeper = GateKeeper(MercyGate(), RUNS, adam)
     with caplog.at_level(logging.WARNING):
         for valences in ((0.9, 0.4, 0.9), (0.9, 0.4, 0.2), (0.9, 0.9, float("nan"))):
             gradients(parameters, 0)
-            verdict = keeper.step(adam, projecting(*valences))
+            verdict = keeper.step(projecting(*valences))
     assert keeper.blocked.tolist() == [0, 2, 2]
     assert keeper.in_a_row.tolist() == [0, 0, 2]
     assert len(caplog.messages) == 4
@@ -97,22 +98,22 @@ def test_it_says_what_it_blocked_and_counts(caplog):
     assert caplog.messages[0] == said
     assert verdict.message[0] is None
     assert verdict.message[2].startswith("Mercy gate blocked")
-    other = GateKeeper(MercyGate(), RUNS)
+    other = GateKeeper(MercyGate(), RUNS, adam)
     other.load_state_dict(keeper.state_dict())
     assert other.in_a_row.tolist() == [0, 0, 2]
 
 
 def test_blocks_in_a_row_end_in_an_error():
     parameters, adam = stack()
-    keeper = GateKeeper(MercyGate(patience=3), RUNS)
+    keeper = GateKeeper(MercyGate(patience=3), RUNS, adam)
     for valences in ((0.1, 0.9, 0.9), (0.1, 0.1, 0.9)):
         gradients(parameters, 0)
-        keeper.step(adam, projecting(*valences))
+        keeper.step(projecting(*valences))
     gradients(parameters, 0)
     with pytest.raises(
         MercyGateError, match=r"3 updates in a row were blocked in runs \[0\].*0.1000 is below 0.9 times"
     ):
-        keeper.step(adam, projecting(0.1, 0.9, 0.1))
+        keeper.step(projecting(0.1, 0.9, 0.1))
 
 
 @pytest.mark.parametrize(("gate", "checked"), [(MercyGate(), [25, 50]), (MercyGate("proxy"), list(range(1, 51)))])
@@ -134,3 +135,29 @@ def test_when_it_is_asked(gate, checked):
 def test_bad_gates_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         MercyGate(**options)
+
+
+def test_a_run_goes_back_to_its_last_state_that_passed_a_check():
+    """A gate that looks at every third update: what lies between is unseen, and gone with the update that fails."""
+    parameters, adam = stack(updates=2)
+    keeper = GateKeeper(MercyGate(every=3), RUNS, adam)
+    states = {0: copies_of(parameters, adam)}
+    for update in range(1, 10):
+        gradients(parameters, update)
+        if update % 3:
+            adam.step()
+            continue
+        keeper.step(projecting(*{3: (0.9, 0.1, 0.9), 6: (0.1, 0.9, 0.9), 9: (0.1, 0.1, 0.1)}[update]))
+        states[update] = copies_of(parameters, adam)
+        if update == 6:  # a training that is resumed here
+            other = GateKeeper(MercyGate(every=3), RUNS, adam)
+            other.load_state_dict(copy.deepcopy(keeper.state_dict()))
+            keeper = other
+    for run, passed in ((0, 3), (1, 6), (2, 6)):
+        assert all(torch.equal(x[run], y[run]) for x, y in zip(states[9], states[passed], strict=True))
+    assert all(torch.equal(x[1], y[1]) for x, y in zip(states[3], states[0], strict=True))
+    assert all(torch.equal(x[0], y[0]) for x, y in zip(states[6], states[3], strict=True))
+
+
+def copies_of(parameters, adam):
+    return [x.detach().clone() for p in parameters for x in (p, *adam.state[p].values())]

@@ -170,3 +170,26 @@ def test_it_is_kept_beside_the_operators(base, bank, tmp_path, monkeypatch):
     assert quantiser.runs == config.runs
     assert (quantiser.log_key != 0).any()
     assert config.key(base) != replace(config, quantiser=None).key(base)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.7, -300.0])
+def test_a_channel_that_was_constant_in_calibration_has_finite_gradients(constant):
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 3, 2, 2, 5, 8, generator=generator)
+    calibrated_on = keys.clone()
+    calibrated_on[..., 0] = constant
+    for scale in (1.0, 0.0):  # the other channels, too
+        sound = torch.where(calibrated_on == constant, calibrated_on, calibrated_on * scale)
+        quantiser = KVQuantiser.calibrated(QuantiserConfig(2, 4), sound, values)
+        read = quantiser(keys[None], values[None])
+        sum(x.square().sum() for x in read).backward()
+        assert all(x.isfinite().all() for x in (*read, *(p.grad for p in quantiser.parameters())))
+        kept, _ = quantiser(sound[None], values[None])
+        torch.testing.assert_close(kept[0, ..., 0], sound[..., 0], atol=1e-4, rtol=1e-4)
+
+
+def test_values_beyond_half_precision_are_refused():
+    keys = values = torch.ones(3, 2, 2, 5, 8)
+    quantiser = KVQuantiser.calibrated(QuantiserConfig(4), keys, values)
+    with pytest.raises(ValueError, match="values of up to 70000 cannot be quantised.*up to 65,504"):
+        quantiser(keys[None], 70_000 * values[None])
