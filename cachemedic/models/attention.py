@@ -21,7 +21,8 @@ def attention_modules(model: PreTrainedModel, layers: Iterable[int]) -> list[Any
     parent, name = decoder_layers(model)
     modules, without = [], []
     for number in layers:
-        found = [module for module in getattr(parent, name)[number].modules() if _attends_to_itself(module)]
+        inside = getattr(parent, name)[number].named_modules()
+        found = [module for place, module in inside if _attends_to_itself(place, module)]
         if len(found) == 1:
             modules += found
         else:
@@ -35,9 +36,9 @@ def attention_modules(model: PreTrainedModel, layers: Iterable[int]) -> list[Any
     return modules
 
 
-def _attends_to_itself(module: nn.Module) -> bool:
-    """Whether `module` calls the attention interface of transformers, and for its own past."""
+def _attends_to_itself(place: str, module: nn.Module) -> bool:
+    """Whether `module`, of this name in its layer, calls the attention interface, and for its own past."""
     forward = inspect.unwrap(type(module).forward)
     calls = "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
-    across = getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__
+    across = getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__ or "encoder" in place
     return calls and not across and getattr(module, "layer_idx", None) is not None

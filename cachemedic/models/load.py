@@ -132,8 +132,9 @@ def check_format(dtype: torch.dtype) -> None:
 def decoder_layers(model: PreTrainedModel) -> tuple[torch.nn.Module, str]:
     """The module that holds the list of decoder layers, and the name of that list (`layers`, `h`, ...)."""
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    for module in model.get_decoder().modules():
-        for name, child in module.named_children():
-            if isinstance(child, torch.nn.ModuleList) and len(child) == depth:
-                return module, name
+    for part in (model.get_decoder(), model):  # some models call another module their decoder
+        for module in part.modules():
+            for name, child in module.named_children():
+                if isinstance(child, torch.nn.ModuleList) and len(child) == depth:
+                    return module, name
     raise ValueError(f"{type(model).__name__} has no list of {depth} decoder layers")

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import transformers as hf
-from small_models import GROUPED, PAD, VOCABULARY, model_of, operator_for, padded_batch, shaken
+from small_models import GROUPED, PAD, SIZES, VOCABULARY, model_of, operator_for, padded_batch, shaken
 from torch import nn
 
 from cachemedic.repair.attach import protect
@@ -170,3 +170,30 @@ def test_an_offloaded_model_is_refused_by_that_name():
         protect(model, operator_for(model)),
     ):
         pass
+
+
+DECODERS = {
+    # attention to an encoder, which is not there, and a module called decoder that holds no layers
+    "bart": lambda: hf.BartConfig(
+        vocab_size=VOCABULARY, d_model=32, decoder_layers=3, encoder_layers=3, decoder_attention_heads=4,
+        encoder_attention_heads=4, decoder_ffn_dim=48, encoder_ffn_dim=48, max_position_embeddings=64, is_decoder=True,
+        is_encoder_decoder=False, init_std=0.3,
+    ),
+    "modernbert-decoder": lambda: hf.ModernBertDecoderConfig(**SIZES),
+    "diffllama": lambda: hf.DiffLlamaConfig(**GROUPED),
+    "olmo3": lambda: hf.Olmo3Config(**GROUPED, sliding_window=6),
+    "gpt_oss": lambda: hf.GptOssConfig(
+        **GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=6,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_of_unusual_build_are_repaired(name):
+    model, (ids, _) = model_from(DECODERS[name]()), padded_batch()
+    ids = ids.clamp_min(1)
+    plain = model(ids).logits
+    with torch.no_grad(), protect(model, RepairOperator.create("A", model.config, [0, 1], 3)):
+        torch.testing.assert_close(model(ids).logits, plain, atol=1e-4, rtol=1e-4)
+    with torch.no_grad(), protect(model, operator_for(model, layers=[0, 1])):
+        assert not torch.allclose(model(ids).logits, plain, atol=1e-3)
