@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import DOCUMENTS, tiny_model, tiny_tokenizer
 
+from cachemedic.core.tensors import read_tensors, unflattened
 from cachemedic.corruption import severity
 from cachemedic.data import text_source
 from cachemedic.models.load import Base
@@ -67,3 +68,9 @@ def parameters(operator: RepairOperator) -> dict[str, torch.Tensor]:
 
 def log_lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def saved(folder: Path) -> dict:
+    """The checkpoint in a folder: its step, and the state of each part."""
+    tensors, record = read_tensors(folder / "checkpoint.safetensors")
+    return {"step": record["step"]} | unflattened(tensors, record["state"])

@@ -2,6 +2,10 @@
 
     python3 tools/graph.py rules             # the table as rules for make
     python3 tools/graph.py explain TARGET    # why TARGET cannot be made
+    python3 tools/graph.py study rank        # its CSVs and what these depend on, as JSON
+
+What NN_NAME.ipynb computes stands in a module of its own, its study, cachemedic/studies/computing/NAME.py:
+its CSVs depend on that, its figures and tables on the notebook as well. A notebook without a study computes itself.
 
 Make decides by file times; here contents decide, so that touching a file reruns nothing. Only the standard library is
 used: make calls this before anything is installed.
@@ -13,7 +17,7 @@ import difflib
 import hashlib
 import json
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ import tomllib
 from imports import Modules
 
 ROOT = Path(__file__).resolve().parents[1]
+STUDIES = "cachemedic.studies.computing"
 
 
 class GraphError(ValueError):
@@ -57,6 +62,11 @@ class Notebook:
     tables: tuple[str, ...] = ()
     minutes: dict[str, float] = field(default_factory=dict)
     alone: bool = False
+
+    @property
+    def study(self) -> str:
+        """What its study would be called; not every notebook has one."""
+        return self.name.partition("_")[2]
 
     @property
     def sidecars(self) -> tuple[str, ...]:
@@ -125,32 +135,47 @@ class Graph:
             raise GraphError(f"notebooks/{name}.ipynb is not a notebook: {error!r}") from None
 
     def inputs(self, name: str) -> dict[str, str]:
-        """Everything the outputs of a notebook depend on, with its sha256.
+        """Everything the CSVs of a notebook depend on, with its sha256.
 
-        The notebook (its sources, not its outputs), the modules of the package that it imports, also indirectly, its
-        data files, and the notebooks it needs.
+        The study with the modules of the package that it imports, also indirectly, the data files, and the notebooks
+        it needs. Without a study, the notebook itself and the modules that it imports.
         """
         if name not in self._inputs:
-            self._inputs[name] = self._hash_inputs(self[name])
+            notebook = self[name]
+            study = self._modules.files.get(f"{STUDIES}.{notebook.study}")
+            found = self._code(f"import {STUDIES}.{notebook.study}", name) if study else self.page(name)
+            for pattern in notebook.data:
+                matches = [path for path in self.root.glob(pattern) if path.is_file()]
+                if not matches:
+                    raise GraphError(f"data of [{name}] in notebooks/graph.toml: no file matches {pattern!r}")
+                found |= self._hashes(matches)
+            for needed in notebook.needs:
+                found[needed] = sha256(json.dumps(self.inputs(needed), sort_keys=True).encode())
+            self._inputs[name] = found
         return self._inputs[name]
 
-    def _hash_inputs(self, notebook: Notebook) -> dict[str, str]:
-        own = f"notebooks/{notebook.name}.ipynb"
-        sources = [[cell["cell_type"], "".join(cell["source"])] for cell in self.cells(notebook.name)]
-        found = {own: sha256(json.dumps(sources).encode())}
+    def page(self, name: str) -> dict[str, str]:
+        """What draws and prints the results of a notebook, with its sha256: its sources and the modules it imports."""
+        own = f"notebooks/{name}.ipynb"
+        sources = [[cell["cell_type"], "".join(cell["source"])] for cell in self.cells(name)]
+        code = _without_magics([code for kind, code in sources if kind == "code"])
+        return {own: sha256(json.dumps(sources).encode())} | self._code(code, own)
+
+    def of_study(self, study: str) -> Notebook:
+        """The notebook that shows a study."""
+        named = {notebook.study: notebook for notebook in self.notebooks.values()}
+        if study not in named:
+            raise unknown("study", study, named)
+        return named[study]
+
+    def _code(self, code: str, name: str) -> dict[str, str]:
         try:
-            files = self._modules.used_by(_without_magics([code for kind, code in sources if kind == "code"]), own)
+            return self._hashes(self._modules.used_by(code, name))
         except SyntaxError as error:
             raise GraphError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
-        for pattern in notebook.data:
-            matches = [path for path in self.root.glob(pattern) if path.is_file()]
-            if not matches:
-                raise GraphError(f"data of [{notebook.name}] in notebooks/graph.toml: no file matches {pattern!r}")
-            files.update(matches)
-        found |= {path.relative_to(self.root).as_posix(): sha256(path.read_bytes()) for path in sorted(files)}
-        for needed in notebook.needs:
-            found[needed] = sha256(json.dumps(self.inputs(needed), sort_keys=True).encode())
-        return found
+
+    def _hashes(self, files: Iterable[Path]) -> dict[str, str]:
+        return {path.relative_to(self.root).as_posix(): sha256(path.read_bytes()) for path in sorted(files)}
 
 
 def _ordered(notebooks: dict[str, Notebook]) -> Iterator[str]:
@@ -193,6 +218,9 @@ def main(arguments: list[str]) -> None:
     elif arguments[:1] == ["explain"] and len(arguments) == 2:
         outputs = [output for notebook in graph.notebooks.values() for output in notebook.outputs]
         raise unknown("output", arguments[1], outputs)
+    elif arguments[:1] == ["study"] and len(arguments) == 2:
+        notebook = graph.of_study(arguments[1])
+        print(json.dumps({"study": notebook.study, "csv": notebook.csv, "inputs": graph.inputs(notebook.name)}))
     else:
         sys.exit(__doc__)
 

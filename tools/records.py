@@ -53,11 +53,11 @@ class Variant:
     def stale(self, name: str, asked_for: bool = True, retrain: bool = False) -> str | None:
         """Why a notebook has to run, or None if what it would make is there, made on this machine from these inputs.
 
-        A notebook that is merely needed by what was asked for need not have run here: shipped files will do.
+        A notebook that is merely needed by what was asked for need not have run here: its CSVs will do.
         """
-        if not asked_for and self.shipped(name):
+        if not asked_for and self.computed(name):
             return None
-        record, inputs = self.record(name), self.graph.inputs(name)
+        record, inputs = self.record(name), self.inputs(name)
         if not record:
             return "not run here before"
         if record["inputs"] != inputs or record["parameters"] != dict(self.parameters):
@@ -73,19 +73,28 @@ class Variant:
                 return f"{output} is not what was made"
         return None
 
-    def shipped(self, name: str) -> bool:
-        """Whether the files that came with the repository were made from exactly these inputs."""
-        root, notebook = self.graph.root, self.graph[name]
-        if self.label != "paper" or not notebook.csv or not all((root / path).is_file() for path in notebook.outputs):
+    def inputs(self, name: str) -> dict[str, str]:
+        """Everything the outputs of a notebook depend on, with its sha256."""
+        return self.graph.inputs(name) | self.graph.page(name)
+
+    def computed(self, name: str) -> bool:
+        """Whether the CSVs of a notebook are there, made from what they depend on now: drawing them takes seconds.
+
+        Those that came with the repository count, too.
+        """
+        notebook = self.graph[name]
+        try:
+            sidecars = [json.loads((self.published / path).read_text()) for path in notebook.sidecars]
+            made = [sha256((self.published / sidecar["file"]).read_bytes()) for sidecar in sidecars]
+        except FileNotFoundError:
             return False
-        sidecars = (json.loads((root / path).read_text()) for path in notebook.sidecars)
-        return all(
-            sidecar["inputs"] == self.graph.inputs(name)
-            and sidecar["sha256"] == sha256((root / sidecar["file"]).read_bytes())
-            for sidecar in sidecars
-        )
+        recorded = [sidecar["sha256"] for sidecar in sidecars]
+        current = all(sidecar["inputs"] == self.graph.inputs(name) for sidecar in sidecars)
+        return bool(made) and made == recorded and current
 
     def minutes(self, name: str) -> float:
-        """How long a notebook takes: as long as last time, else as long as the table says."""
+        """How long a notebook takes: seconds if it only draws, else as long as last time, or as the table says."""
+        if self.computed(name):
+            return 0.1
         seconds = self.record(name).get("seconds")
         return seconds / 60 if seconds else self.graph[name].minutes.get(self.profile, 1.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -9,17 +11,35 @@ EPS = 1e-8
 
 
 def kd_loss(z_clean: torch.Tensor, z_rep: torch.Tensor, temperature: float = 2.0) -> torch.Tensor:
-    """KL(softmax(z_clean / T) || softmax(z_rep / T)) of logits [..., V], mean over the leading axes, no T^2 factor."""
+    """KL(softmax(z_clean / T) || softmax(z_rep / T)) of logits [..., V], mean over the leading axes, no T^2 factor.
+
+    Raises as `kd_per_token`.
+    """
     return kd_per_token(z_clean, z_rep, temperature).mean()
 
 
 def kd_per_token(z_clean: torch.Tensor, z_rep: torch.Tensor, temperature: float = 2.0) -> torch.Tensor:
-    """The same for each token: logits [..., V] -> [...] in nats (Hinton et al. 2015, without their T^2)."""
+    """The same for each token: logits [..., V] -> [...] in nats (Hinton et al. 2015, without their T^2).
+
+    A token that the teacher rules out (a logit of -inf) adds nothing, the limit of p log p. Raises `ValueError` for
+    logits of different shapes, and unless T is a positive number.
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a positive number, not {temperature!r}")
     if z_clean.shape != z_rep.shape:
         raise ValueError(f"teacher and student logits differ in shape: {tuple(z_clean.shape)}, {tuple(z_rep.shape)}")
     teacher = F.log_softmax(z_clean / temperature, dim=-1)
     student = F.log_softmax(z_rep / temperature, dim=-1)
+    impossible = teacher == -torch.inf
+    if impossible.any():
+        teacher, student = (x.masked_fill(impossible, 0.0) for x in (teacher, student))
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+
+def _check_shapes(*caches: torch.Tensor) -> None:
+    shapes = {tuple(x.shape) for x in caches}
+    if len(shapes) != 1:
+        raise ValueError(f"keys and values of one layer must be [B, G, T, d] alike, not {sorted(shapes)}")
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:
@@ -32,7 +52,9 @@ def identity_loss(
     """Normalised squared deviation of one layer's repaired from its clean cache, [B, G, T, d] each -> [B].
 
     (||K_rep - K||^2 + ||V_rep - V||^2) / (||K||^2 + ||V||^2 + 1e-8), Frobenius norms per sample.
+    Raises `ValueError` for different shapes.
     """
+    _check_shapes(k_clean, v_clean, k_rep, v_rep)
     deviation = _norm(k_rep - k_clean).square() + _norm(v_rep - v_clean).square()
     return deviation / (_norm(k_clean).square() + _norm(v_clean).square() + EPS)
 
@@ -48,8 +70,9 @@ def contraction_ratio(
     """rho of one layer, [B, G, T, d] each -> [B]: the error norm that repair leaves over the one that it found.
 
     (||K_rep - K|| + ||V_rep - V||) / (||K_corr - K|| + ||V_corr - V|| + 1e-8); below 1 repair contracts. A sample whose
-    corruption changed nothing has no ratio: mask it before averaging.
+    corruption changed nothing has no ratio: mask it before averaging. Raises `ValueError` for different shapes.
     """
+    _check_shapes(k_clean, v_clean, k_corr, v_corr, k_rep, v_rep)
     left = _norm(k_rep - k_clean) + _norm(v_rep - v_clean)
     found = _norm(k_corr - k_clean) + _norm(v_corr - v_clean)
     return left / (found + EPS)

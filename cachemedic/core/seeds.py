@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from operator import index
 
 import torch
 
 
 def generator(*name: int | str) -> torch.Generator:
     """A generator seeded by its name: equal names give equal draws, different names independent ones."""
-    digest = hashlib.sha256(json.dumps(name).encode()).digest()
+    digest = hashlib.sha256(json.dumps(name, default=index).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 MAP_COLUMNS = ["base", "layers", "heads", "type", "severity", "parameter", "share", "reach"]
+GRID = (0.1, 0.25, 0.5, 1.0)  # the calibrated severities, and 0, the identity
 Shape = tuple[int, int, int]  # L layers, G key/value heads, T positions of a cache
 
 
@@ -19,11 +20,12 @@ class SeverityMap:
     Calibration measures the rows: at `parameter`, on `share` of the positions, a type does the damage `severity` on a
     base of so many layers and key/value heads, and `reach` is the largest severity up to 1 that the type reaches there.
     A base is given by its name, or (None) as the only one whose caches have the shape. Raises `ValueError` where no
-    such base is calibrated.
+    such base is calibrated, and for a map that is cut or damaged: columns, numbers, or severities of `GRID` up to the
+    reach are missing.
     """
 
     def __init__(self, rows: pd.DataFrame) -> None:
-        self.rows = rows[MAP_COLUMNS]
+        self.rows = _checked(rows)
         self.reach = cache(self._reach)  # asked for every sample of a training step
         self.resolve = cache(self._resolve)
 
@@ -87,3 +89,24 @@ class SeverityMap:
                 f"or base= one of {known}"
             )
         return found
+
+
+def _checked(rows: pd.DataFrame) -> pd.DataFrame:
+    """The columns of a map, from the mildest severity on; `ValueError` unless it is whole."""
+    if missing := [name for name in MAP_COLUMNS if name not in rows]:
+        raise ValueError(f"a severity map needs the columns {', '.join(MAP_COLUMNS)}; {', '.join(missing)} are missing")
+    for row in rows[MAP_COLUMNS].itertuples(index=False):
+        numbers = pd.to_numeric(pd.Series(row[4:]), errors="coerce")
+        parameter, share = numbers[1:3]
+        known = pd.notna(row.type) and pd.notna(row.base) and row.layers >= 1 and row.heads >= 1
+        if not (known and 0 < numbers[0] <= numbers[3] <= 1 and 0 <= share <= 1 and 0 <= parameter < np.inf):
+            raise ValueError(f"row {', '.join(map(str, row))} of the severity map is damaged (columns {MAP_COLUMNS})")
+    rows = rows[MAP_COLUMNS].sort_values("severity", kind="stable")
+    for (base, kind), part in rows.groupby(["base", "type"]):
+        found, limit = part["severity"].tolist(), part["reach"].iloc[0]
+        needed = [s for s in GRID if s < limit] + [limit]
+        lacking = [s for s in needed if not np.isclose(found, s).any()]
+        if lacking or len(part[["layers", "heads", "reach"]].drop_duplicates()) > 1 or len(set(found)) < len(found):
+            what = f"has no row for severity {lacking[0]:g}" if lacking else "holds rows that do not belong together"
+            raise ValueError(f"the severity map {what} of {kind} on {base}: up to its reach, {limit:g}, one row each")
+    return rows

@@ -13,9 +13,10 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from transformers import Cache
+from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import BaseQuantizedLayer, DynamicLayer
 
+from cachemedic.core.integers import whole_number
 from cachemedic.core.severity_map import SeverityMap, Shape
 from cachemedic.corruption.severity import shipped_map
 from cachemedic.corruption.spec import CorruptionEvent, CorruptionSpec, draw_event
@@ -116,7 +117,7 @@ def corrupt_cache(cache: Cache, spec: CorruptionSpec, seed: int = 0, donor: Cach
         raise ValueError(f"the donor holds {len(donors)} layers, the cache {len(stored)}")
     batch, heads = stored[0][0].shape[:2]
     shape = (len(stored), heads, max(keys.shape[2] for keys, _ in stored))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(whole_number("seed", seed))
     events = [draw_event(spec, shape, generator) for _ in range(batch)]
     result = copy.copy(cache)
     result.layers = [copy.copy(layer) for layer in cache.layers]
@@ -131,6 +132,8 @@ def corrupt_cache(cache: Cache, spec: CorruptionSpec, seed: int = 0, donor: Cach
 
 def _stored(cache: Cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The keys and values [B, G, T, d] of every layer."""
+    if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache):
+        raise TypeError(f"only a DynamicCache can be corrupted, not {type(cache).__name__}; give the cache of one part")
     stored = []
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, DynamicLayer) or isinstance(layer, BaseQuantizedLayer):

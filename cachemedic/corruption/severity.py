@@ -14,21 +14,25 @@ from pathlib import Path
 import pandas as pd
 
 from cachemedic.core.files import write_atomically
-from cachemedic.core.severity_map import MAP_COLUMNS, SeverityMap
+from cachemedic.core.severity_map import GRID, MAP_COLUMNS, SeverityMap
+
+__all__ = ["GRID", "MAP", "MAP_COLUMNS", "SeverityMap", "shipped_map", "write_map"]
 
 MAP = Path(__file__).parent / "severity_map.csv"
-GRID = (0.1, 0.25, 0.5, 1.0)  # and 0, the identity
 
 
 @cache
 def shipped_map() -> SeverityMap:
-    """The map that ships for the embedded bases."""
-    return SeverityMap(pd.read_csv(MAP))
+    """The map that ships for the embedded bases. Raises `ValueError` if it is missing or damaged."""
+    try:
+        return SeverityMap(pd.read_csv(MAP))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{MAP} is missing or damaged, restore it with `git checkout`: {error}") from error
 
 
 def write_map(rows: pd.DataFrame) -> None:
     """Replaces the rows of the bases in `rows` in the shipped map."""
-    kept = [pd.read_csv(MAP)] if MAP.exists() else []
+    kept = [shipped_map().rows] if MAP.exists() else []
     merged = pd.concat([frame[~frame["base"].isin(rows["base"])] for frame in kept] + [rows[MAP_COLUMNS]])
     merged = merged.sort_values(["base", "type", "severity"], kind="stable")
     write_atomically(MAP, merged.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 
 from cachemedic.core.severity_map import SeverityMap, Shape
@@ -173,8 +174,11 @@ def _strength(spec: CorruptionSpec, shape: Shape) -> tuple[float, float, float]:
 
 
 def _checked_axis(name: str, value: Any) -> Axis:
-    if value == "all":
-        return "all"
+    if isinstance(value, str):
+        if value == "all":
+            return value
+    elif isinstance(value, np.ndarray | torch.Tensor):
+        value = value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0:
         if all(isinstance(i, Integral) and not isinstance(i, bool) and int(i) >= 0 for i in value):
             return tuple(int(i) for i in value)
@@ -187,7 +191,9 @@ def _checked_axis(name: str, value: Any) -> Axis:
 
 
 def _checked_time(value: Any) -> Any:
-    if value == "all_past":
+    if isinstance(value, np.ndarray | torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, str) and value == "all_past":
         return value
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0:
         mode, *numbers = value

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cachemedic.core.files import write_atomically
+from cachemedic.core.files import read_hashed, write_hashed
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_DOCSTRING = 80  # characters; shorter docstrings are mostly one-line boilerplate
@@ -95,10 +95,10 @@ def documentation(split: str, progress: bool = True) -> tuple[str, ...]:
     documents: list[str] = []
     packages = DOCUMENTATION_SPLITS[split]
     for package in tqdm(packages, desc=f"documentation text ({split})", disable=not progress or None):
-        stored = CACHE_DIR / "text" / f"{package}-{_version(package)}.txt"
+        stored = CACHE_DIR / "text" / f"{package}-{_version(package)}.text"
         if not stored.exists():
-            write_atomically(stored, END_OF_TEXT.join(_docstrings(package)).encode())
-        documents += stored.read_text(encoding="utf-8").split(END_OF_TEXT)
+            write_hashed(stored, END_OF_TEXT.join(_docstrings(package)).encode())
+        documents += read_hashed(stored).decode().split(END_OF_TEXT)
     return tuple(documents)
 
 

@@ -106,5 +106,7 @@ def _divergence(task: TaskData, clean_logits: torch.Tensor, logits: torch.Tensor
     scored = task.target_mask
     log_p, log_q = (x[scored].float().log_softmax(-1) for x in (clean_logits, logits))
     total = torch.zeros(scored.shape)
-    total[scored] = (log_p.exp() * (log_p - log_q)).sum(-1)
+    terms = log_p.exp() * (log_p - log_q)
+    terms[log_p == -torch.inf] = 0.0  # a token that is ruled out adds nothing
+    total[scored] = terms.sum(-1)
     return (total.sum(1) / scored.sum(1)).numpy()

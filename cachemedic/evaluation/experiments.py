@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 from tqdm import tqdm
 
-from cachemedic.core.files import write_atomically
+from cachemedic.core.files import read_hashed, write_hashed
 from cachemedic.corruption.apply import MIXTURE_WEIGHTS
 from cachemedic.corruption.severity import GRID, shipped_map
 from cachemedic.corruption.spec import Axis, CorruptionSpec
@@ -70,7 +71,7 @@ def run_grid(
     kl, accuracy (NaN where not graded) and n_examples. Finished conditions are kept under `folder`, from where an
     interrupted grid goes on (None: not kept).
     """
-    shape, calibrated = (base.model.config.num_hidden_layers, _kv_heads(base), 0), base.severity_map or shipped_map()
+    shape, calibrated = (base.config.num_hidden_layers, _kv_heads(base), 0), base.severity_map or shipped_map()
     conditions = [(name, CorruptionSpec(NONE)) for name in tasks]
     for name in tasks:
         for corruption in types:
@@ -84,19 +85,19 @@ def run_grid(
         label = f"{Path(base.name).name}-{name}-{spec.type}-{spec.severity}.csv"
         path = None if folder is None else folder / label
         if path is not None and path.exists():
-            frames.append(pd.read_csv(path))
+            frames.append(pd.read_csv(io.BytesIO(read_hashed(path))))
             continue
         if name not in banks:
             banks = {name: clean_pass(base.model, tasks[name])}  # one at a time: a bank can be large
         frame = per_seed(evaluate(base.model, tasks[name], banks[name], spec, defenses), name, spec)
         if path is not None:
-            write_atomically(path, frame.to_csv(index=False).encode())
+            write_hashed(path, frame.to_csv(index=False).encode())
         frames.append(frame)
     return pd.concat(frames, ignore_index=True)
 
 
 def _kv_heads(base: Base) -> int:
-    config = base.model.config
+    config = base.config
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
+
+from cachemedic.core.files import file_digest
 
 CARD = "card.json"
 DEFINING = (  # what transformers reads from the folder of a base, where it is there
@@ -15,12 +16,6 @@ DEFINING = (  # what transformers reads from the folder of a base, where it is t
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-
-
-def file_digest(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def defining_digests(folder: Path) -> dict[str, str]:

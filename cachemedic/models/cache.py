@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 
 def stack_cache(cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
     """The stored keys and values of all layers, each [B, L, G, T, d] (a copy).
 
-    Raises `ValueError` if layers hold different shapes (sliding windows): corrupt or read such a cache layer by layer.
+    Raises `ValueError` if layers hold different shapes (sliding windows): corrupt or read such a cache layer by layer;
+    `TypeError` for the cache of a model with an encoder.
     """
+    if isinstance(cache, EncoderDecoderCache):
+        raise TypeError("an EncoderDecoderCache holds two caches: give its self_attention_cache")
     layers: list[Any] = cache.layers  # their classes share no type that has keys and values
     shapes = {tuple(layer.keys.shape) for layer in layers}
     if len(shapes) != 1:

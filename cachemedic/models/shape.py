@@ -21,14 +21,22 @@ class ModelShape:
     def of(cls, config: PreTrainedConfig) -> ModelShape:
         """Read from a Hugging Face configuration (of the text part of a multimodal model).
 
-        Raises `ValueError` for models with an encoder, and where keys and values are not of one width.
+        Raises `TypeError` for what is no configuration, `ValueError` for models with an encoder or without attention,
+        and where keys and values are not of one width, or not of the same in all layers.
         """
+        if not isinstance(config, PreTrainedConfig):
+            inside = getattr(config, "config", None)
+            hint = ": give model.config" if isinstance(inside, PreTrainedConfig) else ""
+            raise TypeError(f"a {type(config).__name__} is no configuration of a model{hint}")
         if config.is_encoder_decoder:
             raise ValueError(
                 f"{config.model_type} has an encoder, whose attention and the attention to it would be repaired too: "
                 "choose a model that is a decoder only"
             )
         config = config.get_text_config(decoder=True)
+        if getattr(config, "num_attention_heads", None) is None:
+            raise ValueError(f"{config.model_type} has no attention heads: choose a model with attention over a cache")
+        _check_layers_alike(config)
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         value_dim = getattr(config, "v_head_dim", None) or head_dim
@@ -47,3 +55,16 @@ class ModelShape:
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=head_dim,
         )
+
+
+def _check_layers_alike(config: PreTrainedConfig) -> None:
+    """Raise `ValueError` where layers have heads of their own sizes or numbers."""
+    if not getattr(config, "is_heterogeneous", False):
+        return
+    for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+        found = sorted({number for layer in config.per_layer_config if (number := getattr(layer, name, None))})
+        if len(found) > 1:
+            raise ValueError(
+                f"{config.model_type} has layers of different {name} ({', '.join(map(str, found))}): choose a model "
+                "whose layers are alike"
+            )

@@ -7,6 +7,8 @@ config        what defines an operator
 attention     what repair inside attention is given, and what it offers
 attach        attaches an operator to the attention of a model (`protect`)
 registry      the families by name
+shipped       the trained operators that come with the package
+weights/      these operators
 operator      what every family shares
 folded        the families A, B and C
 """

@@ -1,29 +1,31 @@
 """Attach a repair operator to the attention of a Hugging Face model, for as long as a `with` block lasts.
 
 Repair sits inside attention, after the cache has joined past and new keys and values and before the logits. It enters
-through the attention interface of transformers: one attention function and its mask function are registered for the
-implementation that the model uses, and call on to it. No model class is patched, so that every decoder that uses the
-interface is served; models and layers that are not protected pass straight through.
+through the attention interface of transformers: while any model is protected, each registered attention function stands
+behind one that repairs for the modules that are protected and calls on to it. Neither the model nor its configuration
+is marked, so that a copy of either is a copy like any other; models and layers that are not protected pass straight
+through.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator
+import inspect
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface, PreTrainedModel
 
+from cachemedic.models.attention import attention_modules
 from cachemedic.models.load import check_format
 from cachemedic.repair.attention import Attention, AttentionRepair, Gates
 
-PREFIX = "cachemedic_protected_"
+EAGER = "eager"
 
 
 @dataclass(eq=False)
@@ -43,21 +45,32 @@ class Protection:
 
     operator: AttentionRepair
     record_gates: bool
+    modules: frozenset[nn.Module]  # all of the model
     gates: dict[int, Gates] = field(default_factory=dict)
+    thread: int = field(default_factory=threading.get_ident)  # which entered the block, and is repaired for
 
 
 # The protections of an attention module, innermost last. Modules are not marked themselves: nothing to undo in them.
 _protections: dict[nn.Module, list[Protection]] = {}
-# The protections of each configuration (by id) that names a registered function: PREFIX and its own implementation.
-_redirected: dict[int, list[Protection]] = {}
+# The registered attention functions that a repairing one stands before, by name; None for "eager", which has no entry.
+_own: dict[str, Callable | None] = {}
+_changing = threading.Lock()  # what is above
+
+
+@cache
+def _eager_of(cls: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The function that an attention class takes for "eager": each modelling file of transformers has its own."""
+    forward = inspect.unwrap(cls.forward)
+    names = [name for name in forward.__code__.co_names if name.endswith("eager_attention_forward")]
+    if not names:
+        raise ValueError(f"{cls.__name__} comes without an eager_attention_forward; choose 'sdpa' for this model")
+    return forward.__globals__[names[0]]
 
 
 def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """The implementation named "eager": not registered, because each modelling file of transformers has its own."""
-    for cls in type(module).__mro__:
-        if attention := getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None):
-            return attention(module, *args, **kwargs)
-    raise ValueError(f"{type(module).__name__} comes without an eager_attention_forward; choose 'sdpa' for this model")
+    """The implementation named "eager", as the class of the module would have called it."""
+    attention_class: Any = type(module)  # mypy takes classes of modules for unhashable
+    return _eager_of(attention_class)(module, *args, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,71 +116,78 @@ def _attend(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The registered function: `attention`, repaired if the module is protected."""
+    """`attention` as the model would call it, repaired if the module is protected in this thread."""
+    own = _protections_of(module)
+    if not own:
+        # without a scaling of the model's the function has its own default: it gets what it was given, nothing added
+        options |= {} if scaling is None else {"scaling": scaling}
+        return attention(module, query, key, value, attention_mask, **options)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5  # the default of every implementation; wider heads must not change it
     repaired: Attention = _Own(attention, module, attention_mask, scaling, options)
-    for protection in _protections.get(module, ()):
+    for protection in own:
         repaired = _Repaired(repaired, protection, module.layer_idx)
-    return repaired(query, key, value)
+    output, weights = repaired(query, key, value)
+    return output.contiguous(), weights  # as the interface has it: some models view the output in another shape
 
 
-def _under_own_name(
-    implementation: str, attention: Callable, module: Any, *args: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    """Call flash attention, which looks its kernel up by the name in the configuration, under that name."""
-    name = module.config._attn_implementation
-    module.config._attn_implementation_internal = implementation
-    try:
-        return attention(module, *args, **kwargs)
-    finally:
-        module.config._attn_implementation_internal = name
+def _protections_of(module: nn.Module) -> list[Protection]:
+    """Those that this thread has entered. Raises `RuntimeError` where only other threads have."""
+    entered = _protections.get(module)
+    if not entered:
+        return []
+    if torch.compiler.is_compiling():  # threads share what is compiled, which cannot ask for their number
+        if any(protection.thread != entered[0].thread for protection in entered):
+            raise RuntimeError("several threads protect a compiled model: give each thread a model of its own")
+        return entered
+    thread = threading.get_ident()
+    own = [protection for protection in entered if protection.thread == thread]
+    if not own and not any(
+        protection.thread == thread and module in protection.modules
+        for layer in list(_protections.values())
+        for protection in layer
+    ):
+        raise RuntimeError(
+            f"layer {module.layer_idx} is protected in another thread, and not in this one: enter `protect` in the "
+            "thread that calls the model, or give each thread a model of its own"
+        )
+    return own
 
 
-def _register_repairing(implementation: str) -> str:
-    """Register the repairing form of an attention implementation; returns its name."""
-    name = PREFIX + implementation
-    attention = _eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
-    if "flash" in implementation:
-        attention = partial(_under_own_name, implementation, attention)
-    AttentionInterface.register(name, partial(_attend, attention))
-    # Without a mask function of the same name the model would get no mask and lose padding and causality.
-    if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
-    return name
+def _stand_before_all() -> None:
+    """Have every registered attention function repair for the modules that are protected."""
+    registered = AttentionInterface._global_mapping
+    for name in {*registered, EAGER} - set(_own):
+        _own[name] = registered.get(name)
+        registered[name] = partial(_attend, _own[name] or _eager)
 
 
-def _redirect(configs: Iterable[Any]) -> None:
-    """Have attention run through the repairing form of what each configuration names."""
-    for config in configs:
-        implementation = config._attn_implementation
-        if not implementation.startswith(PREFIX):
-            config._attn_implementation_internal = _register_repairing(implementation)
+def _step_aside() -> None:
+    """The inverse, once nothing is protected any more; what was registered meanwhile stays."""
+    registered = AttentionInterface._global_mapping
+    for name, own in _own.items():
+        if getattr(registered.get(name), "func", None) is not _attend:
+            continue
+        if own is None:
+            del registered[name]
+        else:
+            registered[name] = own
+    _own.clear()
 
 
-def _redirect_again(configs: Iterable[Any], module: nn.Module, args: tuple[Any, ...]) -> None:
-    """A forward pre-hook: `set_attn_implementation` within `protect` must not end the repair."""
-    _redirect(configs)
-
-
-def _attention_modules(model: PreTrainedModel, operator: AttentionRepair) -> list[Any]:
-    """The self-attention modules of the protected layers."""
-    if not (isinstance(model, PreTrainedModel) and model._can_set_attn_implementation()):
+def _check(model: PreTrainedModel, operator: AttentionRepair) -> list[Any]:
+    """The self-attention modules of the protected layers, of a model that can be protected by this operator."""
+    if not isinstance(model, PreTrainedModel):
+        raise _no_model(model)
+    if not model._can_set_attn_implementation():
         raise ValueError(
             f"{type(model).__name__} does not use the attention interface of transformers "
             "(transformers.AttentionInterface), through which repair enters; choose a model that does"
         )
     operator.check_model(model.config)
     check_format(model.dtype)
-    modules = [
-        module
-        for module in model.modules()
-        if getattr(module, "layer_idx", None) in operator.layers
-        and hasattr(module, "config")
-        and not getattr(module, "is_cross_attention", False)
-    ]
-    if missing := set(operator.layers) - {module.layer_idx for module in modules}:
-        raise ValueError(f"{type(model).__name__} has no attention module numbered {sorted(missing)} by `layer_idx`")
+    _check_mode(model)
+    modules = attention_modules(model, operator.layers)
     for module in modules:
         if (found := next(module.parameters()).device) != operator.device:
             raise ValueError(
@@ -176,51 +196,68 @@ def _attention_modules(model: PreTrainedModel, operator: AttentionRepair) -> lis
     return modules
 
 
+def _no_model(found: object) -> ValueError | TypeError:
+    """The error for something that is no model of transformers; of a wrapper it names the model inside."""
+    if isinstance(found, nn.Module):
+        for name, module in found.named_modules():
+            if isinstance(module, PreTrainedModel):
+                return ValueError(
+                    f"{type(found).__name__} wraps the model that can be protected: give the {type(module).__name__} "
+                    f"inside, `.{name}`"
+                )
+    return TypeError(f"protect takes a model of transformers (PreTrainedModel), not a {type(found).__name__}")
+
+
+def _check_mode(model: nn.Module) -> None:
+    """Raise `ValueError` in training mode: with dropout on, no two passes of a model see the same cache."""
+    if model.training:
+        raise ValueError(f"{type(model).__name__} is in training mode: call model.eval() before it is protected")
+
+
 @contextmanager
 def protect(model: PreTrainedModel, operator: AttentionRepair, record_gates: bool = False) -> Iterator[Protection]:
     """Within, `model` reads its cache through `operator`: in a forward pass, a prefill, a decoding step, `generate()`.
 
-    On exit, also after an exception, the model is what it was before. An attention implementation that is set within is
-    repaired too from the next forward pass on, and stays after the exit; `model.set_attn_implementation("eager")`, also
-    for a model that is eager already, is what transformers wants before `config.output_attentions = True`.
+    On exit, also after an exception, the model is what it was before; an attention implementation that is set within is
+    repaired too, and stays. Copies made within (`copy.deepcopy`, `torch.save`) are not protected.
 
     Protections nest, and may end in any order; where two protect one layer, the inner one repairs what the outer one
     returns. With `record_gates` the yielded protection holds the gates of the last forward pass:
     `protection.gates[layer] == (a_k, a_v)`.
 
+    A protection holds for the thread that entered it. Another thread may protect the same model for itself; without
+    that, its forward passes raise `RuntimeError` meanwhile. Compiled models cannot tell threads apart: call them from
+    one thread.
+
     Families D and E repair what is stored, and take the cache that can: `past_key_values=SketchCache(model, operator)`.
 
     Raises:
-        ValueError: if the model does not use the attention interface or computes in another format than those of
-            `load_base`, or if the operator is for another model or device.
+        TypeError: if `model` is no model of transformers.
+        ValueError: if the model is wrapped or in training mode, does not use the attention interface or computes in
+            another format than those of `load_base`, if a layer does not attend, or if the operator is for another
+            model or device.
     """
-    modules = _attention_modules(model, operator)
-    protection = Protection(operator, record_gates)
-    configs = {id(module.config): module.config for module in modules}
-    _redirect(configs.values())
-    for key in configs:
-        _redirected.setdefault(key, []).append(protection)
-    for module in modules:
-        _protections.setdefault(module, []).append(protection)
+    modules = _check(model, operator)
+    protection = Protection(operator, record_gates, frozenset(model.modules()))
+    with _changing:
+        for module in modules:
+            _protections.setdefault(module, []).append(protection)
+        _stand_before_all()
     hooks, watch = [], Watch()
     # A head calls the base model or, in OPT, a part of it; a caller may leave the head out.
-    for module in {model, model.base_model}:
-        hooks.append(module.register_forward_pre_hook(partial(_redirect_again, list(configs.values()))))
-        for cls, before in FORWARD_HOOKS.items():
-            if isinstance(operator, cls):
-                hooks.append(module.register_forward_pre_hook(partial(before, operator, watch), with_kwargs=True))
+    for cls, before in FORWARD_HOOKS.items():
+        for module in {model, model.base_model} if isinstance(operator, cls) else ():
+            hooks.append(module.register_forward_pre_hook(partial(before, operator, watch), with_kwargs=True))
     try:
         yield protection
     finally:
         watch.active = False
         for hook in hooks:
             hook.remove()
-        for module in modules:
-            _protections[module].remove(protection)
-            if not _protections[module]:
-                del _protections[module]
-        for key, config in configs.items():
-            _redirected[key].remove(protection)
-            if not _redirected[key]:
-                del _redirected[key]
-                config._attn_implementation_internal = config._attn_implementation.removeprefix(PREFIX)
+        with _changing:
+            for module in modules:
+                _protections[module].remove(protection)
+                if not _protections[module]:
+                    del _protections[module]
+            if not _protections:
+                _step_aside()

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from operator import index
 from typing import Any
 
 from cachemedic.core.errors import nearest_valid
+from cachemedic.core.integers import whole_number, whole_numbers
 from cachemedic.models.shape import ModelShape
 
 APPLY_TO = ("K", "V", "KV")
-
-
-def _whole(name: str, value: Any) -> int:
-    """`value` as a plain int; raises `TypeError` unless it is an integer of some kind."""
-    try:
-        return int(index(value))
-    except TypeError:
-        raise TypeError(f"{name} must be a whole number, not {value!r}") from None
 
 
 @dataclass(frozen=True)
@@ -39,9 +31,9 @@ class OperatorConfig:
 
     def __post_init__(self) -> None:
         # NumPy's integers would be refused by JSON
-        object.__setattr__(self, "layers", tuple(_whole("a layer", layer) for layer in self.layers))
+        object.__setattr__(self, "layers", whole_numbers("layers", self.layers))
         for name in ("rank", "runs"):
-            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         if self.apply_to not in APPLY_TO:
             raise nearest_valid("apply_to", self.apply_to, APPLY_TO)
         if not self.layers or len(set(self.layers)) != len(self.layers):

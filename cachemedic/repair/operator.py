@@ -6,8 +6,6 @@ the frozen model over R * B rows, run-major: row = run * B + sample. One run, R 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -21,15 +19,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cachemedic.core.errors import nearest_valid
-from cachemedic.core.files import replace_together
+from cachemedic.core.files import digest, read_sealed, replace_together, seal
+from cachemedic.core.integers import whole_number, whole_numbers
 from cachemedic.defenses.defense import Defense
 from cachemedic.models.shape import ModelShape
 from cachemedic.repair.attach import protect
 from cachemedic.repair.attention import Attention, Gates
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.registry import family_class
+from cachemedic.repair.shipped import CONFIG, operator_folder
 
-WEIGHTS, CONFIG, STATISTICS = "operator.safetensors", "config.json", "statistics.json"
+WEIGHTS, STATISTICS = "operator.safetensors", "statistics.json"
 UNNAMED = "unnamed"  # statistics of folders that were written before their `config.json` named them
 
 
@@ -75,18 +75,21 @@ class RepairOperator(nn.Module, Defense, ABC):
 
         Raises:
             ValueError: for an unknown family or option, or a value that the model does not allow.
-            TypeError: for a layer or a rank that is no integer.
+            TypeError: for a layer, a rank or a seed that is no integer, or a model in place of its configuration.
         """
         cls = family_class(family)
         for name in options:
             if name not in cls.default_options:
                 raise nearest_valid(f"option of operator family {family}", name, cls.default_options)
-        seeds = list(range(seed, seed + runs)) if isinstance(seed, int) else list(seed)
+        if isinstance(seed, Iterable):
+            seeds = list(whole_numbers("seed", seed))
+        else:
+            seeds = [whole_number("seed", seed) + run for run in range(whole_number("runs", runs))]
         if len(seeds) != runs:
             raise ValueError(f"seed holds {len(seeds)} numbers for {runs} runs; give one number a run, or a single one")
         config = OperatorConfig(
             family=family,
-            layers=tuple(sorted(layers)),
+            layers=tuple(sorted(whole_numbers("layers", layers))),
             rank=rank,
             apply_to=apply_to,
             runs=runs,
@@ -194,34 +197,35 @@ class RepairOperator(nn.Module, Defense, ABC):
         none.
         """
         weights = safetensors.torch.save({name: p.detach().contiguous() for name, p in self.named_parameters()})
-        record = self.config.as_json() | {"sha256": hashlib.sha256(weights).hexdigest()}
+        record = self.config.as_json() | {"sha256": digest(weights)}
         beside = self._files_beside()
         if STATISTICS in beside:
             statistics = beside[STATISTICS]
-            record["statistics"] = None if statistics is None else hashlib.sha256(statistics).hexdigest()
-        config = (json.dumps(record, indent=2) + "\n").encode()
-        replace_together(Path(folder), beside | {WEIGHTS: weights, CONFIG: config}, last=CONFIG)
+            record["statistics"] = None if statistics is None else digest(statistics)
+        replace_together(Path(folder), beside | {WEIGHTS: weights, CONFIG: seal(record)}, last=CONFIG)
 
     @staticmethod
-    def from_pretrained(folder: str | Path) -> RepairOperator:
-        """Read what `save_pretrained` wrote (on the CPU).
+    def from_pretrained(name_or_folder: str | Path) -> RepairOperator:
+        """Read what `save_pretrained` wrote, or an operator that ships, by a name like "E/embedded-gpt2" (on the CPU).
+
+        The names are those of `cachemedic.repair.shipped.shipped_operators()`.
 
         Raises:
-            FileNotFoundError: if the weights or `config.json` are missing.
-            ValueError: if a file is damaged or they do not belong together.
+            FileNotFoundError: if there is no such folder, or the weights or `config.json` are missing in it.
+            ValueError: for an unknown name, if a file is damaged, or if the files do not belong together.
         """
-        folder = Path(folder)
+        folder = operator_folder(name_or_folder)
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} is no saved operator: it has no file {name}")
+        record = read_sealed(folder / CONFIG)
         try:
-            record = json.loads((folder / CONFIG).read_text())
             expected, statistics = record.pop("sha256"), record.pop("statistics", UNNAMED)
             config = OperatorConfig.from_json(record)
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / CONFIG} is damaged: {error!r}") from error
         weights = (folder / WEIGHTS).read_bytes()
-        found = hashlib.sha256(weights).hexdigest()
+        found = digest(weights)
         if found != expected:
             raise ValueError(
                 f"{folder / WEIGHTS} is damaged or not of this {CONFIG}: sha256 {found[:16]} is not {expected[:16]}"
@@ -234,7 +238,7 @@ class RepairOperator(nn.Module, Defense, ABC):
             raise ValueError(
                 f"the weights in {folder} do not have the shapes that its {CONFIG} defines: {found_shapes}"
             )
-        operator = cls(config, parameters)
+        operator = cls(config, {name: parameters[name] for name in fresh})  # in the order of a new operator
         operator._read_beside(folder, statistics)
         return operator
 

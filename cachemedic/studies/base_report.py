@@ -124,7 +124,7 @@ def unigram_log_probabilities(base: Base, documents: Sequence[str], tokens: int,
         ids += base.tokenizer(documents[i], add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= tokens:
             break
-    counts = 1 + torch.bincount(torch.tensor(ids[:tokens]), minlength=base.model.config.vocab_size).double()
+    counts = 1 + torch.bincount(torch.tensor(ids[:tokens]), minlength=base.config.vocab_size).double()
     return (counts / counts.sum()).log()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pandas as pd
 import torch
@@ -20,8 +20,9 @@ from cachemedic.models.load import Base
 from cachemedic.models.shape import ModelShape
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.family_study import folded
-from cachemedic.studies.report import Run
+from cachemedic.studies.run import Run
 from cachemedic.token.calibration import vectors_of
+from cachemedic.token.operator import TokenAware
 from cachemedic.token.scrub import Scrubber
 from cachemedic.training.config import TrainConfig
 from cachemedic.training.trainer import load_or_train
@@ -46,6 +47,12 @@ def trained(
         name: load_or_train(base, config, run.trained, run.work, run.retrain or retrain)
         for name, config in configs.items()
     }
+
+
+def scrubbers(base: Base, configs: Mapping[Name, TrainConfig], run: Run, retrain: bool = False) -> dict[Name, Scrubber]:
+    """What reads a damaged cache with each of the `trained` operators of families D and E."""
+    operators = trained(base, configs, run, retrain).items()
+    return {name: Scrubber(base.model, cast(TokenAware, operator)) for name, operator in operators}
 
 
 def linear_operators(base: Base, seeds: Sequence[int], run: Run, smoke: bool) -> dict[str, RepairOperator]:

@@ -30,7 +30,7 @@ def token_aware_config(
     bank = BankConfig(samples=16 * len(seeds), decoded=4) if smoke else BankConfig(samples=1280, decoded=16)
     return TrainConfig(
         family=family,
-        layers=tuple(range(base.model.config.num_hidden_layers)),
+        layers=tuple(range(base.config.num_hidden_layers)),
         objectives=(RepairObjective(lambda_contr=0.05, alpha_contr=0.0),),
         seeds=tuple(seeds),
         mixture=Mixture(severities=SEVERITIES),
@@ -54,7 +54,7 @@ def folded(base: Base, seeds: Sequence[int], smoke: bool = False) -> dict[str, T
     return {
         family: TrainConfig(
             family=family,
-            layers=tuple(range(base.model.config.num_hidden_layers)),
+            layers=tuple(range(base.config.num_hidden_layers)),
             objectives=(RepairObjective(), RepairObjective(lambda_contr=0.0)),
             seeds=tuple(seeds),
             bank=bank,

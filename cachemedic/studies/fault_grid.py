@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from cachemedic.core.files import write_atomically
+from cachemedic.core.files import read_hashed, write_hashed
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.corruption.types import NONE
 from cachemedic.data.task_data import TaskData
@@ -62,8 +63,8 @@ def run_faults(
             means = rows.groupby(["reader", "seed"], sort=False)[["nll", "nll_clean", "kl", "failed"]].mean()
             means["n_examples"] = rows.groupby(["reader", "seed"], sort=False).size()
             means = means.reset_index().assign(type=spec.type, parameter=spec.parameter or 0.0)
-            write_atomically(path, means.to_csv(index=False).encode())
-        frames.append(pd.read_csv(path))
+            write_hashed(path, means.to_csv(index=False).encode())
+        frames.append(pd.read_csv(io.BytesIO(read_hashed(path))))
     return pd.concat(frames, ignore_index=True)
 
 

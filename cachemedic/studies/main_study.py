@@ -37,7 +37,7 @@ class MainResult:
 
 def settings(base: Base) -> dict[str, tuple[tuple[int, ...], str]]:
     """The two settings of the main results: protected layers, and which layers faults hit ("all", or "protected")."""
-    depth = base.model.config.num_hidden_layers
+    depth = base.config.num_hidden_layers
     return {
         "standard": (tuple(range(depth)), "all"),
         "protected block": (block(depth, min(BLOCK_SIZE, depth), "mid"), "protected"),

@@ -21,7 +21,8 @@ import pandas as pd
 
 from cachemedic.core.errors import nearest_valid
 from cachemedic.core.files import write_atomically
-from cachemedic.studies.report import ROOT
+from cachemedic.studies.result_files import read_result
+from cachemedic.studies.run import ROOT
 
 DECLARATION = Path("paper/numbers.toml")
 OVER: Mapping[str, Callable[[pd.Series], float]] = {
@@ -101,11 +102,7 @@ class Claim:
     shown: tuple[str, ...] = ()
 
 
-@cache
-def _read(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; `make reproduce` makes it")
-    return pd.read_csv(path)
+_read = cache(read_result)
 
 
 def _typeset(value: float, spec: str) -> str:

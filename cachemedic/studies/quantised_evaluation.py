@@ -13,7 +13,7 @@ from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.evaluation.decoding import CleanBank, batches, decode_through, tokens_of
 from cachemedic.models.load import Base
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.studies.report import Run
+from cachemedic.studies.run import Run
 from cachemedic.studies.sweeps import defense_of
 from cachemedic.training.bank import open_bank
 from cachemedic.training.config import Objective, TrainConfig

@@ -22,7 +22,7 @@ from cachemedic.core.files import write_atomically
 from cachemedic.data.text_source import TextSource
 from cachemedic.models.load import load_base
 from cachemedic.studies.base_report import Effort, measure
-from cachemedic.studies.report import ROOT, Run
+from cachemedic.studies.run import ROOT, Run
 
 SEEDS = (0, 1, 2, 3)
 EFFORT = Effort(perplexity=60, sentiment=218, needle=10, windows=48)  # 4 x 218: all reviews of the SST-2 split

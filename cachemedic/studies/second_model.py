@@ -17,7 +17,7 @@ from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.evaluation.experiments import calibration_of, standard_tasks
 from cachemedic.models.load import EMBEDDED, Base
 from cachemedic.studies.main_study import best_blind
-from cachemedic.studies.report import Run
+from cachemedic.studies.run import Run
 from cachemedic.studies.sweeps import standard_config
 from cachemedic.training.bank import BankConfig
 from cachemedic.training.config import TrainConfig

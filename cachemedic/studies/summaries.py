@@ -7,16 +7,21 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import pandas as pd
 
-from cachemedic.corruption.types import NONE
 from cachemedic.evaluation import statistics as stats
-from cachemedic.evaluation.experiments import ID_COLUMNS
 
+NONE = "none"  # the type of the rows of a clean cache, and the reader without a defence
+CONDITION = ["task", "type", "severity", "reader"]  # with the seed, these columns name a row of a grid
 SCORES = {"perplexity": "1 / perplexity", "sentiment": "accuracy", "needle": "exact match"}
 
 
 def score(rows: pd.DataFrame) -> pd.Series:
     """The score of each row, higher is better: 1 / perplexity for the language model, else the accuracy."""
     return rows["accuracy"].where(rows["task"] != "perplexity", np.exp(-rows["nll"]))
+
+
+def types_of(rows: pd.DataFrame) -> list[str]:
+    """The corruption types of some rows, in their order, without that of the clean cache."""
+    return [kind for kind in rows["type"].unique() if kind != NONE]
 
 
 def robustness(grid: pd.DataFrame) -> pd.DataFrame:
@@ -36,8 +41,8 @@ def intervals(grid: pd.DataFrame) -> pd.DataFrame:
     """Mean and 95% t interval over seeds of score, NLL and KL for every task, type, severity and reader."""
     grid = grid.assign(score=score(grid))
     rows = []
-    for key, group in grid.groupby(ID_COLUMNS[:-1], sort=False):
-        row = dict(zip(ID_COLUMNS[:-1], key, strict=True))
+    for key, group in grid.groupby(CONDITION, sort=False):
+        row = dict(zip(CONDITION, key, strict=True))
         for name in ("score", "nll", "kl"):
             interval = stats.t_interval(group[name])
             row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
@@ -134,40 +139,6 @@ def in_order(rows: pd.DataFrame, column: str, names: Iterable[str]) -> pd.DataFr
     return rows.sort_values(column, key=lambda x: x.map(places), kind="stable", ignore_index=True)
 
 
-def brackets(rows: pd.DataFrame, name: str, digits: int = 3) -> pd.Series:
-    """Column `name` with its interval as text: `0.123 [0.101, 0.145]`."""
-    columns = (rows[name], rows[f"{name}_low"], rows[f"{name}_high"])
-    texts = [f"{x:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]" for x, low, high in zip(*columns, strict=True)]
-    return pd.Series(texts, rows.index)
-
-
-def results_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """`summary` rows for a reader of the paper.
-
-    Needs the columns base, setting, best_heuristic and bits_per_token (what a reader keeps of the cache), too.
-    """
-    conditions = pd.DataFrame({
-        "task": rows["task"],
-        "base": rows["base"].str.removeprefix("embedded-"),
-        "setting": rows["setting"],
-        "reader": rows["reader"].str.replace("_", " ") + np.where(rows["best_heuristic"], " *", ""),
-        "kept, bytes": (rows["bits_per_token"] / 8).round().astype(int),
-    })  # fmt: skip
-    return conditions.join(measures(rows))
-
-
-def measures(rows: pd.DataFrame) -> pd.DataFrame:
-    """What `summary` rows measure, each with its interval as text, and the numbers of seeds and examples."""
-    return pd.DataFrame({
-        "AUC": brackets(rows, "auc", 4),
-        "recovered NLL": brackets(rows, "recovery"),
-        "recovered KL": brackets(rows, "kl_recovery"),
-        "clean cost, % ppl": brackets(rows, "clean_regression", 2),
-        "seeds": rows["n_seeds"],
-        "examples": rows["n_examples"],
-    })  # fmt: skip
-
-
 def advantage(grid: pd.DataFrame, reference: str) -> pd.DataFrame:
     """What every reader undoes more than the reader `reference` does, as shares of the damage without a defence.
 
@@ -203,13 +174,3 @@ def means_over_seeds(rows: pd.DataFrame, keys: Sequence[str], columns: Sequence[
             row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
         result.append(row | {"n_seeds": len(of_seeds)})
     return pd.DataFrame(result)
-
-
-def contraction_table(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """rho of operator A by `keys` and type with its interval, beside its bounds (`contraction.measure_contraction`)."""
-    groups = rows.groupby([*keys, "type"], sort=False)
-    table = groups[["bound_rank", "bound_full", "rank_floor"]].mean()
-    table.insert(0, "rho of operator A", [str(stats.t_interval(part["rho"])) for _, part in groups])
-    table = table.reset_index().replace({"type": {"_": " "}, "base": {"embedded-": ""}}, regex=True)
-    names = {"bound_rank": "bound, rank 8", "bound_full": "bound, full rank", "rank_floor": "rank floor"}
-    return table.rename(columns=names)

@@ -42,7 +42,7 @@ def standard_config(
     if objective not in OBJECTIVES:
         raise nearest_valid("objective", objective, OBJECTIVES)
     if issubclass(family_class(family), FoldedOperator):
-        layers = tuple(range(base.model.config.num_hidden_layers))
+        layers = tuple(range(base.config.num_hidden_layers))
         bank = BankConfig(samples=(8 if smoke else SAMPLES) * len(seeds))
         steps, batch = (4, 4) if smoke else (steps, TrainConfig.batch)
         config = TrainConfig(family=family, layers=layers, seeds=tuple(seeds), bank=bank, steps=steps, batch=batch)
@@ -90,7 +90,7 @@ def defense_of(base: Base, operator: RepairOperator) -> Defense:
 
 
 def defenses_of(base: Base, operators: Mapping[str, RepairOperator]) -> dict[str, Defense]:
-    """`reader_of` for each operator."""
+    """`defense_of` for each operator."""
     return {name: defense_of(base, operator) for name, operator in operators.items()}
 
 

@@ -15,7 +15,7 @@ from cachemedic.corruption.types import NONE
 from cachemedic.evaluation import statistics as stats
 from cachemedic.models.load import Base
 from cachemedic.studies.quantised_evaluation import NEAREST
-from cachemedic.studies.summaries import brackets, summary
+from cachemedic.studies.summaries import summary
 from cachemedic.training.config import TrainConfig
 from cachemedic.training.trainer import GATE_LOG, Trainer
 from cachemedic.training.valence.objective import ValenceObjective
@@ -34,12 +34,6 @@ VARIANTS = {
     "shuffled weights": replace(VALENCE, weighting="shuffled"),
     "code excerpt": ValenceObjective.preset("excerpt"),
 }
-PARTS = {
-    "valence_terms": ("terms removed", ["valence", *[name for name in VARIANTS if name.startswith("without")]]),
-    "valence_lambda": ("strength of the weights", ["lambda 0 (uniform)", "lambda 5", "valence", "lambda 8"]),
-    "valence_controls": ("controls", ["valence", "shuffled weights", "lambda 0 (uniform)", "code excerpt"]),
-    "valence_gate": ("mercy gate", ["valence", "gate: rollouts", "gate: proxy"]),
-}
 
 
 def against(grid: pd.DataFrame, reference: str) -> pd.DataFrame:
@@ -57,20 +51,6 @@ def against(grid: pd.DataFrame, reference: str) -> pd.DataFrame:
     return summary(grid).merge(pd.DataFrame(rows, columns=columns), on=["task", "reader"])
 
 
-def difference_table(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """`against` rows for a reader of the paper."""
-    return pd.DataFrame({
-        "task": rows["task"],
-        "reader": rows["reader"],
-        "recovery (KL)": brackets(rows, "kl_recovery"),
-        "recovery (NLL)": brackets(rows, "recovery"),
-        "clean cost, %": brackets(rows, "clean_regression", 2),
-        f"KL less that of {reference}, 1e-3": brackets(1e3 * rows[["difference", "difference_low", "difference_high"]],
-                                                        "difference"),
-        "seeds": rows["n_seeds"],
-    })  # fmt: skip
-
-
 def gate_log(folders: Mapping[str, Path]) -> pd.DataFrame:
     """The checks of the mercy gate beside trained operators, by a name for each folder.
 
@@ -83,22 +63,6 @@ def gate_log(folders: Mapping[str, Path]) -> pd.DataFrame:
             seed = int(check["run_id"].split("/")[1].removeprefix("seed"))
             rows.append((name, seed, *(check[k] for k in ("step", "projected", "baseline", "blocked"))))
     return pd.DataFrame(rows, columns=["gate", "seed", "step", "projected", "baseline", "blocked"])
-
-
-def gate_table(checks: pd.DataFrame) -> pd.DataFrame:
-    """How often each gate was asked and blocked, and the mean ratio of projected to baseline valence by seed."""
-    ratio = checks.assign(ratio=checks["projected"] / checks["baseline"])
-    rows = []
-    for name, part in ratio.groupby("gate", sort=False):
-        interval = stats.t_interval(part.groupby("seed")["ratio"].mean())
-        rows.append({
-            "gate": name,
-            "checks": len(part),
-            "blocked": int(part["blocked"].sum()),
-            "projected / teacher": str(interval),
-            "lowest ratio": part["ratio"].min(),
-        })  # fmt: skip
-    return pd.DataFrame(rows)
 
 
 def bits_table(scores: pd.DataFrame) -> pd.DataFrame:
@@ -122,19 +86,6 @@ def bits_table(scores: pd.DataFrame) -> pd.DataFrame:
             row |= {"gain": gain.estimate, "gain_low": gain.low, "gain_high": gain.high}
         rows.append(row | {"n_seeds": len(part)})
     return pd.DataFrame(rows)
-
-
-def bits_for_paper(rows: pd.DataFrame) -> pd.DataFrame:
-    """`bits_table` rows for a reader of the paper."""
-    won = brackets(rows, "gain").where(rows["gain"].notna(), "--")
-    return pd.DataFrame({
-        "cache": rows["reader"],
-        "bytes a token": rows["bytes_per_token"].astype(int),
-        "perplexity": rows["perplexity"],
-        "NLL lost": brackets(rows, "lost"),
-        "won over nearest": won,
-        "seeds": rows["n_seeds"],
-    })  # fmt: skip
 
 
 @torch.no_grad()

@@ -14,33 +14,18 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.studies.report import ROOT
-
-Parameters = Mapping[str, Any]  # of the run that made a CSV, as its sidecar records them
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Rows of results/`csv`.csv that can be computed on their own.
-
-    what: which rows, in words; keys: the columns that name a row; tolerance: for each compared column the largest
-    difference, of values above 1 relative to them; compute: the rows anew, with the parameters of the sidecar.
-    """
-
-    csv: str
-    what: str
-    keys: tuple[str, ...]
-    tolerance: Mapping[str, float]
-    compute: Callable[[Parameters], pd.DataFrame]
+from cachemedic.studies.result_files import read_result
+from cachemedic.studies.run import ROOT, Run
+from cachemedic.studies.verify_sample import Sample
+from cachemedic.studies.verify_samples import SAMPLES
 
 
 @dataclass(frozen=True)
@@ -100,8 +85,13 @@ def compare(sample: Sample, committed: pd.DataFrame, computed: pd.DataFrame) -> 
 def check_sample(sample: Sample, results: Path) -> Iterator[Agreement]:
     """Computes a sample and compares it with what is under `results`."""
     parameters = json.loads((results / f"{sample.csv}.json").read_text())["parameters"]
-    committed = pd.read_csv(results / f"{sample.csv}.csv")
-    yield from compare(sample, committed, sample.compute(parameters))
+    try:
+        committed = read_result(results / f"{sample.csv}.csv")
+    except ValueError as error:
+        yield Agreement(sample.csv, "sha256", str(error), False)
+        return
+    run = Run(folder=results.parent, **parameters | {"device": "cpu"})
+    yield from compare(sample, committed, sample.compute(run))
 
 
 def report(agreements: Iterator[Agreement]) -> int:
@@ -114,8 +104,6 @@ def report(agreements: Iterator[Agreement]) -> int:
 
 
 def main() -> None:
-    from cachemedic.studies.verify_samples import SAMPLES  # here: they build on `Sample`
-
     print("Files, as their sidecars record them")
     failures = report(check_files(ROOT / "results")) + report(check_operators(ROOT / "trained"))
     for sample in SAMPLES:

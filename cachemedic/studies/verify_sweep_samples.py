@@ -7,42 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 
-from cachemedic.core.severity_map import SeverityMap
-from cachemedic.corruption.apply import Mixture
-from cachemedic.corruption.spec import Axis
-from cachemedic.data.tasks import perplexity_task
-from cachemedic.data.text import documentation
-from cachemedic.defenses.defense import Defense
-from cachemedic.defenses.heuristics import NoDefense
-from cachemedic.evaluation.decoding import clean_pass
-from cachemedic.evaluation.experiments import ID_COLUMNS, run_grid, standard_tasks
-from cachemedic.evaluation.stability import sensitivity
-from cachemedic.models.load import Base, load_base
-from cachemedic.repair.config import APPLY_TO
+from cachemedic.evaluation.experiments import ID_COLUMNS
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies import valence_report
-from cachemedic.studies.contraction import measure_contraction
+from cachemedic.studies.computing import contraction, kv_targets, leave_one_type_out, protected_layers, rank, stability
+from cachemedic.studies.computing import valence_weighted_kd as valence
 from cachemedic.studies.family_study import headline
-from cachemedic.studies.quantised_evaluation import quantised_scores
-from cachemedic.studies.report import ROOT
-from cachemedic.studies.summaries import Summarise, by_group, means_over_seeds, recovery_by_type, summary
-from cachemedic.studies.sweeps import (
-    block,
-    by_condition,
-    contraction_sweep,
-    defense_of,
-    defenses_of,
-    rank_sweep,
-    stacks,
-    standard_config,
-    with_and_without_contraction,
-)
-from cachemedic.studies.verify import Parameters, Sample
-from cachemedic.training.bank import BankConfig, open_bank
-from cachemedic.training.config import TrainConfig
+from cachemedic.studies.run import Run
+from cachemedic.studies.setting import base_of, shipped, text_grid
+from cachemedic.studies.summaries import Summarise, by_group, recovery_by_type, summary
+from cachemedic.studies.sweeps import by_condition, defense_of, defenses_of
+from cachemedic.studies.verify_sample import Sample
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.valence.quantiser import KVQuantiser, QuantiserConfig
 
@@ -51,144 +30,86 @@ ROUNDED = 1e-4  # of summaries: the committed grid has eight digits, and a recov
 SPARED = ("auc", "recovery", "kl_recovery", "clean_regression")
 
 
-def calibrated_base(name: str) -> Base:
-    """A base with the severities of the committed results."""
-    return load_base(name, severity_map=SeverityMap(pd.read_csv(ROOT / "results" / "severity_map.csv")))
-
-
-def _standard(parameters: Parameters, steps: int = 300) -> tuple[Base, TrainConfig]:
-    """The base, and the configuration that the conditions of a sweep vary."""
-    base, objective = calibrated_base(parameters["base"]), parameters.get("objective", "canonical")
-    return base, standard_config(base, parameters["family"], parameters["seeds"], False, steps, objective)
-
-
-def _shipped(base: Base, config: TrainConfig) -> RepairOperator:
-    return RepairOperator.from_pretrained(ROOT / "trained" / config.key(base))
-
-
-def _operators(base: Base, conditions: Mapping[str, TrainConfig]) -> dict[str, RepairOperator]:
-    """The shipped operators of a sweep, by condition."""
-    found: dict[str, RepairOperator] = {}
-    for config, names in stacks(base, conditions):
-        found |= by_condition(_shipped(base, config), names)
-    return found
-
-
-def _grid(
-    base: Base,
-    parameters: Parameters,
-    compared: Mapping[str, Defense],
-    kind: str,
-    n: int = 20,
-    layers: Axis = "all",
-    severity: float = 0.5,
-) -> pd.DataFrame:
-    """Language modelling with no defence and some readers: one type at one severity, and the clean cache."""
-    tasks = standard_tasks(base, "test", parameters["seeds"], {"perplexity": n})
-    return run_grid(base, tasks, {"none": NoDefense(), **compared}, None, layers, (kind,), (severity,))
-
-
-def contraction_rows(parameters: Parameters) -> pd.DataFrame:
+def contraction_rows(run: Run) -> pd.DataFrame:
     """The operator trained without the contraction term, and by it alone."""
-    base, standard = _standard(parameters, steps=200)
-    found = defenses_of(base, _operators(base, contraction_sweep(standard)))
-    chosen = {name: found[name] for name in ("lambda 0, alpha 0.8", "contraction alone")}
-    return _grid(base, parameters, chosen, "gaussian").assign(setting="standard, rank 8")
+    base = base_of(run)
+    found = shipped(run, base, contraction.conditions(run, base))
+    chosen = {name: found[name] for name in (contraction.WITHOUT, contraction.ALONE)}
+    return contraction.grid(run, base, contraction.STANDARD, chosen, **at("gaussian"))
 
 
-def contraction_rho(parameters: Parameters) -> pd.DataFrame:
+def contraction_rho(run: Run) -> pd.DataFrame:
     """rho of the operator trained by the contraction term alone, on all types."""
-    base, standard = _standard(parameters, steps=200)
-    alone = {"contraction alone": _operators(base, contraction_sweep(standard))["contraction alone"]}
-    bank = open_bank(base, BankConfig(split="test", samples=8 * len(standard.seeds)))
-    return measure_contraction(base, standard, alone, bank).assign(setting="standard, rank 8")
+    base = base_of(run)
+    found = shipped(run, base, contraction.conditions(run, base))
+    alone = {contraction.ALONE: found[contraction.ALONE]}
+    return contraction.rho(run, base, contraction.STANDARD, alone, severities=(0.5,))
 
 
-def rank_rows(parameters: Parameters) -> pd.DataFrame:
+def rank_rows(run: Run) -> pd.DataFrame:
     """All ranks."""
-    base, standard = _standard(parameters)
-    return _grid(base, parameters, defenses_of(base, _operators(base, rank_sweep(standard, [4, 8, 16]))), "quant_noise")
+    base = base_of(run)
+    return rank.grid(run, base, shipped(run, base, rank.conditions(run, base)), **at("quant_noise"))
 
 
-def protected_rows(parameters: Parameters) -> pd.DataFrame:
+def protected_rows(run: Run) -> pd.DataFrame:
     """Four layers in the middle, which alone are hit and repaired."""
-    base, standard = _standard(parameters, steps=60)
-    layers = block(base.model.config.num_hidden_layers, 4, "mid")
-    config = replace(standard, layers=layers, corrupted_layers="protected")
-    found = {"mid 4": defense_of(base, _shipped(base, config))}
-    rows = _grid(base, parameters, found, "gaussian", 12, layers, severity=1.0)
-    return rows.assign(hit="protected", layers="mid 4")
+    base, name = base_of(run), "mid 4"
+    config = protected_layers.conditions(run, base)[f"protected {name}"]
+    reader = defense_of(base, shipped(run, base, {name: config})[name])
+    return protected_layers.protected_grid(run, base, name, reader, **at("gaussian", 1.0))
 
 
-def left_out_rows(parameters: Parameters) -> pd.DataFrame:
+def left_out_rows(run: Run) -> pd.DataFrame:
     """Operators that never saw overwriting, and those that did, with and without the contraction term."""
-    base, standard = _standard(parameters, steps=100)
-    kind, standard = "contiguous_overwrite", replace(standard, rank=4)
-    terms = with_and_without_contraction(standard)
-    trained_on = {"all types": standard.mixture, "held out": standard.mixture.without(kind)}
-    configs = {
-        f"{name}, {term}": replace(config, mixture=mixture)
-        for name, mixture in trained_on.items()
-        for term, config in terms.items()
-    }
-    return _grid(base, parameters, defenses_of(base, _operators(base, configs)), kind).assign(held_out=kind)
+    base, kind = base_of(run), "contiguous_overwrite"
+    configs = leave_one_type_out.conditions(run, base)
+    own = {name: config for name, config in configs.items() if name.startswith((leave_one_type_out.SEEN, kind))}
+    return leave_one_type_out.grid(run, base, defenses_of(base, shipped(run, base, own)), kind, severities=(0.5,))
 
 
-def target_rows(parameters: Parameters) -> pd.DataFrame:
+def target_rows(run: Run) -> pd.DataFrame:
     """Repair of keys, of values and of both."""
-    base, standard = _standard(parameters)
-    configs = {target: replace(standard, apply_to=target) for target in APPLY_TO}
-    return _grid(base, parameters, defenses_of(base, _operators(base, configs)), "dropout_zero")
+    base = base_of(run)
+    return kv_targets.grid(run, base, shipped(run, base, kv_targets.conditions(run, base)), **at("dropout_zero"))
 
 
-def stability_rows(parameters: Parameters) -> pd.DataFrame:
+def stability_rows(run: Run) -> pd.DataFrame:
     """No defence, the operator and E under noise of a tenth of the cache's norm."""
-    base, standard = _standard(parameters, steps=200)
-    found = _operators(base, contraction_sweep(standard))["lambda 0.5, alpha 0.8"]
-    sketch = _shipped(base, headline(base, parameters["seeds"])["E"])
-    compared = {
-        "no defence": NoDefense(),
-        f"operator {standard.family}": defense_of(base, found),
-        "E, sketch": defense_of(base, sketch),
-    }
-    task = perplexity_task(base.tokenizer, documentation("test"), parameters["seeds"], 6, scored=8)
-    return sensitivity(base.model, task, clean_pass(base.model, task), compared, levels=(0.1,), draws=2)
+    base = base_of(run)
+    study = headline(base, run.parameters["seeds"])
+    found = shipped(run, base, {name: study[name] for name in ("D", "E")})
+    compared = stability.readers(run, base, shipped(run, base, stability.conditions(run, base)), found)
+    chosen = (stability.NO_DEFENCE, stability.operator_name(run), stability.SKETCH)
+    return stability.moved(run, base, {name: compared[name] for name in chosen}, levels=(0.1,))
 
 
-def _valence(parameters: Parameters) -> tuple[Base, TrainConfig]:
-    base, _ = _standard(parameters)
-    config = standard_config(base, parameters["family"], parameters["seeds"], False, 150, "valence")
-    return base, replace(config, batch=min(config.batch, 8))
+def objective_rows(run: Run) -> pd.DataFrame:
+    """The canonical and the valence objective, on language modelling."""
+    base = base_of(run)
+    config = valence.objectives(run, base)
+    stack = RepairOperator.from_pretrained(run.trained / config.key(base))
+    readers = defenses_of(base, by_condition(stack, list(valence.OBJECTIVES)))
+    return text_grid(run, base, readers, valence.examples(run)["perplexity"], **at("gaussian"))
 
 
-def objective_rows(parameters: Parameters) -> pd.DataFrame:
-    """The canonical and the valence objective."""
-    base, config = _valence(parameters)
-    stack = _shipped(base, replace(config, objectives=(RepairObjective(), valence_report.VALENCE)))
-    return _grid(base, parameters, defenses_of(base, by_condition(stack, ["canonical", "valence"])), "gaussian", 16)
-
-
-def quantised_rows(parameters: Parameters) -> pd.DataFrame:
+def quantised_rows(run: Run) -> pd.DataFrame:
     """The plain cache, and one of two bits with learned steps and repair."""
-    base, config = _valence(parameters)
-    few_bits = replace(
-        config,
-        objectives=(RepairObjective(),),
-        mixture=Mixture(clean_share=1.0),
-        steps=min(config.steps, 80),
-        batch=4,
-        lr=1e-2,
-        quantiser=QuantiserConfig(2),
-    )
-    quantiser = KVQuantiser.from_pretrained(ROOT / "trained" / few_bits.key(base))
-    task = standard_tasks(base, "test", parameters["seeds"], {"perplexity": 16})["perplexity"]
-    caches = {"16 bits": (None, None), "2 bits, learned steps + repair": (quantiser, _shipped(base, few_bits))}
-    return quantised_scores(base, task, clean_pass(base.model, task), caches)
+    base = base_of(run)
+    few_bits = replace(valence.quantised(run, base), objectives=(RepairObjective(),), quantiser=QuantiserConfig(2))
+    folder = run.trained / few_bits.key(base)
+    learned = KVQuantiser.from_pretrained(folder), RepairOperator.from_pretrained(folder)
+    return valence.scores(run, base, {"16 bits": (None, None), "2 bits, learned steps + repair": learned})
 
 
-def _from(csv: str, summarise: Summarise) -> Callable[[Parameters], pd.DataFrame]:
+def at(kind: str, severity: float = 0.5) -> dict[str, Any]:
+    """One type at one severity, for the grid of a study."""
+    return {"types": (kind,), "severities": (severity,)}
+
+
+def _from(csv: str, summarise: Summarise) -> Callable[[Run], pd.DataFrame]:
     """`summarise` of a committed grid."""
-    return lambda parameters: summarise(pd.read_csv(ROOT / "results" / f"{csv}.csv"))
+    return lambda run: summarise(run.read_csv(csv))
 
 
 def _repaired(summarise: Summarise) -> Summarise:
@@ -227,8 +148,7 @@ SWEEP_SAMPLES = (
            {"sensitivity": 1e-2, "distance": 1e-2}, stability_rows),
     Sample("stability_curves", "all rows, from the committed stability_sensitivity", ("reader", "noise"),
            bounded("sensitivity", "distance"),
-           _from("stability_sensitivity",
-                 lambda rows: means_over_seeds(rows, ["reader", "noise"], ["sensitivity", "distance"]))),
+           _from("stability_sensitivity", stability.curves)),
     Sample("valence_grid", "both objectives on noisy text", (*ID_COLUMNS,), NLL, objective_rows),
     Sample("quantised_cache", "16 bits, and 2 bits with learned steps and repair", ("reader", "seed"),
            {"nll": 2e-3, "nll_clean": 2e-3, "bytes_per_token": 0.0}, quantised_rows),

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from cachemedic.core.errors import nearest_valid
-from cachemedic.core.files import write_atomically
+from cachemedic.core.files import file_digest, read_sealed, seal, write_atomically
+from cachemedic.core.integers import whole_number
 from cachemedic.data.text import CACHE_DIR, DOCUMENTATION_SPLITS, sentiment_review, text_hash
 from cachemedic.data.text_source import EMBEDDED_TEXT, TextSource
 from cachemedic.data.windows import sample_windows
@@ -49,6 +50,8 @@ class BankConfig:
         if self.split.removesuffix(WITH_REVIEWS) not in DOCUMENTATION_SPLITS:
             allowed = [*DOCUMENTATION_SPLITS, *(name + WITH_REVIEWS for name in DOCUMENTATION_SPLITS)]
             raise nearest_valid("documentation split", self.split, allowed)
+        for name in ("samples", "prefix", "decoded", "seed"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         for name in ("samples", "prefix", "decoded"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -84,7 +87,8 @@ class Bank:
 def open_bank(base: Base, config: BankConfig, folder: Path = CACHE_DIR / "bank") -> Bank:
     """The bank of `config`, computed on first use and kept under `folder`; waits while another process computes it.
 
-    Raises `ValueError` if the windows pass the model's context or the text is too short, `OSError` if the disk is full.
+    Raises `ValueError` if the windows pass the model's context, the text is too short or a file of the bank is damaged,
+    `OSError` if the disk is full.
     """
     split = config.split.removesuffix(WITH_REVIEWS)
     documents = config.source.documents_of(split)
@@ -95,7 +99,7 @@ def open_bank(base: Base, config: BankConfig, folder: Path = CACHE_DIR / "bank")
         )
     key = json.dumps([config.defined(), base.name, str(base.model.dtype), weights_digest(base), text_hash(documents)])
     target = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
-    complete = target / "complete"
+    complete = target / "complete.json"
     if not complete.exists():
         target.mkdir(parents=True, exist_ok=True)
         # sweeps that run side by side share banks, and to begin one truncates its files; the lock of a process that was
@@ -104,9 +108,18 @@ def open_bank(base: Base, config: BankConfig, folder: Path = CACHE_DIR / "bank")
             if not complete.exists():  # nobody else completed it meanwhile
                 ids = sample_windows(base, documents, config.samples, config.prefix + config.decoded, config.seed)
                 _compute(base, ids, config.prefix, target)
-                write_atomically(complete, key.encode())
+                digests = {f"{name}.npy": file_digest(target / f"{name}.npy") for name in FIELDS}
+                write_atomically(complete, seal({"key": key, "sha256": digests}))
+    _check(target, read_sealed(complete)["sha256"])
     fields = {name: torch.from_numpy(np.load(target / f"{name}.npy", mmap_mode="c")) for name in FIELDS}
     return Bank(**fields)
+
+
+def _check(target: Path, expected: dict[str, str]) -> None:
+    """Raise `ValueError` for a file of the bank that is not what was written."""
+    for name, written in expected.items():
+        if not (target / name).is_file() or file_digest(target / name) != written:
+            raise ValueError(f"{target / name} is missing or damaged; delete {target} to have the bank computed anew")
 
 
 def weights_digest(base: Base) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cachemedic.core.integers import whole_number, whole_numbers
 from cachemedic.corruption.apply import Mixture
 from cachemedic.corruption.severity import shipped_map
 from cachemedic.models.load import Base
@@ -55,6 +56,10 @@ class TrainConfig:
     schedule: str = "constant"  # of the learning rate; "linear": falling to nothing at the last step
 
     def __post_init__(self) -> None:
+        for name in ("rank", "steps", "batch", "checkpoint_every"):  # NumPy's would give the operators another name
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        for name in ("layers", "seeds"):
+            object.__setattr__(self, name, whole_numbers(name, getattr(self, name)))
         if self.corrupted_layers not in ("all", "protected"):
             raise ValueError(f"corrupted_layers must be 'all' or 'protected', not {self.corrupted_layers!r}")
         if self.schedule not in ("constant", "linear"):

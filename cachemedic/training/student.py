@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
+from cachemedic.models.attention import attention_modules
 from cachemedic.models.load import decoder_layers
 
 SHARED_PREFIX = "cachemedic_shared_prefix"
@@ -83,19 +84,18 @@ def shared_prefix(
     bias [S, B, L', G, T] is added to the logits of the prefix.
     """
     AttentionInterface.register(SHARED_PREFIX, attend_shared_prefix)
-    modules: list[Any] = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")]
-    attention = {module.layer_idx: module for module in modules}
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    attention = attention_modules(model, range(first_layer, depth))
     before = model.config._attn_implementation
     model.config._attn_implementation = SHARED_PREFIX
     try:
-        for layer in range(first_layer, model.config.num_hidden_layers):
-            i = layer - first_layer
+        for i, module in enumerate(attention):
             added = None if bias is None else bias[:, :, i]
-            attention[layer].shared_prefix = (keys[:, :, i], values[:, :, i], added, conditions)
+            module.shared_prefix = (keys[:, :, i], values[:, :, i], added, conditions)
         yield
     finally:
         model.config._attn_implementation = before
-        for module in attention.values():
+        for module in attention:
             if hasattr(module, "shared_prefix"):
                 del module.shared_prefix
 

@@ -6,7 +6,6 @@ different seeds share none.
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from cachemedic.core.files import write_atomically
+from cachemedic.core.files import remove_leftovers, write_atomically
+from cachemedic.core.tensors import flattened, read_tensors, tensor_bytes, unflattened
 from cachemedic.corruption.severity import shipped_map
+from cachemedic.models.attention import attention_modules
 from cachemedic.models.load import Base
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.token.calibration import calibrate
@@ -34,7 +35,7 @@ from cachemedic.training.valence.objective import ValenceObjective
 from cachemedic.training.valence.projection import project, proxy
 from cachemedic.training.valence.quantiser import KVQuantiser
 
-GATE_LOG = "gate.jsonl"
+CHECKPOINT, GATE_LOG = "checkpoint.safetensors", "gate.jsonl"
 CALIBRATION = 64  # caches of the bank from which an untrained quantiser takes the ranges of channels
 
 
@@ -55,6 +56,7 @@ class Trainer:
             config.family, base.model.config, layers=config.layers, rank=config.rank, apply_to=config.apply_to,
             seed=seeds, runs=config.runs, **config.options,
         ).to(base.model.device)  # fmt: skip
+        attention_modules(base.model, range(config.first_layer, base.config.num_hidden_layers))  # students need all
         shape = self.operator.config.model
         cache_shape = (shape.num_layers, shape.num_kv_heads, config.bank.prefix)
         self.severity_map = base.severity_map or shipped_map()
@@ -152,10 +154,9 @@ class Trainer:
 
     def save(self) -> None:
         """Checkpoint: what is trained, optimiser, gate and step, whole or not at all."""
-        state = {"key": self.key, "step": self.step} | {k: part.state_dict() for k, part in self._state().items()}
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomically(self.folder / "checkpoint.pt", buffer.getvalue())
+        tensors, rest = flattened({name: part.state_dict() for name, part in self._state().items()})
+        record = {"key": self.key, "step": self.step, "state": rest}
+        write_atomically(self.folder / CHECKPOINT, tensor_bytes(tensors, record))
 
     def _state(self) -> dict[str, Any]:
         keeper = {} if self.keeper is None else {"gate": self.keeper}
@@ -166,17 +167,19 @@ class Trainer:
 
         Raises `ValueError` if the checkpoint is damaged or of another configuration or base.
         """
-        checkpoint, log = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
+        checkpoint, log = self.folder / CHECKPOINT, self.folder / "log.jsonl"
+        remove_leftovers(self.folder)
         if checkpoint.exists():
             try:
-                state = torch.load(io.BytesIO(checkpoint.read_bytes()), weights_only=True, map_location="cpu")
-            except Exception as error:  # of many kinds, according to where the damage is
-                raise ValueError(f"{checkpoint} is damaged; delete it to train from the start: {error}") from error
-            if state["key"] != self.key:
-                raise ValueError(f"{checkpoint} belongs to {state['key']}, not to {self.key}: choose another folder")
+                tensors, record = read_tensors(checkpoint)
+            except ValueError as error:
+                raise ValueError(f"{error}; delete it to train from the start") from error
+            if record["key"] != self.key:
+                raise ValueError(f"{checkpoint} belongs to {record['key']}, not to {self.key}: choose another folder")
+            state = unflattened(tensors, record["state"])
             for name, part in self._state().items():
                 part.load_state_dict(state[name])
-            self.step = state["step"]
+            self.step = record["step"]
         if log.exists():
             drop_after(log, self.step)
 
@@ -226,4 +229,4 @@ def _train(base: Base, config: TrainConfig, folder: Path, work: Path) -> None:
     if trainer.keeper is not None:
         write_atomically(folder / GATE_LOG, gate_lines(trainer.folder / "log.jsonl"))
     operator.save_pretrained(folder)
-    (trainer.folder / "checkpoint.pt").unlink()  # the log stays
+    (trainer.folder / CHECKPOINT).unlink()  # the log stays

@@ -213,3 +213,40 @@ def test_writing_replaces_the_rows_of_the_bases_it_has(tmp_path, monkeypatch):
     assert resolve("gaussian", 1.0, "a", severity.shipped_map())[0] == 0.5
     assert resolve("gaussian", 1.0, "b", severity.shipped_map())[0] == AT_FULL_SEVERITY["gaussian"]
     assert not list(tmp_path.glob(".*")), "nothing half-written is left"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda rows: rows.drop(columns="share"), "share are missing"),
+        (lambda rows: rows[rows["severity"] < 1], "has no row for severity 1 of .* on tiny"),
+        (lambda rows: rows[rows["severity"] != 0.25], "has no row for severity 0.25"),
+        (lambda rows: pd.concat([rows, rows.iloc[:1]]), "do not belong together"),
+        (lambda rows: rows.assign(share=[None, *rows["share"][1:]]), "row tiny, 3, 4, .* is damaged"),
+        (lambda rows: rows.assign(parameter=["x", *rows["parameter"][1:]]), "row tiny, 3, 4, .* is damaged"),
+        (lambda rows: rows.assign(type=[None, *rows["type"][1:]]), "row tiny, 3, 4, .* is damaged"),
+        (lambda rows: rows.assign(type=["gausian", *rows["type"][1:]]), "no row for severity 0.25 of gausian"),
+        (lambda rows: rows.assign(reach=[2.0, *rows["reach"][1:]]), "is damaged"),
+    ],
+)
+def test_a_map_that_is_cut_or_damaged_is_refused(spoil, message):
+    with pytest.raises(ValueError, match=message):
+        SeverityMap(spoil(linear_map()))
+
+
+def test_the_order_of_rows_does_not_matter():
+    resolved = []
+    for rows in (linear_map(), linear_map().iloc[::-1]):
+        calibrated = SeverityMap(rows)
+        resolved.append([resolve("gaussian", s, calibrated=calibrated) for s in (0.05, 0.3, 0.9)])
+    assert resolved[0] == resolved[1]
+
+
+def test_a_shipped_map_that_is_cut_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(severity, "MAP", tmp_path / "map.csv")
+    severity.shipped_map.cache_clear()
+    with pytest.raises(ValueError, match="map.csv is missing or damaged"):
+        severity.shipped_map()
+    severity.MAP.write_text("\n".join(linear_map().to_csv(index=False).splitlines()[:-1]))
+    with pytest.raises(ValueError, match="map.csv is missing or damaged.*no row for severity 1"):
+        severity.shipped_map()

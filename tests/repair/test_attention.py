@@ -197,9 +197,6 @@ def test_output_attentions_can_be_switched_on_within():
     ids, _ = padded_batch()
     with protect(model, operator_for(model)), torch.no_grad():
         expected = model(ids).logits
-        with pytest.raises(ValueError, match="Please set it to 'eager'"):
-            model.config.output_attentions = True
-        model.set_attn_implementation("eager")
         model.config.output_attentions = True
         output = model(ids)
     assert torch.equal(output.logits, expected)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from small_models import shaken
-from transformers import GPT2Config, LlamaConfig
+from transformers import Gemma4TextConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MambaConfig
 
+from cachemedic.core.files import seal
 from cachemedic.repair.operator import RepairOperator
 
 LLAMA = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3, vocab_size=50)
@@ -21,7 +22,7 @@ def test_saving_and_loading_keeps_every_bit(tmp_path, family):
     assert loaded.config == op.config
     assert type(loaded) is type(op)
     before, after = dict(op.named_parameters()), dict(loaded.named_parameters())
-    assert set(before) == set(after)
+    assert list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) and after[name].requires_grad for name in before)
 
 
@@ -31,6 +32,10 @@ def test_numpy_numbers_become_plain_ones(tmp_path):
     assert RepairOperator.from_pretrained(tmp_path).config == op.config
     for number in (*op.layers, op.rank):
         assert type(number) is int
+    for seed, plain in ((np.int64(3), 3), (np.arange(1, 3), [1, 2])):
+        created = [RepairOperator.create("A", LLAMA, [0], seed=s, runs=np.size(seed)) for s in (seed, plain)]
+        pairs = zip(*(op.parameters() for op in created), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_a_definition_that_json_cannot_hold_leaves_the_saved_operator(tmp_path):
@@ -44,7 +49,7 @@ def test_a_definition_that_json_cannot_hold_leaves_the_saved_operator(tmp_path):
 
 def test_damaged_or_foreign_checkpoints_are_refused(tmp_path):
     op = RepairOperator.create("A", LLAMA, [0, 2], rank=4)
-    with pytest.raises(FileNotFoundError, match="no file config.json"):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
         RepairOperator.from_pretrained(tmp_path / "nothing")
 
     op.save_pretrained(tmp_path)
@@ -55,14 +60,19 @@ def test_damaged_or_foreign_checkpoints_are_refused(tmp_path):
         RepairOperator.from_pretrained(tmp_path)
     weights.write_bytes(good)
 
-    config.write_text(json.dumps(record | {"rank": 5}))
+    for changed in ({"rank": 5}, {"layers": [1, 2]}, {"model": record["model"] | {"num_heads": 8}}, {"ranks": 4}):
+        config.write_text(json.dumps(record | changed))
+        with pytest.raises(ValueError, match="config.json is damaged: it is not as it was saved"):
+            RepairOperator.from_pretrained(tmp_path)
+    for text in ("{", "[]", "{}", "\x00"):
+        config.write_text(text)
+        with pytest.raises(ValueError, match="config.json is damaged"):
+            RepairOperator.from_pretrained(tmp_path)
+    config.write_bytes(seal(record | {"rank": 5}))
     with pytest.raises(ValueError, match="shapes"):
         RepairOperator.from_pretrained(tmp_path)
-    config.write_text(json.dumps(record | {"ranks": 4}))
+    config.write_bytes(seal(record | {"ranks": 4}))
     with pytest.raises(ValueError, match="did you mean 'rank'"):
-        RepairOperator.from_pretrained(tmp_path)
-    config.write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
         RepairOperator.from_pretrained(tmp_path)
 
     with pytest.raises(ValueError, match="gpt2"):
@@ -93,7 +103,32 @@ def test_bad_input_gives_one_clear_error(arguments, message):
         RepairOperator.create(**(defaults | arguments))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [({"layers": [0.5]}, "a layer .* not 0.5"), ({"rank": 2.0}, "rank")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": 2}, r"layers must be a list of whole numbers, such as \[0, 1\], not 2"),
+        ({"layers": "01"}, "layers must be a list"),
+        ({"seed": 0.5}, "seed must be a whole number"),
+        (
+            {"model_config": LlamaForCausalLM(LLAMA)},
+            "a LlamaForCausalLM is no configuration of a model: give model.config",
+        ),
+        ({"model_config": "gpt2"}, "a str is no configuration of a model"),
+        ({"layers": [0.5]}, "a number of layers must be a whole number, not 0.5"),
+        ({"rank": 2.0}, "rank"),
+    ],
+)
 def test_numbers_that_are_not_whole_are_refused(arguments, message):
     with pytest.raises(TypeError, match=message):
         RepairOperator.create(**({"family": "A", "model_config": LLAMA, "layers": [0]} | arguments))
+
+
+def test_models_without_attention_or_with_layers_of_their_own_sizes_are_refused():
+    with pytest.raises(ValueError, match="mamba has no attention heads"):
+        RepairOperator.create("A", MambaConfig(num_hidden_layers=2), [0])
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    kinds = ["sliding_attention", "full_attention"]
+    with pytest.raises(ValueError, match=r"gemma4_text has layers of different head_dim \(8, 16\)"):
+        RepairOperator.create("A", Gemma4TextConfig(**sizes, head_dim=8, global_head_dim=16, layer_types=kinds), [0])
+    alike = Gemma4TextConfig(**sizes, head_dim=8, global_head_dim=8, layer_types=kinds)
+    assert RepairOperator.create("A", alike, [0]).head_dim == 8

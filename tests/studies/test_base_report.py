@@ -13,8 +13,9 @@ from tiny import DOCUMENTS, VOCABULARY, tiny_model, tiny_tokenizer
 from cachemedic.data import text_source
 from cachemedic.data.tasks import perplexity_task
 from cachemedic.models.load import Base
-from cachemedic.studies import base_report, figures
+from cachemedic.studies import base_report
 from cachemedic.studies.base_report import BLOCK, Effort, proportion, scored_bytes, unigram_log_probabilities
+from cachemedic.studies.drawing import figures
 
 LONG = tuple(document * 6 for document in DOCUMENTS)
 SMALL = Effort(

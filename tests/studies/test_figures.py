@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from cachemedic.studies import figures
+from cachemedic.studies.drawing.quickstart import quickstart
 
 
 def test_quickstart_shows_every_reader_and_type() -> None:
@@ -14,7 +14,7 @@ def test_quickstart_shows_every_reader_and_type() -> None:
     rows = [(kind, reader, 0.5, 0.4, 0.7) for kind in kinds for reader in ("corrupted", "repaired")]
     grid = pd.DataFrame(rows, columns=["type", "reader", "kl", "kl_low", "kl_high"])
     token = {"clean": [0.9, 0.1], "corrupted": [0.2, 0.3], "repaired": [0.4, 0.3]}
-    figure = figures.quickstart(token, ["' river'", "'.'"], "first token", grid)
+    figure = quickstart(token, ["' river'", "'.'"], "first token", grid)
     left, right = figure.axes
     assert [bar.get_width() for bar in left.patches] == [0.9, 0.1, 0.2, 0.3, 0.4, 0.3]
     assert [label.get_text() for label in right.get_yticklabels()] == ["gaussian", "quant noise"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from toy_project import ROOT, Project
 
+from cachemedic.core.files import digest
 from cachemedic.studies.paper_numbers import Number, claims_page, load, macros
 
 PAPER = ROOT / "paper"
@@ -40,6 +41,7 @@ def arguments(command: str) -> set[str]:
 def results(tmp_path: Path) -> Path:
     rows = "base,reader,recovery,recovery_low,recovery_high,n\na,A,-0.0001,-0.25,0.5,1234\na,B,0.5,,,2\nb,A,1,1,1,3\n"
     (tmp_path / "demo.csv").write_text(rows)
+    (tmp_path / "demo.json").write_text(json.dumps({"sha256": digest(rows.encode())}))
     return tmp_path
 
 
@@ -79,7 +81,7 @@ def test_wrong_numbers_are_one_clear_error(results: Path, options: dict, message
 def test_names_and_keys_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'Rank8' cannot name a macro"):
         Number("Rank8", "demo", "recovery")
-    with pytest.raises(ValueError, match="none.csv does not exist; `make reproduce` makes it"):
+    with pytest.raises(ValueError, match="none.csv does not exist; `make results/none.csv` makes it"):
         Number("Demo", "none", "recovery").latex(tmp_path)
     declaration = '[[claim]]\nsays = ""\nsection = ""\ncsv = "demo"\n[claim.numbers]\nDemo = { column = "n", %s }\n'
     (tmp_path / "paper").mkdir()

@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 
 from cachemedic.studies.real_text import adopt
-from cachemedic.studies.report import Run
+from cachemedic.studies.report import Report
 from cachemedic.studies.verify import check_files
 
 
 def variant(folder):
-    run = Run("paper", folder)
+    run = Report("paper", folder)
     run.write_csv(pd.DataFrame({"x": [1.5]}), "second_model_grid")
     run.write_table(pd.DataFrame({"x": [1.5]}), "second_model", "Caption.")
     (folder / "figures").mkdir()

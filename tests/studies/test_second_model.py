@@ -18,7 +18,7 @@ from cachemedic.evaluation import severity_calibration
 from cachemedic.studies import main_study, second_model
 from cachemedic.studies.pretraining import train as base_training
 from cachemedic.studies.pretraining.recipes import RECIPES, recipe, training_text
-from cachemedic.studies.report import Run
+from cachemedic.studies.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = tuple(4 * document for document in DOCUMENTS)

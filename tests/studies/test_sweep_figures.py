@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cachemedic.studies import sweep_figures
+from cachemedic.studies.drawing import sweep_figures
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def test_contraction_shows_conditions_and_bounds_of_every_type():
     types = [*"uvwxyz"]
     rows = frame("type severity condition", types, [0.5, 1.0], ["on", "off"]).rename(columns={"x": "rho"})
     rows = with_bounds(rows.assign(**dict.fromkeys(sweep_figures.REFERENCES, 0.9)), "rho")
-    figure = sweep_figures.contraction(rows, ["off", "on"], types)
+    figure = sweep_figures.contraction(rows, ["off", "on"])
     assert [ax.get_title() for ax in figure.axes] == types
     assert len(figure.legends[0].get_texts()) == 2 + len(sweep_figures.REFERENCES)
     drawn = figure.axes[0].containers[0][0].get_ydata()
@@ -63,12 +63,12 @@ def test_protected_layers_has_a_row_of_panels_for_each_fault_setting():
 def test_stability_figures_hold_curves_and_maps():
     rows = with_bounds(frame("reader noise", ["none", "A"], [0.0, 0.1, 1.0]), "x", "y")
     rows = rows.rename(columns=lambda name: name.replace("y", "distance").replace("x", "sensitivity"))
-    left, right = sweep_figures.sensitivity(rows, ["none", "A"]).axes
+    left, right = sweep_figures.sensitivity(rows).axes
     assert left.containers[1][0].get_ydata().tolist() == pytest.approx([0.3, 0.4, 0.5])
     assert right.containers[0][0].get_ydata().tolist() == [1, 1, 1]
     maps = frame("reader layer head", ["none", "A"], [0, 1, 2], [0, 1]).rename(columns={"x": "gamma"})
     maps["gamma"] += 0.1
-    axes = sweep_figures.amplification_maps(maps, ["none", "A"]).axes
+    axes = sweep_figures.amplification_maps(maps).axes
     doublings = axes[3].images[0].get_array()
     assert doublings[1, 2] == pytest.approx(np.log2(1.2 / 0.6))  # head 1 of layer 2
     assert axes[3].get_title() == "over none"

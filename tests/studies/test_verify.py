@@ -11,8 +11,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cachemedic.studies.report import ROOT
-from cachemedic.studies.verify import Agreement, Sample, check_files, check_operators, check_sample, compare, report
+from cachemedic.studies.run import ROOT
+from cachemedic.studies.verify import Agreement, check_files, check_operators, check_sample, compare, report
+from cachemedic.studies.verify_sample import Sample
 from cachemedic.studies.verify_samples import SAMPLES
 
 
@@ -25,7 +26,7 @@ def results(tmp_path: Path) -> Path:
     """A folder with one CSV of three rows and its sidecar."""
     data = b"seed,nll,accuracy\n0,2.5,\n1,3.5,0.5\n2,200,1\n"
     (tmp_path / "demo.csv").write_bytes(data)
-    sidecar = {"sha256": hashlib.sha256(data).hexdigest(), "parameters": {"shift": 0.01}}
+    sidecar = {"sha256": hashlib.sha256(data).hexdigest(), "parameters": {"profile": "paper", "shift": 0.01}}
     (tmp_path / "demo.json").write_text(json.dumps(sidecar))
     return tmp_path
 
@@ -58,9 +59,9 @@ def test_a_damaged_operator_is_caught(tmp_path: Path) -> None:
 
 
 def test_rows_are_computed_with_the_recorded_parameters_and_compared(results: Path) -> None:
-    def computed(parameters) -> pd.DataFrame:
+    def computed(run) -> pd.DataFrame:
         frame = pd.read_csv(results / "demo.csv").iloc[::-1]  # in another order
-        return frame.assign(nll=frame["nll"] * (1 + parameters["shift"]))
+        return frame.assign(nll=frame["nll"] * (1 + run.parameters["shift"]))
 
     def sample(tolerance: float) -> Sample:
         return Sample("demo", "all rows", ("seed",), {"nll": tolerance, "accuracy": 0.0}, computed)
@@ -79,7 +80,7 @@ def test_rows_are_computed_with_the_recorded_parameters_and_compared(results: Pa
 )
 def test_missing_rows_and_values_disagree(results: Path, changed: dict, message: str) -> None:
     committed = pd.read_csv(results / "demo.csv")
-    sample = Sample("demo", "two rows", ("seed",), {"nll": 1e-3, "accuracy": 1e-3}, lambda parameters: committed)
+    sample = Sample("demo", "two rows", ("seed",), {"nll": 1e-3, "accuracy": 1e-3}, lambda run: committed)
     computed = committed.head(2)
     assert failed(compare(sample, committed, computed)) == []
     (line,) = failed(compare(sample, committed, computed.assign(**changed)))
@@ -88,7 +89,7 @@ def test_missing_rows_and_values_disagree(results: Path, changed: dict, message:
 
 def test_keys_have_to_name_one_row(results: Path) -> None:
     committed = pd.read_csv(results / "demo.csv")
-    sample = Sample("demo", "all rows", ("seed",), {"nll": 1e-3}, lambda parameters: committed)
+    sample = Sample("demo", "all rows", ("seed",), {"nll": 1e-3}, lambda run: committed)
     (line,) = failed(compare(sample, pd.concat([committed, committed]), committed))
     assert "seed do not name one row each" in line
 

@@ -206,3 +206,31 @@ def test_bad_weights_are_refused(options, message):
 def test_weights_of_another_number_of_runs_are_refused():
     with pytest.raises(ValueError, match="lambda_id holds 2 numbers for 3 runs"):
         RepairObjective(lambda_id=(1.0, 2.0))(step_outputs())
+
+
+def test_a_token_that_is_ruled_out_adds_nothing_to_the_divergence():
+    teacher, student = random(3, 2, 7), random(3, 2, 7, seed=1)
+    expected = kd_loss(teacher[..., 1:], student[..., 1:])
+    teacher[..., 0] = student[..., 0] = -torch.inf
+    student.requires_grad_()
+    loss = kd_loss(teacher, student)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected)
+    assert student.grad.isfinite().all()
+    ruled_out_by_the_teacher_alone = torch.cat([random(3, 2, 1), student.detach()[..., 1:]], -1)
+    assert kd_loss(teacher, ruled_out_by_the_teacher_alone).isfinite()
+    assert kd_loss(torch.cat([random(3, 2, 1), teacher[..., 1:]], -1), student).isposinf()
+
+
+@pytest.mark.parametrize("temperature", [0.0, -2.0, math.nan, math.inf])
+def test_temperatures_that_are_no_positive_number_are_refused(temperature):
+    with pytest.raises(ValueError, match="temperature must be a positive number"):
+        kd_loss(random(2, 7), random(2, 7), temperature)
+
+
+def test_losses_of_caches_that_do_not_belong_together_are_refused():
+    one, two = random(1, 2, 5, 4), random(2, 2, 5, 4)
+    with pytest.raises(ValueError, match=r"alike, not \[\(1, 2, 5, 4\), \(2, 2, 5, 4\)\]"):
+        identity_loss(two, two, one, one)
+    with pytest.raises(ValueError, match="alike"):
+        contraction_ratio(two, two, one, one, two, two)

@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
-from tiny_training import CONFIG, log_lines, parameters
+from tiny_training import CONFIG, log_lines, parameters, saved
 
 import cachemedic
 from cachemedic.training import trainer as train
@@ -56,7 +56,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(after, base, bank, tmp_path, monke
     with open(broken / "log.jsonl", "a") as log:
         log.write('{"run_id": "torn')
     Trainer(base, CONFIG, broken, bank).run()
-    first, second = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (tmp_path / "whole", broken))
+    first, second = (saved(f) for f in (tmp_path / "whole", broken))
     assert first["step"] == second["step"] == CONFIG.steps
     for name, value in first["operator"].items():
         assert torch.equal(value, second["operator"][name]), name
@@ -85,7 +85,7 @@ def test_a_diverged_run_is_an_error_that_keeps_the_checkpoint(base, bank, tmp_pa
     monkeypatch.setattr(trainer, "draw", poisoned)
     with pytest.raises(FloatingPointError, match=r"runs \[2, 3\] is not finite at step 4"):
         trainer.run()
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state = saved(tmp_path)
     assert state["step"] == 2
     assert all(p.isfinite().all() for p in state["operator"].values())
 
@@ -98,9 +98,9 @@ def test_a_checkpoint_of_another_training_is_refused(base, bank, tmp_path):
 
 def test_a_damaged_checkpoint_is_refused(base, bank, tmp_path):
     Trainer(base, replace(CONFIG, steps=1), tmp_path, bank).run()
-    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint = tmp_path / "checkpoint.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-500])
-    with pytest.raises(ValueError, match=r"checkpoint.pt is damaged; delete it"):
+    with pytest.raises(ValueError, match=r"checkpoint.safetensors is damaged.*; delete it"):
         Trainer(base, replace(CONFIG, steps=1), tmp_path, bank).run()
 
 

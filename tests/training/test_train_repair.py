@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_models import shaken
 from tiny import DOCUMENTS
-from tiny_training import CONFIG, linear_map, log_lines, parameters, tiny_bank, tiny_base
+from tiny_training import CONFIG, linear_map, log_lines, parameters, saved, tiny_bank, tiny_base
 
 from cachemedic.core.divergence import contraction_ratio, identity_loss
 from cachemedic.core.severity_map import SeverityMap
@@ -152,7 +152,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(family, base, bank, tmp_path, monk
         broken.run()
     Trainer(base, config, tmp_path / "broken", bank).run()
     folders = tmp_path / "whole", tmp_path / "broken"
-    first, second = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in folders)
+    first, second = (saved(folder) for folder in folders)
     assert first["step"] == second["step"] == config.steps
     for part in ("operator", "optimizer"):
         torch.testing.assert_close(first[part], second[part], rtol=0, atol=0)

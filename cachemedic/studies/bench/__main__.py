@@ -14,7 +14,7 @@ import torch
 from cachemedic.core.errors import nearest_valid
 from cachemedic.models.load import load_base
 from cachemedic.studies.bench import augmented, decode, scrub, training
-from cachemedic.studies.report import ROOT, Run
+from cachemedic.studies.run import ROOT, Run
 from cachemedic.training.bank import open_bank
 
 

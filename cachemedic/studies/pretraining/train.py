@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from cachemedic.core.files import write_atomically
+from cachemedic.core.tensors import flattened, read_tensors, tensor_bytes, unflattened
 from cachemedic.data import text
 from cachemedic.models.base_files import defining_digests
 from cachemedic.studies.pretraining.corpus import FINISHING, RowSampler, Stage
@@ -127,9 +128,10 @@ def train(name: str, source: TrainingText, folder: Path, device: str = "cpu", co
     sampler = RowSampler(tokenizer, token_stream(tokenizer, source.documents), source.reviews)
     model = new_model(name).to(device).train()  # type: ignore[arg-type]  # mypy sees `to` unbound
     steppers = optimizers(model)
-    checkpoint, first = folder / "checkpoint.pt", 0
+    checkpoint, first = folder / "checkpoint.safetensors", 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        tensors, record = read_tensors(checkpoint)
+        state = unflattened(tensors, record)
         model.load_state_dict(state["model"])
         for stepper, saved in zip(steppers, state["optimizers"], strict=True):
             stepper.load_state_dict(saved)
@@ -157,9 +159,7 @@ def train(name: str, source: TrainingText, folder: Path, device: str = "cpu", co
                 log.flush()
                 stepped = [s.state_dict() for s in steppers]
                 state = {"model": model.state_dict(), "optimizers": stepped, "step": step + 1}
-                temporary = checkpoint.with_suffix(".tmp")
-                torch.save(state, temporary)
-                temporary.replace(checkpoint)
+                write_atomically(checkpoint, tensor_bytes(*flattened(state)))
     return model.eval()
 
 

@@ -9,8 +9,6 @@ to [0, 1]^m, m >= 2, may take its place. The shipped heads are trained by
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -21,7 +19,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from cachemedic.core.files import write_atomically
+from cachemedic.core.files import digest, read_sealed, replace_together, seal
 from cachemedic.data import text
 from cachemedic.models.load import EMBEDDED, WEIGHTS, Base, load_base
 
@@ -66,9 +64,9 @@ def shipped_valence(base: Base) -> ValenceHead:
             "hidden states [..., width] to [0, 1]^m, m >= 2, for example the result of `train_head`"
         )
     data = (folder / FILE).read_bytes()
-    if hashlib.sha256(data).hexdigest() != json.loads((folder / CARD).read_text())["sha256"]:
+    if digest(data) != head_digest(base):
         raise OSError(f"{folder / FILE} is damaged; restore it with `git checkout`")
-    head = ValenceHead(base.model.config.hidden_size)
+    head = ValenceHead(base.config.hidden_size)
     head.load_state_dict(safetensors.torch.load(data))
     return head.to(base.model.device).requires_grad_(False)
 
@@ -160,15 +158,14 @@ def ship(name: str) -> None:
     """Train the head of an embedded base and write it and its card beside the base's weights."""
     head, scores = train_head(load_base(name))
     data = safetensors.torch.save({key: x.contiguous() for key, x in head.state_dict().items()})
-    card = {"dimensions": DIMENSIONS, "reads": "last hidden state", "sha256": hashlib.sha256(data).hexdigest()}
-    write_atomically(WEIGHTS / name / FILE, data)
-    write_atomically(WEIGHTS / name / CARD, (json.dumps(card | scores, indent=2) + "\n").encode())
+    card = {"dimensions": DIMENSIONS, "reads": "last hidden state", "sha256": digest(data)}
+    replace_together(WEIGHTS / name, {FILE: data, CARD: seal(card | scores)}, last=CARD)
 
 
 def head_digest(base: Base) -> str:
     """The sha256 of the head that comes with a base, part of the key of what it trains; empty if there is none."""
     card: Path = WEIGHTS / base.name / CARD
-    return json.loads(card.read_text())["sha256"] if card.exists() else ""
+    return read_sealed(card)["sha256"] if card.exists() else ""
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ this is rounding to nearest, and weight decay leads back to it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cachemedic.core.files import write_atomically
+from cachemedic.core.files import digest, read_sealed, replace_together, seal
 
 WEIGHTS, CONFIG = "quantiser.safetensors", "quantiser.json"
 BITS = (4, 3, 2)
@@ -120,24 +118,23 @@ class KVQuantiser(nn.Module):
         return KVQuantiser(self.config, {name: b.clone() for name, b in self.named_buffers()}, one)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `quantiser.safetensors` and `quantiser.json` into `folder`, each whole or not at all."""
+        """Write `quantiser.safetensors` and `quantiser.json` into `folder`, as one."""
         weights = safetensors.torch.save({name: x.contiguous() for name, x in self.state_dict().items()})
-        record = asdict(self.config) | {"sha256": hashlib.sha256(weights).hexdigest()}
-        write_atomically(Path(folder) / WEIGHTS, weights)
-        write_atomically(Path(folder) / CONFIG, (json.dumps(record, indent=2) + "\n").encode())
+        record = asdict(self.config) | {"sha256": digest(weights)}
+        replace_together(Path(folder), {WEIGHTS: weights, CONFIG: seal(record)}, last=CONFIG)
 
     @staticmethod
     def from_pretrained(folder: str | Path) -> KVQuantiser:
         """Read what `save_pretrained` wrote (on the CPU).
 
-        Raises `FileNotFoundError` if a file is missing, `ValueError` if they do not belong together.
+        Raises `FileNotFoundError` if a file is missing, `ValueError` if one is damaged or they do not belong together.
         """
         folder = Path(folder)
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no quantiser: it has no file {name}")
-        record, weights = json.loads((folder / CONFIG).read_text()), (folder / WEIGHTS).read_bytes()
-        if hashlib.sha256(weights).hexdigest() != record.pop("sha256"):
+        record, weights = read_sealed(folder / CONFIG), (folder / WEIGHTS).read_bytes()
+        if digest(weights) != record.pop("sha256"):
             raise ValueError(f"{folder / WEIGHTS} is damaged or not of this {CONFIG}")
         tensors = safetensors.torch.load(weights)
         parameters = {name: tensors.pop(name) for name in ("log_key", "log_value")}

@@ -10,8 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from cachemedic.studies.figures import errors
-from cachemedic.studies.report import TEXT_WIDTH, line_styles
+from cachemedic.studies.drawing.style import TEXT_WIDTH, errors, line_styles
 
 REFERENCES = {
     "bound_rank": ("bound at this rank, one type", "--"),
@@ -48,14 +47,14 @@ def forest(rows: pd.DataFrame, label: str, measures: Mapping[str, str], group: s
     return figure
 
 
-def contraction(rows: pd.DataFrame, conditions: Sequence[str], types: Sequence[str]) -> Figure:
+def contraction(rows: pd.DataFrame, conditions: Sequence[str]) -> Figure:
     """rho of some `conditions` against severity, a panel per type, beside what linear maps can do at best (in grey).
 
     rows: means over seeds with columns type, severity, condition, rho and its bounds, and those of `REFERENCES`.
     """
     styles = line_styles(list(conditions))
     figure, axes = plt.subplots(2, 3, figsize=(TEXT_WIDTH, 4.4), sharex=True, sharey=True)
-    for ax, kind in zip(axes.flat, types, strict=True):
+    for ax, kind in zip(axes.flat, rows["type"].unique(), strict=True):
         of_type = rows[rows["type"] == kind]
         for condition in conditions:
             own = of_type[of_type["condition"] == condition]
@@ -104,12 +103,13 @@ def protected_layers(rows: pd.DataFrame, measures: Mapping[str, str]) -> Figure:
     return figure
 
 
-def sensitivity(rows: pd.DataFrame, readers: Sequence[str]) -> Figure:
+def sensitivity(rows: pd.DataFrame) -> Figure:
     """How far the logits move, and how far they are from the clean model's, against the norm of the noise.
 
     rows: means over seeds with columns reader, noise, sensitivity and distance, with their bounds.
     """
-    styles = line_styles(list(readers))
+    readers = list(rows["reader"].unique())
+    styles = line_styles(readers)
     titles = {
         "sensitivity": r"$\|z(S+\delta)-z(S)\|_2$, the reader's own $z$",
         "distance": r"$\|z(S+\delta)-z_0(S)\|_2$, from the clean model",
@@ -131,11 +131,12 @@ def sensitivity(rows: pd.DataFrame, readers: Sequence[str]) -> Figure:
     return figure
 
 
-def amplification_maps(rows: pd.DataFrame, readers: Sequence[str]) -> Figure:
+def amplification_maps(rows: pd.DataFrame) -> Figure:
     """gamma of every layer and head: a map per reader, and beside each but the first, its ratio to the first.
 
     rows: columns reader, layer, head and gamma, one value each. Ratios beyond 16 are drawn as 16, also downwards.
     """
+    readers = list(rows["reader"].unique())
     maps = {name: rows[rows["reader"] == name].pivot(index="head", columns="layer", values="gamma") for name in readers}
     first = maps[readers[0]]
     highest = max(table.to_numpy().max() for table in maps.values())

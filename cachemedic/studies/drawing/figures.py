@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cachemedic.studies.report import TEXT_WIDTH, line_styles
+from cachemedic.studies.drawing.style import TEXT_WIDTH, errors, line_styles
+from cachemedic.studies.summaries import types_of
 
 
 def base_models(positions: pd.DataFrame, needle: pd.DataFrame) -> Figure:
@@ -34,38 +35,11 @@ def base_models(positions: pd.DataFrame, needle: pd.DataFrame) -> Figure:
     return figure
 
 
-def quickstart(token: Mapping[str, Sequence[float]], tokens: Sequence[str], title: str, grid: pd.DataFrame) -> Figure:
-    """Probabilities of some `tokens` under each reader, and the KL of each reader on held-out text.
-
-    token: by reader ("clean", "corrupted", "repaired") the probabilities of `tokens`; grid: as `summaries.intervals`.
-    """
-    styles = line_styles(list(token))
-    types = [kind for kind in grid["type"].unique() if kind != "none"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 2.8))
-    for i, (name, probabilities) in enumerate(token.items()):
-        left.barh([y + 0.27 * (i - 1) for y in range(len(tokens))], probabilities, 0.27, color=styles[name]["color"])
-        rows = grid[grid["reader"] == name].set_index("type").reindex(types)  # none of the clean cache
-        places = [y + 0.27 * (i - 1.5) for y in range(len(types))]
-        style = styles[name] | {"linestyle": "none"}
-        right.errorbar(rows["kl"], places, xerr=errors(rows, "kl"), **style, label=name)
-    for ax, names in ((left, tokens), (right, [kind.replace("_", " ") for kind in types])):
-        ax.set_yticks(range(len(names)), names)
-        ax.invert_yaxis()
-        ax.grid(axis="y", visible=False)
-    left.set(title=title, xlabel="probability", xlim=(0, 1))
-    right.set(title="held-out text", xlabel="KL, nats per token", xlim=(0, None))
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(styles))
-    return figure
-
-
-def errors(rows: pd.DataFrame, name: str) -> list[pd.Series]:
-    """The lengths of error bars below and above column `name`, from its bounds."""
-    return [rows[name] - rows[f"{name}_low"], rows[f"{name}_high"] - rows[name]]
-
-
-def damage(rows: pd.DataFrame, tasks: Sequence[str], types: Sequence[str]) -> Figure:
+def damage(rows: pd.DataFrame) -> Figure:
     """Measured damage against calibrated severity: a row of panels per base, a panel per task, a line per type."""
-    styles, bases = line_styles(types), list(rows["base"].unique())
+    bases, tasks = rows["base"].unique(), rows["task"].unique()
+    types = types_of(rows)
+    styles = line_styles(types)
     size = (TEXT_WIDTH, 2.3 * len(bases) + 0.4)
     figure, axes = plt.subplots(len(bases), len(tasks), figsize=size, sharex=True, sharey="row", squeeze=False)
     for row, base in zip(axes, bases, strict=True):
@@ -86,13 +60,13 @@ def damage(rows: pd.DataFrame, tasks: Sequence[str], types: Sequence[str]) -> Fi
 
 
 def score_against_severity(
-    curves: pd.DataFrame, readers: Mapping[str, str], scores: Mapping[str, str], types: Sequence[str], title: str
+    curves: pd.DataFrame, readers: Mapping[str, str], scores: Mapping[str, str], title: str
 ) -> Figure:
     """The score of each reader against severity: a row of panels per task, a column per type; grey: the clean score.
 
     curves: `summaries.intervals` of one base and setting; readers: labels by name; scores: axis labels by task.
     """
-    styles = line_styles(list(readers))
+    styles, types = line_styles(list(readers)), types_of(curves)
     figure, axes = plt.subplots(len(scores), len(types), figsize=(1.35 * TEXT_WIDTH, 5.4), sharex=True, sharey="row")
     for row, (task, label) in zip(axes, scores.items(), strict=True):
         of_task = curves[curves["task"] == task]

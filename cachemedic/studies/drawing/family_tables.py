@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from cachemedic.studies.summaries import brackets
+from cachemedic.studies.drawing.tables import brackets
 
 
 def _names(column: pd.Series) -> pd.Series:

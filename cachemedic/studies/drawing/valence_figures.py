@@ -6,8 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cachemedic.studies.figures import errors
-from cachemedic.studies.report import TEXT_WIDTH, line_styles
+from cachemedic.studies.drawing.style import TEXT_WIDTH, errors, line_styles
 
 
 def differences(rows: pd.DataFrame, title: str) -> Figure:

@@ -8,8 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cachemedic.studies.figures import errors
-from cachemedic.studies.report import COLOURS, MARKERS, TEXT_WIDTH, line_styles
+from cachemedic.studies.drawing.style import COLOURS, MARKERS, TEXT_WIDTH, errors, line_styles
 
 
 def recovery_by_type(rows: pd.DataFrame, readers: Sequence[str], types: Sequence[str]) -> Figure:

@@ -1,0 +1,86 @@
+"""Operator families (notebook 08): what a repair has to know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from cachemedic.defenses.defense import Defense
+from cachemedic.defenses.heuristics import NoDefense
+from cachemedic.evaluation.experiments import TYPES, run_grid, standard_tasks
+from cachemedic.models.load import Base
+from cachemedic.studies.family_evaluation import (
+    bytes_per_token,
+    comparison_defenses,
+    linear_operators,
+    scrubbers,
+    trained,
+)
+from cachemedic.studies.family_study import headline, held_out
+from cachemedic.studies.run import Run
+from cachemedic.studies.setting import bases_of, severities_of, text_grid
+from cachemedic.studies.summaries import by_group, recovery_by_severity, summary
+from cachemedic.studies.sweeps import defenses_of
+from cachemedic.token.prior_alone import PriorAlone
+
+# Rivals of notebook 14, which measures them under the faults that they are made for.
+ELSEWHERE = ("secded_ecc", "secded_ecc_in_page", "secded_ecc_restricted", "checksum_recompute", "shadow_4bit")
+HEADLINE = ("none", "clip_renormalise", "A", "D, no prior", "D", "E")  # readers of the other tasks
+FEW = 3  # seeds of the operators that never saw a type
+
+
+def examples(run: Run) -> int:
+    """Texts a seed."""
+    return 2 if run.smoke else 5
+
+
+def readers_on(run: Run, base: Base) -> dict[str, Defense]:
+    """Every reader of a base, by name."""
+    seeds = run.parameters["seeds"]
+    heuristics, storage = comparison_defenses(base, 8 if run.smoke else 64)
+    found = scrubbers(base, headline(base, seeds, run.smoke), run, run.smoke)
+    storage = {name: defense for name, defense in storage.items() if name not in ELSEWHERE}
+    linear = linear_operators(base, seeds, run, run.smoke)
+    return {**heuristics, **linear, "prior alone": PriorAlone(found["D"]), **found, **storage}
+
+
+def grid(run: Run, base: Base, readers: Mapping[str, Defense]) -> pd.DataFrame:
+    """Language modelling with all readers at all severities, and the other tasks with the headline ones at 0.5."""
+    words = text_grid(run, base, readers, examples(run), "all")
+    sizes = {"sentiment": 2, "needle": 2} if run.smoke else {"sentiment": 8, "needle": 4}
+    tasks = standard_tasks(base, "test", run.parameters["seeds"], sizes)
+    own = {name: readers[name] for name in HEADLINE}
+    others = run_grid(base, tasks, own, run.partial / "tasks", severities=(0.5,))
+    return pd.concat([words, others]).assign(base=base.name)
+
+
+def held_out_grid(run: Run, base: Base) -> pd.DataFrame:
+    """Each type, read through operators that never saw it."""
+    few = run.parameters["seeds"][:FEW]
+    operators = trained(base, held_out(base, few, run.smoke), run, run.smoke)
+    task = standard_tasks(base, "test", few, {"perplexity": examples(run)})
+    parts = []
+    for kind in TYPES:
+        own = {reader: operators[reader, kind] for reader in headline(base, few, run.smoke)}
+        readers = {"none": NoDefense(), **defenses_of(base, own)}
+        folder, severities = run.partial / "held_out", severities_of(run)
+        parts.append(run_grid(base, task, readers, folder, types=[kind], severities=severities))
+    return pd.concat(parts, ignore_index=True).assign(base=base.name)
+
+
+def results(run: Run) -> dict[str, pd.DataFrame]:
+    bases = bases_of(run)
+    readers = {name: readers_on(run, base) for name, base in bases.items()}
+    budgets = pd.concat([bytes_per_token(base, readers[name]).assign(base=name) for name, base in bases.items()])
+    rows = pd.concat([grid(run, base, readers[name]) for name, base in bases.items()], ignore_index=True)
+    by_severity = by_group(rows, ["base"], recovery_by_severity)
+    means = by_severity.groupby(["base", "task", "reader"]).recovery.mean().rename("mean_recovery").reset_index()
+    overall = by_group(rows, ["base"], summary).merge(budgets, on=["base", "reader"])
+    held = pd.concat([held_out_grid(run, base) for base in bases.values()], ignore_index=True)
+    return {
+        "family_grid": rows,
+        "family_recovery": by_severity,
+        "family_results": overall.merge(means, on=["base", "task", "reader"]),
+        "family_held_out": by_group(held, ["base"], recovery_by_severity),
+    }
