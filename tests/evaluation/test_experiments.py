@@ -62,7 +62,7 @@ def test_intervals_count_seeds_and_examples():
 def test_an_interrupted_grid_goes_on_and_gives_the_same_rows(tmp_path, monkeypatch):
     model, tokenizer = tiny.tiny_model(), tiny.tiny_tokenizer()
     shape = model.config.num_hidden_layers, model.config.num_attention_heads
-    rows = [("tiny", *shape, "gaussian", s, 4 * s, 1.0, 1.0) for s in (0.5, 1.0)]
+    rows = [("tiny", *shape, "gaussian", s, 4 * s, 1.0, 1.0) for s in (0.1, 0.25, 0.5, 1.0)]
     base = Base(model, tokenizer, "tiny", SeverityMap(pd.DataFrame(rows, columns=MAP_COLUMNS)))
     tasks = {"perplexity": perplexity_task(tokenizer, tiny.DOCUMENTS, (0, 1), n=3, prefix=12, scored=4)}
     readers = {"none": NoDefense(), "reset": Reset()}
