@@ -226,6 +226,7 @@ def test_writing_replaces_the_rows_of_the_bases_it_has(tmp_path, monkeypatch):
         (lambda rows: rows.assign(parameter=["x", *rows["parameter"][1:]]), "row tiny, 3, 4, .* is damaged"),
         (lambda rows: rows.assign(layers=["x", *rows["layers"][1:]]), "row tiny, x, 4, .* is damaged"),
         (lambda rows: rows.assign(severity=["x", *rows["severity"][1:]]), "row tiny, 3, 4, .* is damaged"),
+        (lambda rows: rows.assign(type=[None, *rows["type"][1:]]), "row tiny, 3, 4, .* is damaged"),
         (lambda rows: rows.assign(type=["gausian", *rows["type"][1:]]), "has no row for severity .* of gaus"),
         (lambda rows: rows.assign(reach=[2.0, *rows["reach"][1:]]), "is damaged"),
     ],
