@@ -78,7 +78,7 @@ def test_make_passes_text_on_to_the_notebook_that_knows_it():
         return subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
     text = ("TEXT=wikitext2", "REVIEWS=/data/sst2")
-    passed = "--parameter 'text=wikitext2' --parameter 'reviews=/data/sst2'"
+    passed = "--parameter text='wikitext2' --parameter reviews='/data/sst2'"
     assert passed in planned("13_second_model", *text).stdout
     runs = [line for line in planned("reproduce", *text).stdout.splitlines() if "run_notebook" in line]
     assert [passed in line for line in runs] == ["13_second_model" in line for line in runs]
