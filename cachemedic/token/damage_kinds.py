@@ -20,27 +20,29 @@ KINDS = (
     "heads permuted",  # the right heads in another order
     "another layout",  # heads and tokens of a layer laid out in the other order
     "rounded",  # few distinct values a head
-    "flips",  # a few numbers far outside of the others
+    "flips",  # a few numbers far outside of what the sound tokens hold in their place
     "other numbers",  # noise, or anything else that does not show
 )
 NUMBER = {kind: number for number, kind in enumerate(KINDS)}
 ZEROS = 0.05  # of the changed numbers; sound ones are hardly ever zero exactly
-FAR = 8.0  # times the middle magnitude of its head; one number in 10^7 of a normal distribution
+FAR = 3.0  # times the largest magnitude of the same channel in the sound tokens
 FEW = 0.15  # of the numbers of a head
 MOST_HEADS = 4  # whose orders are all tried
 
 
-def kinds_of(hasher: TokenHash, keys: Tensor, values: Tensor, parts: Tensor, changed: Tensor) -> Tensor:
+def kinds_of(
+    hasher: TokenHash, keys: Tensor, values: Tensor, parts: Tensor, changed: Tensor, largest: Tensor
+) -> Tensor:
     """The number in `KINDS` [n] of damaged tokens, from the most to the least certain sign.
 
     keys, values [n, L, G, d]: as stored; parts [n, L, 2]: what their hashes were, see `Hashes.parts`; changed
-    [n, L, 2]: where they are not that.
+    [n, L, 2]: where they are not that; largest [L, 2, G, d]: magnitudes in the sound tokens.
     """
     numbers = torch.stack([keys, values], 2).float()  # [n, L, 2, G, d]
     found = torch.full((len(keys),), NUMBER["other numbers"], device=keys.device)
     hit = changed[..., None].expand(numbers.shape[:4])  # by head
     finite = numbers.isfinite()
-    found[_share(_few_far(numbers), hit) > 0] = NUMBER["flips"]
+    found[_share(_few_far(numbers, largest), hit) > 0] = NUMBER["flips"]
     found[_share(_few_distinct(numbers), hit) > 0.5] = NUMBER["rounded"]
     for kind, tokens in _known_content(hasher, keys, values, parts, changed):
         found[tokens] = NUMBER[kind]
@@ -70,10 +72,9 @@ def _share(of_heads: Tensor, hit: Tensor) -> Tensor:
     return (of_heads * hit).flatten(1).sum(1) / hit.flatten(1).sum(1).clamp_min(1)
 
 
-def _few_far(numbers: Tensor) -> Tensor:
-    """Heads [...] of numbers [..., d] of which a few, and a few only, are far outside."""
-    size = numbers.abs()
-    far = (size > FAR * size.median(-1, keepdim=True).values).float().mean(-1)
+def _few_far(numbers: Tensor, largest: Tensor) -> Tensor:
+    """Heads [n, L, 2, G] of numbers [n, L, 2, G, d] of which a few, and a few only, are far outside."""
+    far = (numbers.abs() > FAR * largest).float().mean(-1)
     return ((far > 0) & (far < FEW)).float()
 
 
