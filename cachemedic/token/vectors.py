@@ -66,19 +66,19 @@ class KeyRotation:
         return (cos[..., :pairs] / scaling).to(dtype), (sin[..., :pairs] / scaling).to(dtype)
 
 
-def turn(keys: Tensor, angles: Angles | None, out: Tensor, direction: int) -> None:
-    """Writes keys [B, T, ..., d] into `out`, rotated (direction 1) or unrotated (-1)."""
+def turn(keys: Tensor, angles: Angles | None, direction: int) -> Tensor:
+    """Keys [B, T, ..., d], rotated (direction 1) or unrotated (-1)."""
     if angles is None:
-        out.copy_(keys)
-        return
-    between = keys.dim() - 3
-    cos, sin = (a.view(*a.shape[:2], *[1] * between, a.shape[-1]) for a in angles)
+        return keys
+    between = [1] * (keys.dim() - 3)
+    cos, sin = (a.view(*a.shape[:2], *between, a.shape[-1]) for a in angles)
     pairs = cos.shape[-1]
-    first, second = keys[..., :pairs], keys[..., pairs : 2 * pairs]
-    torch.mul(first, cos, out=out[..., :pairs]).addcmul_(second, sin, value=-direction)
-    torch.mul(second, cos, out=out[..., pairs : 2 * pairs]).addcmul_(first, sin, value=direction)
-    if 2 * pairs < keys.shape[-1]:
-        out[..., 2 * pairs :] = keys[..., 2 * pairs :]
+    first, second, rest = keys.split([pairs, pairs, keys.shape[-1] - 2 * pairs], dim=-1)
+    first, second = (
+        torch.addcmul(first * cos, second, sin, value=-direction),
+        torch.addcmul(second * cos, first, sin, value=direction),
+    )
+    return torch.cat([first, second, rest], -1)
 
 
 class TokenVectors:
@@ -113,7 +113,7 @@ class TokenVectors:
         x = sides[0][0].new_empty(batch, length, len(self.layers), 2, self.heads, self.head_dim)
         angles = self.rotation.angles(positions.to(x.device), x.dtype)
         for place, (key, value) in enumerate(zip(*sides, strict=True)):
-            turn(key.transpose(1, 2), angles, x[:, :, place, 0], -1)
+            x[:, :, place, 0] = turn(key.transpose(1, 2), angles, -1)
             x[:, :, place, 1] = value.transpose(1, 2)
         return x.flatten(2)
 
@@ -125,7 +125,7 @@ class TokenVectors:
         )
         angles = self.rotation.angles(positions.to(x.device), x.dtype)
         for place in range(len(self.layers)):
-            turn(by_head[:, :, place, 0], angles, keys[:, place].transpose(1, 2), 1)
+            keys[:, place] = turn(by_head[:, :, place, 0], angles, 1).transpose(1, 2)
             values[:, place] = by_head[:, :, place, 1].transpose(1, 2)
         return keys, values
 

@@ -1,0 +1,77 @@
+"""Operators with a joint model of a small model's tokens, measured on random ids."""
+
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from small_models import VOCABULARY, model_of
+from transformers import DynamicCache
+
+from cachemedic.models.shape import ModelShape
+from cachemedic.token.code import TokenCode
+from cachemedic.token.joint import SINKS, JointModel, recent
+from cachemedic.token.lowest_layer import lowest_layer
+from cachemedic.token.vectors import TokenVectors
+
+
+@dataclass(eq=False)
+class JointOperator:
+    """What a cache asks of an operator."""
+
+    joint: JointModel | None
+    code: TokenCode | None = None
+    expected_kl: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def digest(self):
+        return f"{self.joint.digest} {None if self.code is None else self.code.share}"
+
+    def check_model(self, config):
+        if self.joint is not None and ModelShape.of(config) != self.joint.of:
+            raise ValueError("this operator was made for another model")
+
+    def estimate(self, x, c, prior, positions):
+        """Where the number read is far off, what code and ids say; else what was read."""
+        told = self.joint.reconstruct(c, prior)
+        off = ((x - told) * self.joint.scale.to(x)).abs()
+        return torch.where(off < 0.5, x, told)
+
+
+@cache
+def joint_of(name: str) -> JointModel:
+    """Principal axes of all tokens but the first ones, and a least-squares prior."""
+    model = model_of(name)
+    ids = torch.randint(1, VOCABULARY, (40, 60), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(60).expand(40, -1)
+    clean = DynamicCache()
+    model(ids, past_key_values=clean)
+    vectors = TokenVectors(model)
+    keys, values = ([getattr(layer, side) for layer in clean.layers] for side in ("keys", "values"))
+    x = vectors.of(keys, values, positions)[:, SINKS:].flatten(0, 1)
+    mean, scale = x.mean(0), 1 / x.std(0).clamp_min(1e-3)
+    z = (x - mean) * scale
+    axes = torch.linalg.svd(z.double(), full_matrices=False).Vh.bfloat16()
+    c = z @ axes.float().T
+    lowest = lowest_layer(model, ids, positions)
+    lowest_mean, lowest_scale = lowest.mean((0, 1)), 1 / lowest.std((0, 1)).clamp_min(1e-3)
+    told = recent((lowest - lowest_mean) * lowest_scale)[:, SINKS:].flatten(0, 1)
+    prior_out = torch.linalg.lstsq(told, c).solution
+    return JointModel(
+        of=ModelShape.of(model.config),
+        layers=vectors.layers,
+        mean=mean,
+        scale=scale,
+        axes=axes,
+        variance=c.var(0),
+        rest=(z - c @ axes.float()).square().mean(0) + 1e-6,
+        lowest_mean=lowest_mean,
+        lowest_scale=lowest_scale,
+        prior_in=torch.eye(told.shape[1]),
+        prior_out=prior_out,
+        prior_variance=(c - told @ prior_out).var(0),
+    )
+
+
+def operator_of(name: str, share: float | None = 0.4, **expected_kl: float) -> JointOperator:
+    joint = joint_of(name)
+    return JointOperator(joint, None if share is None else TokenCode(joint, share), expected_kl)
