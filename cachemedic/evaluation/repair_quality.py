@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cachemedic.core.divergence import EPS
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.data.task_data import TaskData
 from cachemedic.defenses.safeguards import Safeguard
@@ -21,7 +22,6 @@ from cachemedic.evaluation.evaluate import corrupt_examples
 from cachemedic.repair.folded import QueryGatedAdditive
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.token.scrub import Scrubber, positions_of
-from cachemedic.training.objective import EPS
 
 
 class _QueryProbe(QueryGatedAdditive):

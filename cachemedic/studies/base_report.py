@@ -100,7 +100,7 @@ def facts(base: Base) -> dict[str, Any]:
         "context": base.context,
         "parameters": base.model.num_parameters(),
         "weights, MB": round(weights.stat().st_size / 1e6, 2) if weights.exists() else None,
-        "weights, sha256": card.get("weights_sha256", "")[:DIGITS] or None,
+        "weights, sha256": card.get("sha256", {}).get("model.safetensors", "")[:DIGITS] or None,
         "training steps": card.get("steps"),
         "training tokens": card.get("steps", 0) * card.get("tokens_per_step", 0) or None,
         "training packages": ", ".join(card.get("training_packages", [])) or None,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from cachemedic.core.seeds import generator
 from cachemedic.corruption.apply import MIXTURE_WEIGHTS, corrupt
 from cachemedic.corruption.severity import reach
 from cachemedic.corruption.spec import CorruptionEvent, CorruptionSpec, draw_event
@@ -18,7 +19,7 @@ from cachemedic.models.load import Base
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.training.bank import Bank
 from cachemedic.training.config import TrainConfig
-from cachemedic.training.draws import Draw, generator
+from cachemedic.training.draws import Draw
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.trainer import Trainer
 

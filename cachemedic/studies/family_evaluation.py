@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cachemedic.data.text import documentation
+from cachemedic.data.windows import sample_windows
 from cachemedic.defenses.clean_ranges import CacheStatistics
 from cachemedic.defenses.heuristics import Defence, Defended, blind_defences
 from cachemedic.defenses.rivals import rivals
@@ -25,7 +26,6 @@ from cachemedic.studies.family_study import folded
 from cachemedic.studies.report import Run
 from cachemedic.token.calibration import vectors_of
 from cachemedic.token.scrub import Codes, Scrubber
-from cachemedic.training.bank import sample_windows
 from cachemedic.training.config import TrainConfig
 from cachemedic.training.trainer import load_or_train
 

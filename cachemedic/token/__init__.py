@@ -1,30 +1,16 @@
 """One model of a whole token over all layers at once, a short code of it, and what repairs a token with both.
 
-New, from the bottom up:
+Of the second edition, from the bottom up:
 
-vectors            one vector x [B, T, D] a token: keys (unrotated) and values of all protected layers and heads
-lowest_layer       what the token ids tell exactly: the keys and values of the lowest layer
-joint              `JointModel`: x = mean + c axes / scale + rest; its file; the prior of c from the ids
-code               `TokenCode`: c minus its prior in few bits a coordinate, packed bytes a token
-joint_calibration  `fit_joint_model`: the model of a base from strings; `calibrate` for an operator
-estimate           the conditional mean of damaged tokens from code, ids and what is left of them
-joint_operator     the families D and E that hold a joint model
+dense         refuses models and caches whose tokens cannot be computed again
+vectors       one vector a token: keys (unrotated) and values of all layers and heads
+lowest_layer  what the token ids tell exactly: the keys and values of the lowest layer
+recompute     damaged tokens computed again from their ids
+hashes        which tokens and layers of a cache changed since they were written
+damage_kinds  what kind of damage a changed token shows
+check         the report of damaged tokens, layers and kinds
 
-Signatures on which others build:
-
-    vectors = TokenVectors(model, layers=None)                # a Hugging Face model; None: all layers
-    x = vectors.of(keys, values, positions)                   # [B, L, G, T, d] each, or a list by layer -> [B, T, D]
-    keys, values = vectors.back(x, positions)                 # [B, L, G, T, d] each
-    joint = JointModel.from_file(path); joint.save(path); joint.dim, .coordinates, .sinks, .fixed_bytes, .digest
-    prior = joint.prior(model, ids, positions)                # Prior(mean [B, T, m], lowest [B, T, W])
-    code = TokenCode(joint, share=1 / 128, with_ids=True); code.bytes_per_token
-    packed = code.encode(x, prior)                            # uint8 [B, T, bytes_per_token]
-    c = code.decode(packed, prior)                            # [B, T, n], the first n coordinates
-    x = joint.reconstruct(c, prior)                           # prior (or None): the lowest layer is exact with it
-
-Tokens at positions below `joint.sinks` are not described by the model: a cache keeps them as they are.
-
-Of the first edition, to be replaced, from the bottom up:
+Of the first edition, which codes layer by layer, from the bottom up:
 
 token_vectors   one vector per token and layer: heads joined, keys unrotated
 transform       how the vector of a layer follows from the layer below, and the axes of what does not: the innovation

@@ -18,9 +18,10 @@ from transformers import DynamicCache
 
 from cachemedic.data.text import LABELS, sentiment_prompt, sentiment_review
 from cachemedic.data.text_source import EMBEDDED_TEXT, TextSource
+from cachemedic.data.windows import sample_windows
 from cachemedic.defenses.safeguards import WORD_BITS
 from cachemedic.models.cache import stack_cache, unstack_cache
-from cachemedic.models.load import WEIGHTS, Base, load_base
+from cachemedic.models.load import WEIGHTS, Base, check_format, load_base
 from cachemedic.models.shape import ModelShape
 from cachemedic.token.learned_basis import learn_basis
 from cachemedic.token.operator import TokenAware
@@ -29,7 +30,6 @@ from cachemedic.token.sketch_code import SketchCode
 from cachemedic.token.statistics_files import TRANSFORM, shipped_transform
 from cachemedic.token.token_vectors import KeyRotation, join, split
 from cachemedic.token.transform import Transform, with_previous
-from cachemedic.training.bank import sample_windows
 
 RIDGE = 10.0
 CHAIN_RANK = 128
@@ -195,6 +195,7 @@ def calibrate(
     that is not served.
     """
     operator.check_model(base.model.config)
+    check_format(base.model.dtype)
     options = operator.config.options
     everything = operator.layers == tuple(range(operator.config.model.num_layers))
     projection = options.get("projection", "principal")

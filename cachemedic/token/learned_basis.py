@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cachemedic.core.divergence import kd_loss
 from cachemedic.data.text_source import EMBEDDED_TEXT, TextSource
+from cachemedic.data.windows import sample_windows
 from cachemedic.models.cache import stack_cache, unstack_cache
 from cachemedic.models.load import Base
 from cachemedic.token.scalar_codes import decode, encode
 from cachemedic.token.sketch_code import SketchCode
 from cachemedic.token.token_vectors import KeyRotation, join, split
 from cachemedic.token.transform import Transform
-from cachemedic.training.bank import sample_windows
-from cachemedic.training.objective import kd_loss
 
 STEPS, BATCH, PREFIX, DECODED, LEARNING_RATE = 60, 4, 96, 16, 1e-3
 

@@ -1,7 +1,8 @@
 """One vector a cached token: the keys and values of all protected layers and heads, keys as before their rotation.
 
 Position enters a rotated key by a known orthogonal map (RoPE, Su et al. 2021), and what is left is linear in the
-residual stream of the token: unrotated and taken together, all layers are described by far fewer numbers than they hold.
+residual stream of the token: unrotated and taken together, all layers are described by far fewer numbers than they
+hold.
 """
 
 from __future__ import annotations
@@ -120,9 +121,7 @@ class TokenVectors:
     def back(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of `of`: keys and values [B, L, G, T, d] of vectors [B, T, D]."""
         by_head = x.unflatten(-1, (len(self.layers), 2, self.heads, self.head_dim))
-        keys, values = (
-            x.new_empty(len(x), len(self.layers), self.heads, x.shape[1], self.head_dim) for _ in range(2)
-        )
+        keys, values = (x.new_empty(len(x), len(self.layers), self.heads, x.shape[1], self.head_dim) for _ in range(2))
         angles = self.rotation.angles(positions.to(x.device), x.dtype)
         for place in range(len(self.layers)):
             keys[:, place] = turn(by_head[:, :, place, 0], angles, 1).transpose(1, 2)

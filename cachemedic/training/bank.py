@@ -22,6 +22,7 @@ from cachemedic.core.errors import nearest_valid
 from cachemedic.core.files import write_atomically
 from cachemedic.data.text import CACHE_DIR, DOCUMENTATION_SPLITS, sentiment_review, text_hash
 from cachemedic.data.text_source import EMBEDDED_TEXT, TextSource
+from cachemedic.data.windows import sample_windows
 from cachemedic.models.cache import stack_cache
 from cachemedic.models.load import Base, decoder_layers
 
@@ -78,27 +79,6 @@ class Bank:
     @property
     def prefix(self) -> int:
         return self.keys.shape[3]
-
-
-def sample_windows(base: Base, documents: tuple[str, ...], count: int, length: int, seed: int) -> torch.Tensor:
-    """`count` windows of `length` tokens from different places of a text, begun by end-of-text each: [count, length].
-
-    Raises `ValueError` if the window passes the model's context, or if the text is too short for `count` windows.
-    """
-    if length > base.context:
-        raise ValueError(f"prefix and continuation take {length} tokens; the context of {base.name} is {base.context}")
-    order = np.random.default_rng([seed, 11]).permutation(len(documents))
-    needed = count * (length - 1)
-    stream: list[int] = []
-    for i in order:
-        stream += [*base.tokenizer(documents[i], add_special_tokens=False)["input_ids"], base.tokenizer.eos_token_id]
-        if len(stream) >= needed:
-            break
-    if len(stream) < needed:
-        raise ValueError(f"the text has {len(stream)} tokens; {count} windows of {length} take {needed}")
-    windows = torch.tensor(stream[:needed]).view(count, length - 1)
-    start = base.tokenizer.bos_token_id
-    return torch.cat([torch.full((count, 1), base.tokenizer.eos_token_id if start is None else start), windows], 1)
 
 
 def open_bank(base: Base, config: BankConfig, folder: Path = CACHE_DIR / "bank") -> Bank:

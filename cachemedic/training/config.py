@@ -17,7 +17,8 @@ from cachemedic.models.load import Base
 from cachemedic.models.shape import ModelShape
 from cachemedic.token.statistics_files import shipped_transform
 from cachemedic.training.bank import BankConfig, weights_digest
-from cachemedic.training.objective import RepairObjective, StepOutputs
+from cachemedic.training.objective import RepairObjective
+from cachemedic.training.step_data import StepOutputs
 from cachemedic.training.valence.gate import MercyGate
 from cachemedic.training.valence.head import head_digest
 from cachemedic.training.valence.objective import ValenceObjective

@@ -5,22 +5,15 @@ Generators are derived from (seed, step): seeds share no draw, a resumed run con
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, replace
 
 import torch
 
+from cachemedic.core.seeds import generator
 from cachemedic.corruption.apply import corrupt
 from cachemedic.corruption.spec import CorruptionEvent
 from cachemedic.training.bank import Bank
 from cachemedic.training.config import TrainConfig
-
-
-def generator(*name: int | str) -> torch.Generator:
-    """A generator seeded by its name: equal names give equal draws, different names independent ones."""
-    digest = hashlib.sha256(json.dumps(name).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @dataclass

@@ -21,8 +21,8 @@ from cachemedic.training.bank import Bank
 from cachemedic.training.config import TrainConfig
 from cachemedic.training.draws import Draw
 from cachemedic.training.gram import Gram, layer_terms
-from cachemedic.training.objective import StepOutputs
 from cachemedic.training.repair_terms import measure_repair, repair_read
+from cachemedic.training.step_data import StepOutputs
 from cachemedic.training.student import shared_prefix, starting_at
 from cachemedic.training.valence.head import Valence
 from cachemedic.training.valence.quantiser import KVQuantiser

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cachemedic.training.objective import EPS
+from cachemedic.core.divergence import EPS
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # W, U: [R, d, r] each
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from cachemedic.corruption.spec import CorruptionEvent
-from cachemedic.training.objective import StepOutputs
+from cachemedic.training.step_data import StepOutputs
 from cachemedic.training.valence.gate import Verdict
 
 # In the objective: in the log. What an objective calls otherwise is logged as `loss_` and its name.

@@ -2,93 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-if TYPE_CHECKING:
-    from cachemedic.training.valence.step import ValenceStep
-
-EPS = 1e-8
-
-
-def kd_loss(z_clean: torch.Tensor, z_rep: torch.Tensor, temperature: float = 2.0) -> torch.Tensor:
-    """KL(softmax(z_clean / T) || softmax(z_rep / T)) of logits [..., V], mean over the leading axes, no T^2 factor."""
-    return kd_per_token(z_clean, z_rep, temperature).mean()
-
-
-def kd_per_token(z_clean: torch.Tensor, z_rep: torch.Tensor, temperature: float = 2.0) -> torch.Tensor:
-    """The same for each token: logits [..., V] -> [...] in nats (Hinton et al. 2015, without their T^2)."""
-    if z_clean.shape != z_rep.shape:
-        raise ValueError(f"teacher and student logits differ in shape: {tuple(z_clean.shape)}, {tuple(z_rep.shape)}")
-    teacher = F.log_softmax(z_clean / temperature, dim=-1)
-    student = F.log_softmax(z_rep / temperature, dim=-1)
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-
-
-def _norm(x: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(x.flatten(1), dim=1)  # unlike a root of squares, its gradient at zero is zero
-
-
-def identity_loss(
-    k_clean: torch.Tensor, v_clean: torch.Tensor, k_rep: torch.Tensor, v_rep: torch.Tensor
-) -> torch.Tensor:
-    """Normalised squared deviation of one layer's repaired from its clean cache, [B, G, T, d] each -> [B].
-
-    (||K_rep - K||^2 + ||V_rep - V||^2) / (||K||^2 + ||V||^2 + 1e-8), Frobenius norms per sample.
-    """
-    deviation = _norm(k_rep - k_clean).square() + _norm(v_rep - v_clean).square()
-    return deviation / (_norm(k_clean).square() + _norm(v_clean).square() + EPS)
-
-
-def contraction_ratio(
-    k_clean: torch.Tensor,
-    v_clean: torch.Tensor,
-    k_corr: torch.Tensor,
-    v_corr: torch.Tensor,
-    k_rep: torch.Tensor,
-    v_rep: torch.Tensor,
-) -> torch.Tensor:
-    """rho of one layer, [B, G, T, d] each -> [B]: the error norm that repair leaves over the one that it found.
-
-    (||K_rep - K|| + ||V_rep - V||) / (||K_corr - K|| + ||V_corr - V|| + 1e-8); below 1 repair contracts. A sample whose
-    corruption changed nothing has no ratio: mask it before averaging.
-    """
-    left = _norm(k_rep - k_clean) + _norm(v_rep - v_clean)
-    found = _norm(k_corr - k_clean) + _norm(v_corr - v_clean)
-    return left / (found + EPS)
-
-
-def contraction_loss(rho: torch.Tensor, alpha: float | torch.Tensor = 0.8) -> torch.Tensor:
-    """Hinge max(0, rho - alpha)^2, elementwise."""
-    return (rho - alpha).clamp_min(0).square()
-
-
-@dataclass
-class StepOutputs:
-    """What an objective sees of one training step: R runs, B samples each, M decoded tokens, P protected layers."""
-
-    z_clean: torch.Tensor  # [R, B, M, V] teacher logits
-    z_rep: torch.Tensor  # [R, B, M, V] student logits
-    identity: torch.Tensor  # [R, B, P] identity loss of each layer, meaningful where `is_clean`
-    rho: torch.Tensor  # [R, B, P] contraction ratio of each layer, meaningful where `is_corrupted`
-    is_clean: torch.Tensor  # [R, B] bool: severity 0 or type none
-    is_corrupted: torch.Tensor  # [R, B, P] bool: the corruption changed something in that layer
-    parameters: list[torch.Tensor] = field(default_factory=list)  # phi, [R, ...] each
-    rho_by_side: dict[str, torch.Tensor] = field(default_factory=dict)  # rho_k and rho_v, for the log; NaN where sound
-    valence: ValenceStep | None = None  # where an objective of the sweep asks for it
-
-    def select(self, runs: list[int]) -> StepOutputs:
-        """That of some runs."""
-        tensors = {name: x[runs] for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
-        return StepOutputs(
-            **tensors,
-            parameters=[p[runs] for p in self.parameters],
-            rho_by_side={name: x[runs] for name, x in self.rho_by_side.items()},
-            valence=None if self.valence is None else self.valence.select(runs),
-        )
+from cachemedic.core.divergence import contraction_loss, kd_per_token
+from cachemedic.training.step_data import StepOutputs
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

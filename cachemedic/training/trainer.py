@@ -26,8 +26,8 @@ from cachemedic.training.config import TrainConfig, sweep_objective
 from cachemedic.training.draws import Draw, draw_step
 from cachemedic.training.forward import Students, forward
 from cachemedic.training.log import drop_after, gate_lines, log_records
-from cachemedic.training.objective import StepOutputs
 from cachemedic.training.run_adam import RunAdam
+from cachemedic.training.step_data import StepOutputs
 from cachemedic.training.valence.gate import GateKeeper, Verdict
 from cachemedic.training.valence.head import Valence, shipped_valence
 from cachemedic.training.valence.objective import ValenceObjective

@@ -9,6 +9,7 @@ import torch
 from small_models import shaken
 from tiny_repair import base_of, calibrated
 
+from cachemedic.core.seeds import generator
 from cachemedic.data.tasks import perplexity_task
 from cachemedic.defenses.heuristics import NoDefence, Reset, Smoothing
 from cachemedic.evaluation import stability
@@ -17,7 +18,6 @@ from cachemedic.models.cache import unstack_cache
 from cachemedic.repair.attach import protect
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.token.scrub import Scrubber
-from cachemedic.training.draws import generator
 
 TOP = 50
 

@@ -1,15 +1,24 @@
 """Loading of base models, and the start from which the embedded ones are trained."""
 
-import hashlib
 import json
 
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
+from cachemedic import calibrate, protect
 from cachemedic.models import load as models
-from cachemedic.models.load import decoder_layers, load_base
+from cachemedic.models.base_files import defining_digests
+from cachemedic.models.load import Base, decoder_layers, load_base
+from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.pretraining.initialisation import INDUCTION_LAYER, PREVIOUS_LAYER, add_induction_circuit
 from cachemedic.studies.pretraining.train import new_model
 
@@ -29,8 +38,8 @@ def weights(tmp_path, monkeypatch):
     folder = tmp_path / "embedded-gpt2"
     tiny_model().half().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    (folder / "card.json").write_text(json.dumps({"weights_sha256": digest}))
+    digests = defining_digests(folder)
+    (folder / "card.json").write_text(json.dumps({"sha256": digests}))
     return folder
 
 
@@ -59,7 +68,29 @@ def test_damaged_weights_are_refused(weights, at):
     data = bytearray((weights / "model.safetensors").read_bytes())
     data[at] ^= 1
     (weights / "model.safetensors").write_bytes(data)
-    with pytest.raises(OSError, match=r"embedded-gpt2 are damaged: sha256 .*make base-models"):
+    with pytest.raises(OSError, match=r"model.safetensors is damaged: sha256 .*make base-models"):
+        load_base("embedded-gpt2")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_what_says_what_the_weights_mean_is_checked_too(weights, name):
+    text = (weights / name).read_text()
+    (weights / name).write_text(text.replace("0", "1", 1))
+    with pytest.raises(OSError, match=rf"{name} is damaged: sha256 "):
+        load_base("embedded-gpt2")
+    (weights / name).unlink()
+    with pytest.raises(OSError, match=rf"{name} is damaged: no file instead of sha256 "):
+        load_base("embedded-gpt2")
+    (weights / name).write_text(text)
+    (weights / "chat_template.jinja").write_text("another file that transformers would read")
+    with pytest.raises(OSError, match="chat_template.jinja is damaged: sha256 .* instead of no file"):
+        load_base("embedded-gpt2")
+
+
+@pytest.mark.parametrize("card", ["", "{", "[]", '{"sha256": 3}', '{"sha256": "abc"}', '{"weights": {}}'])
+def test_a_damaged_card_is_named(weights, card):
+    (weights / "card.json").write_text(card)
+    with pytest.raises(OSError, match="card.json is missing or damaged"):
         load_base("embedded-gpt2")
 
 
@@ -75,19 +106,71 @@ def test_cut_off_weights_are_refused(weights):
     [
         ("embedded-gtp2", "did you mean 'embedded-gpt2'"),
         ("embeded-llama", "did you mean 'embedded-llama'"),
+        ("smollm-135m", "did you mean 'smollm2-135m'"),
         ("embedded-bert", "unknown base 'embedded-bert'"),
         ("no/such/folder", "unknown base 'no/such/folder'"),
     ],
 )
 def test_an_unknown_name_is_refused_without_a_download(name, hint, monkeypatch):
     monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("looked for on the hub"))
-    with pytest.raises(ValueError, match=rf"{hint}.*embedded-gpt2, embedded-llama, the name of|{hint}"):
+    with pytest.raises(ValueError, match=rf"{hint}.*embedded-gpt2, embedded-llama, .*smollm2-135m, the name of|{hint}"):
         load_base(name)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not embedded .* and could not be loaded as a local folder"):
         load_base(tmp_path)
+
+
+def test_weights_in_a_pickle_are_refused(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save(tiny_model().state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="could not be loaded as a local folder"):
+        load_base(folder)
+
+
+def test_code_beside_a_model_is_not_run(folder):
+    (folder / "configuration_own.py").write_text("raise SystemExit('this code was run')")
+    config = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    with pytest.raises(ValueError, match="could not be loaded as a local folder"):
+        load_base(folder)
+
+
+def test_double_precision_is_refused_wherever_a_model_comes_in():
+    model = tiny_model().double()
+    refused = pytest.raises(ValueError, match="in float64 is not served; allowed: float32, bfloat16, float16")
+    with refused:
+        load_base("embedded-gpt2", dtype=torch.float64)
+    with refused, protect(model, RepairOperator.create("A", model.config, [0, 2])):
+        pass
+    with refused:
+        calibrate(RepairOperator.create("E", model.config, range(3)), Base(model, tiny_tokenizer(), "tiny"))
+
+
+def test_the_text_part_of_a_composite_model_counts(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = Gemma3Config(
+        text_config=sizes | {"vocab_size": 400, "num_key_value_heads": 2, "max_position_embeddings": 72, "head_dim": 8},
+        vision_config=sizes | {"image_size": 16, "patch_size": 8},
+        mm_tokens_per_image=4,
+    )
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    base = load_base(tmp_path)
+    assert base.context == 72
+    assert base.config.num_hidden_layers == 2
+    found, name = decoder_layers(base.model)  # the vision part has a list of two layers as well
+    assert found is base.model.get_decoder()
+    assert name == "layers"
+
+
+def test_a_model_that_states_no_context_is_named():
+    model = BloomForCausalLM(BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=2))  # its positions have no end
+    base = Base(model, tiny_tokenizer(), "tiny")
+    with pytest.raises(ValueError, match="configuration of tiny states no max_position_embeddings"):
+        _ = base.context
 
 
 def test_the_list_of_layers_is_found():

@@ -14,6 +14,7 @@ from tiny_training import linear_map, tiny_base
 from cachemedic.corruption import severity
 from cachemedic.data import text_source
 from cachemedic.data.text_source import EMBEDDED_TEXT, TextSource
+from cachemedic.evaluation import severity_calibration
 from cachemedic.studies import main_study, second_model
 from cachemedic.studies.pretraining import train as base_training
 from cachemedic.studies.pretraining.recipes import RECIPES, recipe, training_text
@@ -36,7 +37,7 @@ def test_the_shipped_map_is_for_an_embedded_base_on_the_embedded_text(monkeypatc
         measured.append((base.name, len(task)))
         return pd.DataFrame(), linear_map(base.name)
 
-    monkeypatch.setattr(severity, "calibrate", calibrate)
+    monkeypatch.setattr(severity_calibration, "calibrate", calibrate)
     shipped = second_model.severity_map(replace(base, name="embedded-llama"), EMBEDDED_TEXT)
     assert set(shipped["base"]) == {"embedded-llama"}
     assert not measured

@@ -9,6 +9,7 @@ from tiny_repair import base_of, calibrated, repair_at_once
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.data.tasks import perplexity_task, sentiment_task
 from cachemedic.data.text import documentation
+from cachemedic.data.windows import sample_windows
 from cachemedic.defenses.heuristics import NoDefence, Reset
 from cachemedic.defenses.safeguards import share_of_cache
 from cachemedic.evaluation.decoding import clean_pass
@@ -20,7 +21,6 @@ from cachemedic.token.observation import KNOWN_TOLERANCE
 from cachemedic.token.operator import DEAD_ZONE
 from cachemedic.token.scalar_codes import pack
 from cachemedic.token.scrub import Scrubber, positions_of
-from cachemedic.training.bank import sample_windows
 
 
 def test_positions_begin_behind_the_padding():

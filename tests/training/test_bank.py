@@ -16,15 +16,17 @@ from tiny import CONTEXT, DOCUMENTS, VOCABULARY, tiny_model
 from tiny_training import tiny_bank, tiny_base
 from transformers import AutoModelForCausalLM, MistralConfig
 
+from cachemedic.data.windows import sample_windows
 from cachemedic.models.load import Base
 from cachemedic.training import bank as bank_module
-from cachemedic.training.bank import BATCH, BankConfig, sample_windows, weights_digest
+from cachemedic.training.bank import BATCH, BankConfig, weights_digest
 
 CONFIG = BankConfig(samples=BATCH + 3, prefix=9, decoded=2)
 # a process that dies in its second batch
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+sys.path[:0] = sys.argv[2:]
 from test_bank import CONFIG, bank_module, tiny_bank, tiny_base
 
 base = tiny_base()
@@ -113,7 +115,8 @@ def test_a_bank_that_another_process_computes_is_waited_for(base, tmp_path, monk
 
 
 def test_a_killed_process_leaves_a_bank_that_the_next_one_completes(tmp_path):
-    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=Path(__file__).parents[1], check=False)
+    here = Path(__file__).parent
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path, here, here.parent], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert list(tmp_path.glob("*/keys.npy"))
     assert tiny_bank(tiny_base(), CONFIG, tmp_path).keys.abs().sum(dim=(1, 2, 3, 4)).min() > 0

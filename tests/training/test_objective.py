@@ -8,16 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachemedic.training.objective import (
-    RepairObjective,
-    StepOutputs,
-    contraction_loss,
-    contraction_ratio,
-    identity_loss,
-    kd_loss,
-    kd_per_token,
-    masked_mean,
-)
+from cachemedic.core.divergence import contraction_loss, contraction_ratio, identity_loss, kd_loss, kd_per_token
+from cachemedic.training.objective import RepairObjective, masked_mean
+from cachemedic.training.step_data import StepOutputs
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

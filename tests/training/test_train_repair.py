@@ -9,13 +9,14 @@ from small_models import shaken
 from tiny import DOCUMENTS
 from tiny_training import CONFIG, linear_map, log_lines, parameters, tiny_bank, tiny_base
 
+from cachemedic.core.divergence import contraction_ratio, identity_loss
 from cachemedic.corruption import severity
 from cachemedic.corruption.apply import Mixture
 from cachemedic.data import text_source
 from cachemedic.token import calibration
 from cachemedic.token.scrub import Scrubber, positions_of
 from cachemedic.training.forward import read_cache, repaired
-from cachemedic.training.objective import RepairObjective, contraction_ratio, identity_loss
+from cachemedic.training.objective import RepairObjective
 from cachemedic.training.repair_terms import measure_repair
 from cachemedic.training.trainer import Trainer
 

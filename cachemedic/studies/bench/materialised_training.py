@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from cachemedic.core.divergence import EPS
 from cachemedic.corruption.types import NONE
 from cachemedic.models.load import Base
 from cachemedic.repair.attach import protect
@@ -17,8 +18,8 @@ from cachemedic.studies.bench.materialised import MaterialisedOperator, PresetLa
 from cachemedic.training.bank import Bank
 from cachemedic.training.config import TrainConfig
 from cachemedic.training.draws import Draw
-from cachemedic.training.objective import EPS, StepOutputs
 from cachemedic.training.run_adam import RunAdam
+from cachemedic.training.step_data import StepOutputs
 from cachemedic.training.student import starting_at
 from cachemedic.training.trainer import Trainer
 

@@ -9,7 +9,6 @@ The folder of the third base holds wikipedia/train.txt.xz and sst2/train.tsv.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -31,6 +30,7 @@ from transformers import (
 
 from cachemedic.core.files import write_atomically
 from cachemedic.data import text
+from cachemedic.models.base_files import defining_digests
 from cachemedic.studies.pretraining.corpus import FINISHING, RowSampler, Stage
 from cachemedic.studies.pretraining.initialisation import add_induction_circuit
 from cachemedic.studies.pretraining.recipes import RECIPES, Recipe, TrainingText, recipe, training_text
@@ -196,13 +196,13 @@ REAL_TEXT_CARD = {
 
 
 def export(model: PreTrainedModel, name: str, folder: Path, checkpoints: Path, source: TrainingText) -> None:
-    """Writes half-precision weights, tokenizer, model card, and `card.json` with the sha256 of weights and text."""
+    """Writes half-precision weights, tokenizer, model card, and `card.json` with the sha256 of files and text."""
     plan = recipe(name)
     model.half().save_pretrained(folder)
     PreTrainedTokenizerFast.from_pretrained(checkpoints).save_pretrained(folder)
     packages = text.DOCUMENTATION_SPLITS["train"]
     card: dict[str, Any] = {
-        "weights_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "sha256": defining_digests(folder),
         "training_text_sha256": text.text_hash(source.documents),
         **({"training_text": list(plan.folders)} if plan.folders else {"training_packages": packages}),
         "steps": plan.steps + plan.finishing_steps,

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from cachemedic.core.errors import nearest_valid
-from cachemedic.training.objective import StepOutputs
+from cachemedic.training.step_data import StepOutputs, ValenceStep
 from cachemedic.training.valence.gate import MercyGate
 from cachemedic.training.valence.saliency import ALPHA, saliency
 from cachemedic.training.valence.terms import (
@@ -27,9 +27,6 @@ from cachemedic.training.valence.terms import (
     weight_decay,
 )
 from cachemedic.training.valence.weights import valence_weights
-
-if TYPE_CHECKING:
-    from cachemedic.training.valence.step import ValenceStep
 
 __all__ = ["MercyGate", "ValenceObjective", "saliency", "valence_weights"]
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from cachemedic.training.draws import draw_step, generator
+from cachemedic.core.seeds import generator
+from cachemedic.training.draws import draw_step
 from cachemedic.training.forward import Students, read_cache, repaired
-from cachemedic.training.objective import StepOutputs
+from cachemedic.training.step_data import StepOutputs
 from cachemedic.training.valence.gate import PROXY, MercyGate
 from cachemedic.training.valence.rollouts import Read, reading, roll_out
 

@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
+from cachemedic.core.seeds import generator
 from cachemedic.models.load import Base
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.training.bank import Bank
-from cachemedic.training.draws import Draw, generator
+from cachemedic.training.draws import Draw
+from cachemedic.training.step_data import ValenceStep
 from cachemedic.training.valence.head import Valence
 from cachemedic.training.valence.rollouts import Observation, Read, decode, observing, reading, roll_out
-
-
-@dataclass
-class ValenceStep:
-    """R runs, B samples, M decoded tokens, n sampled ones, L layers, m valence dimensions."""
-
-    hidden_clean: torch.Tensor  # [R, B, L, M, width] after each layer, of the teacher
-    hidden_rep: torch.Tensor  # of the student
-    attention_clean: torch.Tensor  # the same, what each attention module adds
-    attention_rep: torch.Tensor
-    future_clean: torch.Tensor  # [R, B, M, m] valence of the teacher over the next M steps
-    future_rep: torch.Tensor
-    targets: torch.Tensor  # [R, B, M - 1] the tokens that follow the first M - 1 decoded ones
-    order: torch.Tensor  # [R, B] a random permutation of the samples, for controls
-    sampled_clean: torch.Tensor | None = None  # [R, B, n] log-probability of the student's samples to the teacher
-    sampled_rep: torch.Tensor | None = None  # and to the student itself
-    strength: torch.Tensor | None = None  # [R] lambda, if it is learned
-    steps: list[torch.Tensor] | None = None  # the quantiser's parameters, [R, ...] each
-
-    def select(self, runs: list[int]) -> ValenceStep:
-        """That of some runs."""
-        tensors = {name: x[runs] for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
-        return ValenceStep(**tensors, steps=None if self.steps is None else [p[runs] for p in self.steps])
 
 
 def observe_step(

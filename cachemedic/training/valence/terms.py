@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from cachemedic.training.objective import kd_per_token
+from cachemedic.core.divergence import kd_per_token
 
 CONTRAST = 0.1  # temperature of the contrastive term
 

@@ -1,0 +1,60 @@
+"""How far a repaired cache and its logits are from the clean ones: the terms of the repair objective."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+EPS = 1e-8
+
+
+def kd_loss(z_clean: torch.Tensor, z_rep: torch.Tensor, temperature: float = 2.0) -> torch.Tensor:
+    """KL(softmax(z_clean / T) || softmax(z_rep / T)) of logits [..., V], mean over the leading axes, no T^2 factor."""
+    return kd_per_token(z_clean, z_rep, temperature).mean()
+
+
+def kd_per_token(z_clean: torch.Tensor, z_rep: torch.Tensor, temperature: float = 2.0) -> torch.Tensor:
+    """The same for each token: logits [..., V] -> [...] in nats (Hinton et al. 2015, without their T^2)."""
+    if z_clean.shape != z_rep.shape:
+        raise ValueError(f"teacher and student logits differ in shape: {tuple(z_clean.shape)}, {tuple(z_rep.shape)}")
+    teacher = F.log_softmax(z_clean / temperature, dim=-1)
+    student = F.log_softmax(z_rep / temperature, dim=-1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(x.flatten(1), dim=1)  # unlike a root of squares, its gradient at zero is zero
+
+
+def identity_loss(
+    k_clean: torch.Tensor, v_clean: torch.Tensor, k_rep: torch.Tensor, v_rep: torch.Tensor
+) -> torch.Tensor:
+    """Normalised squared deviation of one layer's repaired from its clean cache, [B, G, T, d] each -> [B].
+
+    (||K_rep - K||^2 + ||V_rep - V||^2) / (||K||^2 + ||V||^2 + 1e-8), Frobenius norms per sample.
+    """
+    deviation = _norm(k_rep - k_clean).square() + _norm(v_rep - v_clean).square()
+    return deviation / (_norm(k_clean).square() + _norm(v_clean).square() + EPS)
+
+
+def contraction_ratio(
+    k_clean: torch.Tensor,
+    v_clean: torch.Tensor,
+    k_corr: torch.Tensor,
+    v_corr: torch.Tensor,
+    k_rep: torch.Tensor,
+    v_rep: torch.Tensor,
+) -> torch.Tensor:
+    """rho of one layer, [B, G, T, d] each -> [B]: the error norm that repair leaves over the one that it found.
+
+    (||K_rep - K|| + ||V_rep - V||) / (||K_corr - K|| + ||V_corr - V|| + 1e-8); below 1 repair contracts. A sample whose
+    corruption changed nothing has no ratio: mask it before averaging.
+    """
+    left = _norm(k_rep - k_clean) + _norm(v_rep - v_clean)
+    found = _norm(k_corr - k_clean) + _norm(v_corr - v_clean)
+    return left / (found + EPS)
+
+
+def contraction_loss(rho: torch.Tensor, alpha: float | torch.Tensor = 0.8) -> torch.Tensor:
+    """Hinge max(0, rho - alpha)^2, elementwise."""
+    return (rho - alpha).clamp_min(0).square()
