@@ -160,7 +160,7 @@ def test_reports_read_well():
     for text in (str(report), report._repr_html_()):
         assert "6 tokens restored from the code" in text
         assert "1, 3, 9, 20, 31, 35" in text
-    assert "expected KL: 0.0053 nats" in str(report)
+    assert "expected KL: 0.00526 nats" in str(report)
     assert str(cache.repair()).startswith("all 114 tokens are as they were written")
 
 
