@@ -118,22 +118,10 @@ def check(
     kinds = torch.zeros_like(changed, dtype=torch.long)
     origin = torch.full((*changed.shape, 2), -1, device=changed.device)
     if changed.any():
-        rows, slots = changed.nonzero(as_tuple=True)
-        of_tokens = [torch.stack([x[rows, :, slots] for x in side], 1) for side in (keys, values)]
-        largest = _largest(keys, values, valid & ~changed)
-        kinds[changed] = kinds_of(hasher, of_tokens[0], of_tokens[1], written.parts[changed], parts[changed], largest)
+        kinds[changed] = kinds_of(hasher, (keys, values), changed, parts, valid & ~changed, written)
         _find_layouts(hasher, (keys, values), written, parts, changed, kinds)
-        _find_tokens(now, written, changed & valid, others, kinds, origin)
+        _find_tokens(now, written, changed, others, kinds, origin)
     return Report(int(valid.sum()), changed, parts, kinds, origin)
-
-
-def _largest(keys: list[Tensor], values: list[Tensor], sound: Tensor) -> Tensor:
-    """The largest magnitude [L, 2, G, d] of each channel in the `sound` tokens [B, T]; infinite if there are none."""
-    if not sound.any():
-        return torch.full((len(keys), 2, keys[0].shape[1], keys[0].shape[3]), torch.inf, device=sound.device)
-    rows, slots = sound.nonzero(as_tuple=True)
-    sides = [torch.stack([x[rows, :, slots].abs().amax(0) for x in side]) for side in (keys, values)]
-    return torch.stack(sides, 1).float()
 
 
 def _find_layouts(
