@@ -18,7 +18,7 @@ from torch import Tensor
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.inward_clamp import InwardClamp
 from cachemedic.repair.operator import Attention, Gates, RepairOperator
-from cachemedic.token.operator import SketchAssisted, TokenAware
+from cachemedic.repair.registry import register_family
 
 
 class FoldedOperator(RepairOperator):
@@ -161,6 +161,7 @@ def _identity_factors(config: OperatorConfig, places: tuple[int, ...], generator
     return parameters
 
 
+@register_family("A")
 class QueryGatedAdditive(FoldedOperator):
     """Family A: K_hat = K + (K W_k * a_k(q)) U_k^T with a = sigmoid(MLP(q)); the identity by U = 0."""
 
@@ -172,6 +173,7 @@ class QueryGatedAdditive(FoldedOperator):
         return _gate_parameters(config, places, generator) | _identity_factors(config, places, generator)
 
 
+@register_family("B")
 class LearnedBasisShrinkage(FoldedOperator):
     """Family B: K_hat = K - (K B * (1 - s(q))) B^T with B orthonormal and s in [0, 1], so that it never expands.
 
@@ -201,6 +203,7 @@ class LearnedBasisShrinkage(FoldedOperator):
         return 1 - InwardClamp.apply(x)
 
 
+@register_family("C")
 class GlobalOperator(FoldedOperator):
     """Family C: the map of A with one W, U and gate MLP for all protected layers.
 
@@ -226,12 +229,3 @@ class GlobalOperator(FoldedOperator):
         _, heads, queries, _ = shape
         by_head = hidden.view(self.runs, -1, heads, queries, hidden.shape[-1]) + self.head_embedding[:, None]
         return by_head.view_as(hidden)
-
-
-FAMILIES: dict[str, type[RepairOperator]] = {
-    "A": QueryGatedAdditive,
-    "B": LearnedBasisShrinkage,
-    "C": GlobalOperator,
-    "D": TokenAware,
-    "E": SketchAssisted,
-}

@@ -23,6 +23,7 @@ from cachemedic.core.errors import nearest_valid
 from cachemedic.core.files import replace_together
 from cachemedic.models.shape import ModelShape
 from cachemedic.repair.config import OperatorConfig
+from cachemedic.repair.registry import family_class
 
 WEIGHTS, CONFIG, STATISTICS = "operator.safetensors", "config.json", "statistics.json"
 UNNAMED = "unnamed"  # statistics of folders that were written before their `config.json` named them
@@ -98,7 +99,8 @@ class RepairOperator(nn.Module, ABC):
         """A new operator, the exact identity, for the model that `model_config` describes.
 
         Args:
-            family: "A", "B" or "C", see `cachemedic.repair.folded`, "D" or "E", see `cachemedic.token`.
+            family: "A", "B" or "C", see `cachemedic.repair.folded`, "D" or "E", see `cachemedic.token`, or a name of
+                your own, see `cachemedic.repair.registry`.
             layers: which layers to protect.
             rank: r, at most the head size.
             apply_to: "K", "V" or "KV".
@@ -277,12 +279,3 @@ class RepairOperator(nn.Module, ABC):
 
     def _read_beside(self, folder: Path, named: str | None) -> None:
         """The inverse hook. `named`: sha256 of `statistics.json`, None if the operator has none, or `UNNAMED`."""
-
-
-def family_class(family: str) -> type[RepairOperator]:
-    """The class of a family, by name."""
-    from cachemedic.repair.folded import FAMILIES  # here, because the families build on this module
-
-    if family not in FAMILIES:
-        raise nearest_valid("operator family", family, FAMILIES)
-    return FAMILIES[family]

@@ -10,7 +10,8 @@ from cachemedic.core.errors import nearest_valid
 from cachemedic.evaluation.evaluate import Reader
 from cachemedic.models.load import Base
 from cachemedic.repair.folded import FoldedOperator
-from cachemedic.repair.operator import RepairOperator, family_class
+from cachemedic.repair.operator import RepairOperator
+from cachemedic.repair.registry import family_class
 from cachemedic.studies.family_study import token_aware_config
 from cachemedic.token.operator import TokenAware
 from cachemedic.token.scrub import Scrubber

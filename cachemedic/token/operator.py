@@ -16,6 +16,7 @@ from torch import Tensor
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.inward_clamp import InwardClamp
 from cachemedic.repair.operator import Attention, Gates, RepairOperator
+from cachemedic.repair.registry import register_family
 from cachemedic.token.depth_filter import FEATURES, OUTPUTS, TINY, LayerStatistics, Sight, estimate, weigh
 from cachemedic.token.observation import Observation
 from cachemedic.token.options import check_options, coordinates
@@ -52,6 +53,7 @@ class _Walk:
     exchanged: Tensor | None = None
 
 
+@register_family("D")
 class TokenAware(RepairOperator):
     """Family D: needs nothing stored; `calibrate` gives it a transform, without which it is the identity.
 
@@ -266,6 +268,7 @@ class TokenAware(RepairOperator):
         return decided.view(*features.shape[:-1], OUTPUTS)
 
 
+@register_family("E")
 class SketchAssisted(TokenAware):
     """Family E: D with a protected code of each token; the exact identity on tokens whose code is what was stored.
 

@@ -13,8 +13,9 @@ from transformers.cache_utils import Cache
 
 from cachemedic.models.shape import ModelShape
 from cachemedic.repair.attach import protect
-from cachemedic.repair.folded import FAMILIES, FoldedOperator
+from cachemedic.repair.folded import FoldedOperator
 from cachemedic.repair.operator import RepairOperator
+from cachemedic.repair.registry import family_class, family_names
 from cachemedic.studies.bench.materialised import RepeatableLayer, materialised
 from cachemedic.studies.bench.timing import interleave, median_ratio
 
@@ -22,7 +23,7 @@ POSITIONS = (128, 1024, 4096, 16384)  # T, tokens in the cache
 LAYERS = (10, 11, 12, 13)
 RANK = 8
 ROUNDS = 31
-FOLDED = [name for name, family in FAMILIES.items() if issubclass(family, FoldedOperator)]
+FOLDED = [name for name in family_names() if issubclass(family_class(name), FoldedOperator)]
 
 
 def gpt2_medium(positions: int) -> PreTrainedModel:

@@ -21,7 +21,8 @@ from cachemedic.defenses.clean_ranges import CacheStatistics
 from cachemedic.defenses.heuristics import Defence, blind_defences
 from cachemedic.repair.attach import protect
 from cachemedic.repair.folded import FoldedOperator
-from cachemedic.repair.operator import RepairOperator, family_class
+from cachemedic.repair.operator import RepairOperator
+from cachemedic.repair.registry import family_class
 from cachemedic.studies.bench.augmented import random_repair, wide_cache
 from cachemedic.studies.bench.decode import RANK, decode, random_cache
 from cachemedic.studies.bench.materialised import RepeatableLayer

@@ -1,0 +1,70 @@
+"""Operator families by name: those of this package and those that others register.
+
+A family is a class with a decorator, also in a notebook cell:
+
+    @register_family("mine")
+    class Mine(FoldedOperator): ...
+
+A package offers its families as entry points of the group `cachemedic.families`, as this one does in pyproject.toml:
+the module of a family is imported when its name is first asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, TypeVar
+
+from cachemedic.core.errors import nearest_valid
+
+if TYPE_CHECKING:
+    from cachemedic.repair.operator import RepairOperator
+
+GROUP = "cachemedic.families"
+
+_families: dict[str, type[RepairOperator]] = {}
+Family = TypeVar("Family", bound="type[RepairOperator]")
+
+
+def register_family(name: str) -> Callable[[Family], Family]:
+    """A class decorator that makes `RepairOperator.create(name, ...)` and `from_pretrained` know the class.
+
+    A cell that is run again replaces its own class. Raises `ValueError` for the name of another class.
+    """
+
+    def register(cls: Family) -> Family:
+        known, place = _places().get(name), _place(cls)
+        if known not in (None, place):
+            raise ValueError(f"the operator family {name!r} is {known} already: take another name")
+        _families[name] = cls
+        return cls
+
+    return register
+
+
+def family_names() -> list[str]:
+    """The names of all families."""
+    return sorted(_places())
+
+
+def family_class(name: str) -> type[RepairOperator]:
+    """The class of a family. Raises `ValueError` for an unknown name."""
+    if name not in _families:
+        offered = _offered()
+        if name not in offered:
+            raise nearest_valid("operator family", name, family_names())
+        _families[name] = offered[name].load()
+    return _families[name]
+
+
+def _offered() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def _place(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _places() -> dict[str, str]:
+    """Where each family is, as entry points write it: module:class."""
+    return {name: entry.value for name, entry in _offered().items()} | {n: _place(cls) for n, cls in _families.items()}
