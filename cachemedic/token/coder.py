@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -11,6 +12,8 @@ from cachemedic.token.joint import RECENT, Prior
 from cachemedic.token.lowest_layer import lowest_layer
 from cachemedic.token.record import TokenRecord
 from cachemedic.token.vectors import TokenVectors
+
+CODED = 512  # tokens a row whose vectors are held at once
 
 
 class Coder:
@@ -47,18 +50,23 @@ class Coder:
     def encode(self, keys: list[Tensor], values: list[Tensor], positions: Tensor, tokens: slice) -> Tensor:
         """The codes uint8 [B, n, bytes] of n `tokens` of clean keys and values [B, G, T, d] of all layers."""
         assert self.code is not None  # it has bytes a token
-        start = max(0, tokens.start - (RECENT - 1))
-        lowest = self.lowest.of(
-            [keys[0][:, :, start : tokens.stop]],
-            [values[0][:, :, start : tokens.stop]],
-            positions[:, start : tokens.stop],
-        )
-        prior = self.joint.prior_of(lowest).tokens(slice(tokens.start - start, None)) if self.code.with_ids else None
+        starts = range(tokens.start, tokens.stop, CODED)
+        parts = [slice(start, min(start + CODED, tokens.stop)) for start in starts]
+        return torch.cat([self._encode(keys, values, positions, part) for part in parts], 1)
+
+    def _encode(self, keys: list[Tensor], values: list[Tensor], positions: Tensor, tokens: slice) -> Tensor:
+        assert self.code is not None
         x = self.vectors.of(
             [keys[layer][:, :, tokens] for layer in self.layers],
             [values[layer][:, :, tokens] for layer in self.layers],
             positions[:, tokens],
         )
+        if not self.code.with_ids:
+            return self.code.encode(x)
+        start = max(0, tokens.start - (RECENT - 1))
+        near = slice(start, tokens.stop)
+        lowest = self.lowest.of([keys[0][:, :, near]], [values[0][:, :, near]], positions[:, near])
+        prior = self.joint.prior_of(lowest, len(self.code.bits)).tokens(slice(tokens.start - start, None))
         return self.code.encode(x, prior)
 
     def restore(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,18 +90,15 @@ class Coder:
         first, end = max(0, int(slots.min()) - (RECENT - 1)), int(slots.max()) + 1
         lowest = lowest_layer(self.model, record.ids[:, first:end], record.positions[:, first:end])
         near = self.joint.recent(lowest)[rows, slots - first][None]
-        prior = Prior(
-            near @ self.joint.prior_in.to(near.dtype) @ self.joint.prior_out.to(near.dtype),
-            lowest[rows, slots - first][None],
-        )
-        if self.code is None:
-            return prior, prior.mean
+        count = None if self.code is None else len(self.code.bits)
+        prior = Prior(self.joint.prior_mean(near, count), lowest[rows, slots - first][None])
         coded = slots < record.codes.shape[1]
-        c = prior.mean[..., : len(self.code.bits)].clone()
-        if coded.any():
-            of_coded = Prior(prior.mean[:, coded], prior.lowest[:, coded]) if self.code.with_ids else None
-            packed = record.codes[rows[coded], slots[coded]][None]
-            c[:, coded] = self.code.decode(packed, of_coded, dtype=c.dtype)
+        if self.code is None or not coded.any():
+            return prior, prior.mean
+        of_coded = prior.tokens(coded) if self.code.with_ids else None
+        c = prior.mean.clone()
+        packed = record.codes[rows[coded], slots[coded]][None]
+        c[:, coded] = self.code.decode(packed, of_coded, dtype=c.dtype)
         return prior, c
 
     def _stored(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

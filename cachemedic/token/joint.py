@@ -41,7 +41,7 @@ class Prior:
         """The same of some rows of the batch."""
         return Prior(self.mean[rows], self.lowest[rows])
 
-    def tokens(self, tokens: slice) -> Prior:
+    def tokens(self, tokens: slice | Tensor) -> Prior:
         """The same of some tokens."""
         return Prior(self.mean[:, tokens], self.lowest[:, tokens])
 
@@ -149,7 +149,9 @@ class JointModel:
             with safetensors.safe_open(str(path), framework="pt") as file:
                 header = file.metadata() or {}
                 if header.get("format") != FORMAT:
-                    raise ValueError(f"{path} is no joint model: its format is {header.get('format')!r}, not {FORMAT!r}")
+                    raise ValueError(
+                        f"{path} is no joint model: its format is {header.get('format')!r}, not {FORMAT!r}"
+                    )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: it is no mapping
             record = json.loads(header["model"])
             found = cls(ModelShape(**record["of"]), tuple(record["layers"]), **tensors)
@@ -161,7 +163,7 @@ class JointModel:
 
     def standardise(self, x: Tensor) -> Tensor:
         """Vectors x [..., D] in units of the scale, about the mean."""
-        return (x - self.mean.to(x.dtype)).mul_(self.scale.to(x.dtype))
+        return torch.addcmul((-self.mean * self.scale).to(x.dtype), x, self.scale.to(x.dtype))
 
     def restore_scale(self, z: Tensor) -> Tensor:
         """The inverse of `standardise`."""
@@ -189,9 +191,13 @@ class JointModel:
         """
         return self.prior_of(lowest_layer(model, ids, positions))
 
-    def prior_of(self, lowest: Tensor) -> Prior:
-        """The same from the vectors [B, T, W] of the lowest layer."""
-        return Prior(self.recent(lowest) @ self.prior_in.to(lowest.dtype) @ self.prior_out.to(lowest.dtype), lowest)
+    def prior_of(self, lowest: Tensor, count: int | None = None) -> Prior:
+        """The same from the vectors [B, T, W] of the lowest layer, for the first `count` coordinates (None: all)."""
+        return Prior(self.prior_mean(self.recent(lowest), count), lowest)
+
+    def prior_mean(self, near: Tensor, count: int | None = None) -> Tensor:
+        """Mean [..., count] of the first coordinates (None: all), from what `recent` gives [..., RECENT W]."""
+        return near @ self.prior_in.to(near.dtype) @ self.prior_out[:, :count].to(near.dtype)
 
     def recent(self, lowest: Tensor) -> Tensor:
         """What the prior of c is linear in: the standardised lowest layer of RECENT tokens [B, T, RECENT W]."""

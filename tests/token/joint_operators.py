@@ -39,7 +39,7 @@ class JointOperator:
 
 @cache
 def joint_of(name: str) -> JointModel:
-    """Principal axes of all tokens but the first ones, and a least-squares prior."""
+    """Principal axes of all tokens but the first ones, and a prior by ridge regression."""
     model = model_of(name)
     ids = torch.randint(1, VOCABULARY, (40, 60), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(60).expand(40, -1)
@@ -55,7 +55,10 @@ def joint_of(name: str) -> JointModel:
     lowest = lowest_layer(model, ids, positions)
     lowest_mean, lowest_scale = lowest.mean((0, 1)), 1 / lowest.std((0, 1)).clamp_min(1e-3)
     told = recent((lowest - lowest_mean) * lowest_scale)[:, SINKS:].flatten(0, 1)
-    prior_out = torch.linalg.lstsq(told, c).solution
+    gram = told.double().T @ told.double()
+    prior_out = torch.linalg.solve(
+        gram + 0.01 * len(told) * torch.eye(len(gram)).double(), told.double().T @ c.double()
+    ).float()
     return JointModel(
         of=ModelShape.of(model.config),
         layers=vectors.layers,
