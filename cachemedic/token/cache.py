@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from cachemedic.models.shape import ModelShape
 from cachemedic.token.cache_files import load_cache, save_cache
 from cachemedic.token.check import Report, check
 from cachemedic.token.coder import Coder
+from cachemedic.token.dense import dense_shape
 from cachemedic.token.forward_hook import ToldCache, Watch
 from cachemedic.token.hashes import TokenHash
 from cachemedic.token.joint import SINKS
@@ -49,14 +49,14 @@ class SketchCache(ToldCache):
         seed: of the multipliers of the hash, which whoever damages the cache on purpose must not know.
 
     Raises:
-        ValueError: for a model with an encoder or latent attention, an operator of another model or not calibrated, a
-            storage that holds tokens or slides.
+        ValueError: for a model with an encoder, latent attention or layers that do not attend, an operator of another
+            model or not calibrated, a storage that holds tokens or slides.
     """
 
     def __init__(
         self, model: PreTrainedModel, operator: Any | None = None, storage: Cache | None = None, seed: int = 0
     ) -> None:
-        self.shape = ModelShape.of(model.config)
+        self.shape = dense_shape(model)
         self.model, self.operator, self.seed = model, operator, seed
         self.coder = None if operator is None else Coder(model, operator)
         # the layers, how new ones are made, and how they are offloaded

@@ -40,23 +40,23 @@ class Policy:
         self.length = len(cache.kept)
         self.ways = self._open_to(cache)
         if method != "auto" and method not in self.ways:
-            raise ValueError(self._why_not[method])
+            raise ValueError(self.why_not[method])
         self.costs: CostModel | None = None
         if budget is not None:
             self.costs = costs_of(cache.model, cache.coder, self.ways)
 
     def _open_to(self, cache: SketchCache) -> tuple[str, ...]:
         """The ways that can be taken."""
-        self._why_not: dict[str, str] = {}
+        self.why_not: dict[str, str] = {}
         try:
             check_can_recompute(cache.model, cache, self.length)
         except ValueError as error:
-            self._why_not["recompute"] = str(error)
+            self.why_not["recompute"] = str(error)
         if cache.coder is None:
-            self._why_not["restore"] = self._why_not["estimate"] = (
+            self.why_not["restore"] = self.why_not["estimate"] = (
                 "this cache has no operator that knows clean tokens: make it with SketchCache(model, operator)"
             )
-        return tuple(way for way in ("recompute", "estimate", "restore", "erase") if way not in self._why_not)
+        return tuple(way for way in ("recompute", "estimate", "restore", "erase") if way not in self.why_not)
 
     def choose(self, report: Report, record: TokenRecord) -> Tensor:
         """The number in `WAYS` [B, T] of what is done with each token."""

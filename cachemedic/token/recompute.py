@@ -16,8 +16,10 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from cachemedic.token.dense import check_cache_of, check_can_recompute
+from cachemedic.token.lowest_layer import stored_in_lowest_layer
 
 BLOCK = 512  # keys that attention kernels sum up at once at most: whole blocks are read, for sums in the same order
+UNLIKE = 0.2  # of the size of a token's numbers in the lowest layer: rounding stays far below, another id is far above
 PIECE = 256  # tokens a row that are computed at once, in order: those before do not attend to what comes after
 
 
@@ -45,7 +47,8 @@ def recompute(
 
     Raises:
         TypeError: for a cache without layers of keys and values, and for `damaged` that is not boolean.
-        ValueError: for tensors of other shapes, and for a model or cache whose tokens cannot be computed again one by
+        ValueError: for tensors of other shapes, for ids from which the tokens that are not damaged do not follow, and
+            for a model or cache whose tokens cannot be computed again one by
             one: encoder-decoders, latent attention, hybrids, text longer than a sliding window, dropout in use.
     """
     length = check_cache_of(model, cache)
@@ -62,6 +65,15 @@ def recompute(
     ids, damaged = ids.to(device), damaged.to(device)
     valid = torch.ones_like(damaged) if attention_mask is None else attention_mask.to(device).bool()
     positions = (valid.cumsum(1) - 1).clamp_min(0) if position_ids is None else position_ids.to(device)
+    _check_ids(model, layers[0], ids, positions, valid & ~damaged)
+    recompute_tokens(model, layers, ids, damaged, valid, positions)
+
+
+def recompute_tokens(
+    model: PreTrainedModel, layers: list[Any], ids: Tensor, damaged: Tensor, valid: Tensor, positions: Tensor
+) -> None:
+    """What `recompute` does, of arguments [B, T] that are known to be right; `valid`: tokens that attention reads."""
+    length, device = ids.shape[1], model.device
     _clear(layers, damaged & ~valid)
     damaged = damaged & valid
     if not damaged.any():
@@ -78,6 +90,24 @@ def recompute(
     slots = damaged[rows].logical_not().byte().argsort(dim=1, stable=True)[:, :count]
     for piece in slots.split(PIECE, dim=1):
         _pass_over(model, layers, ids, positions, valid, rows, piece, damaged[rows].gather(1, piece))
+
+
+def _check_ids(model: PreTrainedModel, lowest: Any, ids: Tensor, positions: Tensor, sound: Tensor) -> None:
+    """Raises `ValueError` if `sound` tokens [B, T] do not follow from their ids: the lowest layer follows exactly."""
+    if not sound.any():
+        return
+    error, size = 0.0, 0.0
+    for x, stored in zip(stored_in_lowest_layer(model, ids, positions), (lowest.keys, lowest.values), strict=True):
+        found = stored[:, :, : ids.shape[1]].to(x)
+        error = error + (found - x).float().square().sum((1, 3))
+        size = size + x.float().square().sum((1, 3))
+    wrong = ~(error < UNLIKE**2 * size) & sound
+    if wrong.any():
+        row, slot = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"{int(wrong.sum())} tokens that are not damaged do not follow from their ids and positions, first of them "
+            f"slot {slot} of row {row}: give the ids of this cache, and mark all damage"
+        )
 
 
 def _pass_over(

@@ -25,7 +25,7 @@ class RepairReport:
     """found: the damage; way_numbers [B, T]: of `WAYS`, what was done with each token; verified: recomputed tokens that
     are bit for bit what was written; expected_kl: in nats, in proportion to the tokens repaired each way, None where a
     way was not measured in calibration; seconds: that the repair took; budget and expected_share: of a prefill, None
-    without a budget.
+    without a budget; not_recomputed: why no token of this cache can be computed again, None if it can.
     """
 
     found: Report
@@ -35,6 +35,7 @@ class RepairReport:
     seconds: float
     budget: float | None
     expected_share: float | None
+    not_recomputed: str | None
 
     @property
     def ways(self) -> dict[str, int]:
@@ -64,6 +65,8 @@ class RepairReport:
             yield way, f"{self.ways[way]} tokens {SAID[way]}{exact}"
             for row in tokens.any(1).nonzero().squeeze(1).tolist():
                 yield f"{way}, row {row}", ranges(tokens[row].nonzero().squeeze(1).tolist())
+        if self.not_recomputed is not None:
+            yield "recompute", f"not possible: {self.not_recomputed}"
         if self.budget == 0:
             yield "budget", "0: there was no time to repair anything"
         elif self.expected_share is not None:

@@ -12,13 +12,13 @@ from torch import Tensor
 from cachemedic.token.check import Report
 from cachemedic.token.joint import SINKS
 from cachemedic.token.policy import WAY, Policy
-from cachemedic.token.recompute import recompute
+from cachemedic.token.recompute import recompute_tokens
 from cachemedic.token.repair_report import RepairReport
 
 if TYPE_CHECKING:
     from cachemedic.token.cache import SketchCache
 
-PIECE = 1024  # tokens whose vectors are held at once
+PIECE = 512  # tokens whose vectors are held at once
 
 
 @torch.inference_mode()
@@ -32,7 +32,7 @@ def carry_out(cache: SketchCache, report: Report, policy: Policy) -> RepairRepor
             _rewrite(cache, way, rows, slots)
     cache.record = record = replace(record, erased=record.erased | (ways == WAY["erase"]))
     if (damaged := ways == WAY["recompute"]).any():
-        recompute(cache.model, cache, record.ids, damaged, record.valid, record.positions.clamp_min(0))
+        recompute_tokens(cache.model, _layers(cache), record.ids, damaged, record.valid, record.positions.clamp_min(0))
     changed = (ways != WAY["sound"]) & (ways != WAY["leave"]) & (ways != WAY["erase"])
     verified = 0
     if changed.any():
@@ -48,6 +48,7 @@ def carry_out(cache: SketchCache, report: Report, policy: Policy) -> RepairRepor
         seconds=time.perf_counter() - start,
         budget=policy.budget,
         expected_share=None if policy.costs is None else policy.share(taken),
+        not_recomputed=policy.why_not.get("recompute"),
     )
 
 

@@ -184,3 +184,16 @@ def test_what_cannot_be_done_is_refused_before_any_work():
         SketchCache(model_of("gpt2"), operator_of("llama"))
     with pytest.raises(ValueError, match="knows no clean tokens yet"):
         SketchCache(model, JointOperator(None))
+
+
+def test_a_sliding_window_is_not_computed_again_and_the_report_says_why():
+    model, cache, _, _ = filled("mistral")
+    shift(cache, 0, [4])
+    with pytest.raises(ValueError, match="attend to the last 6 tokens only, and the cache holds 12"):
+        cache.repair("recompute")
+    report = cache.repair()
+    assert report.ways == {"erase": 1}
+    assert "recompute: not possible: MistralForCausalLM has layers that attend to the last 6 tokens only" in str(report)
+    model, cache, _, _ = filled("mistral", length=6)
+    shift(cache, 0, [4])
+    assert cache.repair().ways == {"recompute": 1}
