@@ -114,6 +114,16 @@ class SketchCache(ToldCache):
             _ = self.kept
         self._new, self._written = (ids, positions), ([], [])
 
+    def adopt(self, cache: Cache, ids: Tensor, positions: Tensor) -> None:
+        """Takes over the layers of a filled cache as what was written; `look_after` checks them first.
+
+        ids and positions [B, T] of its tokens, positions -1 for padding.
+        """
+        self.__dict__.update(vars(cache))
+        layers: list[Any] = self.layers
+        sides = [[getattr(layer, side)[:, :, : ids.shape[1]] for layer in layers] for side in ("keys", "values")]
+        self._remember(sides[0], sides[1], ids, positions)
+
     def known_positions(self) -> Tensor:
         """See `ToldCache`."""
         return self.kept.positions

@@ -16,10 +16,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from cachemedic.token.dense import check_cache_of, check_can_recompute
-from cachemedic.token.lowest_layer import stored_in_lowest_layer
+from cachemedic.token.given import check_ids, tokens_given
 
 BLOCK = 512  # keys that attention kernels sum up at once at most: whole blocks are read, for sums in the same order
-UNLIKE = 0.2  # of the size of a token's numbers in the lowest layer: rounding stays far below, another id is far above
 PIECE = 256  # tokens a row that are computed at once, in order: those before do not attend to what comes after
 
 
@@ -54,18 +53,13 @@ def recompute(
     length = check_cache_of(model, cache)
     check_can_recompute(model, cache, length)
     layers: list[Any] = cache.layers
-    shape = (len(layers[0].keys), length)
-    given = {"ids": ids, "damaged": damaged, "attention_mask": attention_mask, "position_ids": position_ids}
-    for name, tensor in given.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {list(shape)}, as the cache has it, not {list(tensor.shape)}")
+    ids, valid, positions = tokens_given(model, cache, ids, attention_mask, position_ids)
     if damaged.dtype != torch.bool:
         raise TypeError(f"damaged must be a boolean tensor, not {damaged.dtype}")
-    device = model.device
-    ids, damaged = ids.to(device), damaged.to(device)
-    valid = torch.ones_like(damaged) if attention_mask is None else attention_mask.to(device).bool()
-    positions = (valid.cumsum(1) - 1).clamp_min(0) if position_ids is None else position_ids.to(device)
-    _check_ids(model, layers[0], ids, positions, valid & ~damaged)
+    if damaged.shape != ids.shape:
+        raise ValueError(f"damaged must be {list(ids.shape)}, as the cache has it, not {list(damaged.shape)}")
+    damaged = damaged.to(model.device)
+    check_ids(model, layers[0], ids, positions, valid & ~damaged)
     recompute_tokens(model, layers, ids, damaged, valid, positions)
 
 
@@ -90,24 +84,6 @@ def recompute_tokens(
     slots = damaged[rows].logical_not().byte().argsort(dim=1, stable=True)[:, :count]
     for piece in slots.split(PIECE, dim=1):
         _pass_over(model, layers, ids, positions, valid, rows, piece, damaged[rows].gather(1, piece))
-
-
-def _check_ids(model: PreTrainedModel, lowest: Any, ids: Tensor, positions: Tensor, sound: Tensor) -> None:
-    """Raises `ValueError` if `sound` tokens [B, T] do not follow from their ids: the lowest layer follows exactly."""
-    if not sound.any():
-        return
-    error, size = 0.0, 0.0
-    for x, stored in zip(stored_in_lowest_layer(model, ids, positions), (lowest.keys, lowest.values), strict=True):
-        found = stored[:, :, : ids.shape[1]].to(x)
-        error = error + (found - x).float().square().sum((1, 3))
-        size = size + x.float().square().sum((1, 3))
-    wrong = ~(error < UNLIKE**2 * size) & sound
-    if wrong.any():
-        row, slot = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"{int(wrong.sum())} tokens that are not damaged do not follow from their ids and positions, first of them "
-            f"slot {slot} of row {row}: give the ids of this cache, and mark all damage"
-        )
 
 
 def _pass_over(

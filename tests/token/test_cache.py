@@ -7,12 +7,14 @@ import pickle
 import pytest
 import torch
 from checked_caches import NEW, filled, numbers, shift, write
+from joint_operators import operator_of
 from small_models import PAD, VOCABULARY, model_of, padded_batch
 from transformers import DynamicCache, StaticCache
 
 from cachemedic.corruption.apply import corrupt_cache
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.token.cache import SketchCache
+from cachemedic.token.look_after import look_after
 
 MODELS = ["gpt2", "llama", "gpt_neox", "phi", "qwen3", "opt"]
 SAMPLING = {
@@ -256,3 +258,38 @@ def test_a_pass_that_failed_leaves_nothing_behind():
     assert torch.equal(cache.record.ids, ids)
     assert PAD not in cache.record.ids
     assert not cache.check()
+
+
+@pytest.mark.parametrize("storage", [DynamicCache, lambda: StaticCache(model_of("llama").config, max_cache_len=20)])
+def test_a_cache_from_elsewhere_is_looked_after(storage):
+    model, operator = model_of("llama"), operator_of("llama")
+    ids, mask = padded_batch(length=18)
+    found = storage()
+    write(model, found, ids, mask, [18])
+    expected = SketchCache(model, operator)
+    write(model, expected, ids, mask, [18])
+    cache = look_after(model, found, ids, operator, mask)
+    for name, x in cache.record.tensors.items():
+        assert torch.equal(x, expected.record.tensors[name]), name
+    shift(cache, 0, [5])
+    assert cache.repair().ways == {"recompute": 1}
+    new = torch.full((3, 1), 5)
+    call = {"attention_mask": torch.cat([mask, torch.ones_like(new)], 1), "position_ids": mask.sum(1, keepdim=True)}
+    logits = model(new, past_key_values=cache, **call).logits
+    torch.testing.assert_close(logits, model(new, past_key_values=expected, **call).logits, atol=1e-4, rtol=1e-4)
+    assert not cache.check()
+
+
+def test_a_cache_that_is_not_of_the_ids_is_not_looked_after():
+    model = model_of("llama")
+    ids, mask = padded_batch(length=9)
+    found = DynamicCache()
+    write(model, found, ids, mask, [9])
+    with pytest.raises(ValueError, match=r"ids must be \[3, 9\], as the cache has it, not \[3, 10\]"):
+        look_after(model, found, padded_batch(length=10)[0], attention_mask=mask)
+    with pytest.raises(ValueError, match="do not follow from their ids"):
+        look_after(model, found, padded_batch(length=9, seed=2)[0], attention_mask=mask)
+    with pytest.raises(ValueError, match="do not follow from their ids"):
+        look_after(model, found, ids)  # the first row is right, the padded ones are at other positions
+    with pytest.raises(ValueError, match="0 layers of this cache hold tokens"):
+        look_after(model, DynamicCache(), ids)
