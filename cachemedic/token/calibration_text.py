@@ -31,7 +31,9 @@ def default_texts(base: Base, seed: int = 0) -> dict[str, tuple[str, ...]]:
     if base.tokenizer.chat_template:
         asked = [f"{QUESTIONS[i % len(QUESTIONS)]}\n\n{text}" for i, text in enumerate(prose[:REVIEWS])]
         answers = prose[1 : REVIEWS + 1]
-        found["dialogue"] = tuple(_turns(base, question, answer) for question, answer in zip(asked, answers, strict=True))
+        found["dialogue"] = tuple(
+            _turns(base, question, answer) for question, answer in zip(asked, answers, strict=True)
+        )
     return found
 
 
@@ -40,15 +42,32 @@ def _turns(base: Base, question: str, answer: str) -> str:
     return str(base.tokenizer.apply_chat_template(turns, tokenize=False))
 
 
+def held_out(texts: Texts, one_in: int = 8) -> tuple[dict[str, Sequence[str]], dict[str, Sequence[str]]]:
+    """The texts of each kind without, and those that are, one in so many; a kind of fewer texts is in both.
+
+    Raises `TypeError` for texts that are no strings.
+    """
+    kinds = by_kind(texts)
+    few = {name for name, found in kinds.items() if len(found) < one_in}
+    most = {name: k if name in few else [t for i, t in enumerate(k) if i % one_in] for name, k in kinds.items()}
+    return most, {name: k if name in few else k[::one_in] for name, k in kinds.items()}
+
+
+def by_kind(texts: Texts) -> Mapping[str, Sequence[str]]:
+    """Texts as lists by kind. Raises `TypeError` for texts that are no strings."""
+    kinds = texts if isinstance(texts, Mapping) else {"text": texts}
+    if isinstance(texts, str) or not all(isinstance(t, str) for kind in kinds.values() for t in kind):
+        raise TypeError("texts must be a list of strings, or a dictionary of such lists by kind")
+    return kinds
+
+
 def windows(base: Base, texts: Texts, count: int, length: int, seed: int) -> Tensor:
     """Windows of `length` tokens [n, length] from the texts of each kind in equal numbers, `count` in all at most.
 
     Each begins as a text of this base does. A kind that is too short for its share gives as many windows as it has.
     Raises `TypeError` for texts that are no strings, `ValueError` if they make no window at all.
     """
-    kinds = texts if isinstance(texts, Mapping) else {"text": texts}
-    if isinstance(texts, str) or not all(isinstance(t, str) for kind in kinds.values() for t in kind):
-        raise TypeError("texts must be a list of strings, or a dictionary of such lists by kind")
+    kinds = by_kind(texts)
     of_kinds = [
         _of_kind(base, kind, max(1, count // len(kinds)), length, [seed, number])
         for number, kind in enumerate(kinds.values())

@@ -1,8 +1,8 @@
 """The joint model of a token: x = mean + (c axes + rest) / scale over all layers and heads at once.
 
-The axes are the principal ones of whole tokens, standardised and weighed by what errors do to the output; c and rest are
-independent normal numbers of known variances. With the token ids, c has a linear prior from the exact vectors of this
-token and the three before in the lowest layer. One transform of all layers and heads together is that of KVTC
+The axes are the principal ones of whole tokens, standardised and weighed by what errors do to the output; c and rest
+are independent normal numbers of known variances. With the token ids, c has a linear prior from the exact vectors of
+this token and the three before in the lowest layer. One transform of all layers and heads together is that of KVTC
 (arXiv 2511.01815), a method of compression; here it serves repair, with side information from the ids.
 """
 
@@ -48,12 +48,13 @@ class Prior:
 
 @dataclass(frozen=True, eq=False)
 class JointModel:
-    """The model of the tokens of one base: D numbers a token, m coordinates c, W numbers of a token in the lowest layer.
+    """The model of the tokens of one base: D numbers a token, m coordinates c, W numbers in the lowest layer.
 
-    of: the shape of the base; layers: those that x holds; mean, scale, rest [D] (rest: variances in units of the scale);
-    axes [m, D], orthonormal rows in bf16; variance [m]: of c; lowest_mean, lowest_scale [W] standardise the lowest
-    layer; prior_in [RECENT W, r] and prior_out [r, m] map it to the mean of c; prior_variance [m]: what the ids leave of
-    the variance of c.
+    of: the shape of the base; layers: those that x holds; mean, scale, rest [D] (rest: variances in units of the
+    scale); axes [m, D], orthonormal rows in bf16; variance [m]: of c; lowest_mean, lowest_scale [W] standardise the
+    lowest layer; prior_in [RECENT W, r] and prior_out [r, m] map it to the mean of c; prior_variance [m]: what the ids
+    leave of the variance of c; first [D]: the vector of the token that all calibration texts began with, None if they
+    differed.
     """
 
     of: ModelShape
@@ -68,6 +69,7 @@ class JointModel:
     prior_in: Tensor
     prior_out: Tensor
     prior_variance: Tensor
+    first: Tensor | None = None
 
     def __post_init__(self) -> None:
         width = 2 * self.of.num_kv_heads * self.of.head_dim
@@ -76,6 +78,8 @@ class JointModel:
             "mean": (d,), "scale": (d,), "axes": (m, d), "variance": (m,), "rest": (d,), "lowest_mean": (width,),
             "lowest_scale": (width,), "prior_in": (RECENT * width, r), "prior_out": (r, m), "prior_variance": (m,),
         }  # fmt: skip
+        if self.first is not None:
+            expected["first"] = (d,)
         for name, shape in expected.items():
             found = tuple(getattr(self, name).shape)
             if found != shape:
@@ -130,15 +134,19 @@ class JointModel:
             return self
         return JointModel(self.of, self.layers, **{name: x.to(device) for name, x in self.tensors.items()})
 
-    def save(self, path: str | Path) -> None:
-        """Writes the model, whole or not at all, as one safetensors file that names its own sha256."""
+    def as_bytes(self) -> bytes:
+        """The model as one safetensors file that names its own sha256."""
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.tensors.items()}
         header = {"format": FORMAT, "model": self._header(), "sha256": self.digest}
-        write_atomically(Path(path), safetensors.torch.save(tensors, metadata=header))
+        return safetensors.torch.save(tensors, metadata=header)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the model to a file, whole or not at all."""
+        write_atomically(Path(path), self.as_bytes())
 
     @classmethod
     def from_file(cls, path: str | Path) -> JointModel:
-        """Reads what `save` wrote.
+        """Reads what `save` or `as_bytes` wrote.
 
         Raises `FileNotFoundError` if there is no such file, `ValueError` if it is damaged or no joint model.
         """
@@ -152,7 +160,7 @@ class JointModel:
                     raise ValueError(
                         f"{path} is no joint model: its format is {header.get('format')!r}, not {FORMAT!r}"
                     )
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: it is no mapping
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             record = json.loads(header["model"])
             found = cls(ModelShape(**record["of"]), tuple(record["layers"]), **tensors)
         except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:

@@ -8,6 +8,7 @@ iteration (Halko, Martinsson and Tropp 2011) with a seeded start; variances from
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +19,13 @@ from cachemedic.models.cache import unstack_cache
 from cachemedic.models.load import Base
 from cachemedic.models.shape import ModelShape
 from cachemedic.token.calibration_text import Texts, default_texts, windows
-from cachemedic.token.joint import RECENT, SINKS, JointModel, recent
+from cachemedic.token.joint import SINKS, JointModel, recent
 from cachemedic.token.lowest_layer import lowest_layer
 from cachemedic.token.vectors import TokenVectors
 
-COORDINATES = 2000
+COORDINATES, LARGEST_PART = 2000, 4  # m at most; and a part of the numbers of a token
 MEMORY = 1 << 30  # bytes of clean vectors, in bf16
+WINDOWS = 96  # at most
 LENGTH, BATCH = 544, 4  # tokens of a window, windows at once
 HELD_OUT = 8  # one window in so many measures variances
 OVERSAMPLED, ITERATIONS, BLOCK = 48, 2, 4096  # of the subspace iteration; rows at once
@@ -43,25 +45,26 @@ def fit_joint_model(
     """The joint model of the tokens of a base, for some layers (None: all).
 
     texts: strings, or lists of them by kind, which then count alike (None: `default_texts`). coordinates: m at most; no
-    more than the text has tokens. The result depends on `seed` and, in the last digits, on the processor.
+    more than the text has tokens, or a quarter of the numbers of a token. The result depends on `seed` and, in the last
+    digits, on the processor.
     Raises `ValueError` for a base whose keys cannot be unrotated, and for too little text.
     """
     vectors = TokenVectors(base.model, layers)
     check_rotation(base, vectors)
     texts = default_texts(base, seed) if texts is None else texts
     length = min(base.context, LENGTH)
-    count = max(HELD_OUT, MEMORY // (2 * vectors.dim * (length - SINKS)))
+    count = min(WINDOWS, max(HELD_OUT, MEMORY // (2 * vectors.dim * (length - SINKS))))
     ids = windows(base, texts, count, length, seed)
     if len(ids) < 2:
         raise ValueError(f"the texts make {len(ids)} window of {length} tokens; calibration takes 2 or more")
     sensitivity = fisher_diagonal(base, vectors, texts, seed)
-    z, lowest = _clean(base, vectors, ids)
+    z, lowest, first = _clean(base, vectors, ids)
     mean, scale = _standardise(z, sensitivity, vectors.head_dim)
     held_out = torch.arange(len(ids)) % min(HELD_OUT, len(ids)) == 0
     tokens = z.view(len(ids), length - SINKS, -1)
     seen, unseen = (tokens[rows].flatten(0, 1) for rows in (~held_out, held_out))
     del z, tokens
-    axes = principal_axes(seen, min(coordinates, len(seen), vectors.dim), seed)
+    axes = principal_axes(seen, min(coordinates, len(seen), max(1, vectors.dim // LARGEST_PART)), seed)
     lowest_mean = lowest.flatten(0, 1).mean(0)
     lowest_scale = (lowest - lowest_mean).flatten(0, 1).std(0).clamp_min(LEAST_WEIGHT).reciprocal()
     told = recent((lowest - lowest_mean) * lowest_scale)[:, SINKS:]
@@ -85,6 +88,7 @@ def fit_joint_model(
         prior_in=prior_in,
         prior_out=prior_out,
         prior_variance=innovation.square().mean(0),
+        first=first,
     )
 
 
@@ -107,9 +111,9 @@ def check_rotation(base: Base, vectors: TokenVectors) -> None:
         )
 
 
-def clean_caches(base: Base, ids: Tensor) -> Iterator[tuple[Tensor, DynamicCache]]:
+def clean_caches(base: Base, ids: Tensor, batch: int = BATCH) -> Iterator[tuple[Tensor, DynamicCache]]:
     """Some windows of ids [n, T] at a time, and their caches."""
-    for rows in ids.split(BATCH):
+    for rows in ids.split(batch):
         cache = DynamicCache()
         rows = rows.to(base.model.device)
         with torch.inference_mode():
@@ -117,23 +121,26 @@ def clean_caches(base: Base, ids: Tensor) -> Iterator[tuple[Tensor, DynamicCache
         yield rows, cache
 
 
-def _clean(base: Base, vectors: TokenVectors, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors [n (T - SINKS), D] of all tokens but the first, bf16, and of the lowest layer of all [n, T, W]."""
+def _clean(base: Base, vectors: TokenVectors, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Vectors [n (T - SINKS), D] of all tokens but the first, bf16, of the lowest layer of all [n, T, W], and [D] of
+    the first token, where all windows begin with the same.
+    """
     count, length = ids.shape
     x = torch.empty(count, length - SINKS, vectors.dim, dtype=torch.bfloat16)
-    lowest: list[Tensor] = []
-    done = 0
+    lowest, first, done = list[Tensor](), None, 0
     bar = tqdm(total=count, desc=f"clean caches of {base.name}")
     for rows, cache in clean_caches(base, ids):
         positions = torch.arange(length, device=rows.device).expand(len(rows), -1)
-        stored = [cache.layers[layer] for layer in vectors.layers]
-        found = vectors.of([s.keys for s in stored], [s.values for s in stored], positions)  # type: ignore[union-attr]
+        stored: list[Any] = [cache.layers[layer] for layer in vectors.layers]
+        found = vectors.of([s.keys for s in stored], [s.values for s in stored], positions)
         x[done : done + len(rows)] = found[:, SINKS:].cpu()
+        first = found[0, 0].float().cpu() if first is None else first
         lowest.append(lowest_layer(base.model, rows, positions).float().cpu())
         done += len(rows)
         bar.update(len(rows))
     bar.close()
-    return x.flatten(0, 1), torch.cat(lowest)
+    alike = bool((ids[:, 0] == ids[0, 0]).all())
+    return x.flatten(0, 1), torch.cat(lowest), first if alike else None
 
 
 def _standardise(x: Tensor, sensitivity: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -173,12 +180,15 @@ def fisher_diagonal(base: Base, vectors: TokenVectors, texts: Texts, seed: int =
     bar = tqdm(total=len(ids), desc=f"sensitivity of the cache of {base.name}")
     for rows in ids.split(BATCH):
         (_, cache), *_ = clean_caches(base, rows[:, :prefix])
-        layers = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]
+        stored_layers: list[Any] = cache.layers
+        layers = [(layer.keys, layer.values) for layer in stored_layers]
         positions = torch.arange(prefix, device=base.model.device).expand(len(rows), -1)
         protected = [layers[layer] for layer in vectors.layers]
         x = vectors.of([k for k, _ in protected], [v for _, v in protected], positions).clone().requires_grad_()
         with torch.enable_grad():
-            for layer, key, value in zip(vectors.layers, *(side.unbind(1) for side in vectors.back(x, positions)), strict=True):
+            for layer, key, value in zip(
+                vectors.layers, *(side.unbind(1) for side in vectors.back(x, positions)), strict=True
+            ):
                 layers[layer] = key, value
             stored = unstack_cache(*(torch.stack(side, 1) for side in zip(*layers, strict=True)))
             logits = base.model(rows[:, prefix:].to(base.model.device), past_key_values=stored).logits
@@ -218,7 +228,7 @@ def _project(z: Tensor, axes: Tensor) -> Tensor:
 
 
 def _reduced_rank(told: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """The map of low rank from told [N, n] to c [N, m] of least squared error (reduced-rank regression, Izenman 1975)."""
+    """The map of low rank from told [N, n] to c [N, m] of least squared error (Izenman 1975)."""
     gram = told.T @ told
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
     full = torch.linalg.solve(gram + ridge, told.T @ c)
