@@ -91,9 +91,10 @@ tex-packages:
 	@echo $(TEX_PACKAGES)
 
 .PHONY: lint
-lint: $(READY)  ## Style and types
+lint: $(READY)  ## Style, types, and what may import what
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 
 .PHONY: lab
 lab: $(READY)  ## JupyterLab in notebooks/

@@ -20,6 +20,8 @@ from torch import Tensor
 from cachemedic.token.scalar_codes import SCALE_LIMIT, allot_bits, cell, decode, distortion, encode
 from cachemedic.token.transform import Transform
 
+ROUNDING = 1e-3  # standard deviations: less than this is no innovation
+
 
 @dataclass(frozen=True, eq=False)
 class Sketch:
@@ -142,7 +144,11 @@ class SketchCode:
         """
         inputs = self._inputs(below, is_first)
         innovation = (z - inputs @ self.outputs[layer]) @ self.basis[layer]
-        codes = encode(innovation / self.spread[layer], self.bits[layer])
+        scaled = innovation / self.spread[layer]
+        # the first token is often the same in every text: its innovation is zero but for rounding, and zero is the
+        # boundary of two cells, so that the last bit would choose one of them
+        rounding = is_first[..., None] & (scaled.abs() < ROUNDING)
+        codes = encode(scaled.masked_fill(rounding, 0.0), self.bits[layer])
         return innovation, codes, self._say(layer, inputs, codes)
 
     def tell(self, layer: int, z: Tensor) -> Tensor:

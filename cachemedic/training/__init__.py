@@ -2,6 +2,7 @@
 
 From the bottom up:
 
+step_data     the plain data of one training step
 objective     the repair objective
 bank          clean caches and teacher logits, computed once
 config        what defines a training

@@ -206,3 +206,14 @@ def test_a_transform_survives_its_file_and_a_damaged_file_is_an_error(tmp_path):
     save_file({"mean": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="is damaged or holds no transform"):
         Transform.load(path)
+
+
+def test_the_last_bits_of_a_first_token_do_not_choose_its_code():
+    code = code_of()
+    z = vectors(code.transform)
+    is_first = first(len(z))
+    z[:, :, 0] = code.transform.first  # the same token in every text
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(5)) * 1e-6
+    written, again = (code.write(x, is_first, x[:, :1]) for x in (z, z + noise))
+    for one, other in zip(written, again, strict=True):
+        assert torch.equal(one[:, 0], other[:, 0])
