@@ -20,6 +20,7 @@ from cachemedic.token.dense import dense_shape
 from cachemedic.token.forward_hook import ToldCache, Watch
 from cachemedic.token.hashes import TokenHash
 from cachemedic.token.joint import SINKS
+from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.policy import Policy
 from cachemedic.token.record import TokenRecord, sinks_of
 from cachemedic.token.repair_report import RepairReport
@@ -49,12 +50,13 @@ class SketchCache(ToldCache):
         seed: of the multipliers of the hash, which whoever damages the cache on purpose must not know.
 
     Raises:
+        TypeError: for an operator of another family.
         ValueError: for a model with an encoder, latent attention or layers that do not attend, an operator of another
             model or not calibrated, a storage that holds tokens or slides.
     """
 
     def __init__(
-        self, model: PreTrainedModel, operator: Any | None = None, storage: Cache | None = None, seed: int = 0
+        self, model: PreTrainedModel, operator: JointOperator | None = None, storage: Cache | None = None, seed: int = 0
     ) -> None:
         self.shape = dense_shape(model)
         self.model, self.operator, self.seed = model, operator, seed
@@ -216,7 +218,7 @@ class SketchCache(ToldCache):
         save_cache(self, Path(folder))
 
     @classmethod
-    def load(cls, folder: str | Path, model: PreTrainedModel, operator: Any | None = None) -> SketchCache:
+    def load(cls, folder: str | Path, model: PreTrainedModel, operator: JointOperator | None = None) -> SketchCache:
         """Reads what `save` wrote and checks it; `cache.report` says what was found.
 
         Raises `FileNotFoundError` where a file is missing, and `ValueError` for ids, hashes or codes that are damaged,

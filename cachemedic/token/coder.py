@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachemedic.token.joint import RECENT, Prior
+from cachemedic.token.joint_operator import JointOperator, Told
 from cachemedic.token.lowest_layer import lowest_layer
 from cachemedic.token.record import TokenRecord
 from cachemedic.token.vectors import TokenVectors
 
 CODED = 512  # tokens a row whose vectors are held at once
 
+Sides = tuple[Tensor, Tensor]
+
 
 class Coder:
     """Writes the codes of tokens and tells their numbers again, for the caches of one model.
 
-    operator: of family E with a joint model and a code, or D with a joint model only. Raises `ValueError` for an
-    operator that was not calibrated or is made for another model.
+    operator: of family D or E. Raises `TypeError` for one of another family, `ValueError` for one that was not
+    calibrated or is made for another model.
     """
 
-    def __init__(self, model: PreTrainedModel, operator: Any) -> None:
+    def __init__(self, model: PreTrainedModel, operator: JointOperator) -> None:
+        if not isinstance(operator, JointOperator):
+            found = getattr(getattr(operator, "config", None), "family", type(operator).__name__)
+            raise TypeError(f"a SketchCache takes an operator of family D or E, not {found}")
         operator.check_model(model.config)
-        if operator.joint is None:
-            raise ValueError("this operator knows no clean tokens yet: give it to `calibrate` with a base first")
         self.model, self.operator = model, operator
-        self.joint, self.code = operator.joint, operator.code
+        self.joint, self.code = operator.calibrated, operator.code
+        self.with_ids: bool = operator.config.options["with_ids"]
         self.vectors = TokenVectors(model, self.joint.layers)
         self.lowest = TokenVectors(model, [0])
 
@@ -61,7 +64,7 @@ class Coder:
             [values[layer][:, :, tokens] for layer in self.layers],
             positions[:, tokens],
         )
-        if not self.code.with_ids:
+        if not self.with_ids:
             return self.code.encode(x)
         start = max(0, tokens.start - (RECENT - 1))
         near = slice(start, tokens.stop)
@@ -69,38 +72,44 @@ class Coder:
         prior = self.joint.prior_of(lowest, len(self.code.bits)).tokens(slice(tokens.start - start, None))
         return self.code.encode(x, prior)
 
-    def restore(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def restore(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> Sides:
         """Keys and values [N, L', G, d] as stored of the tokens (rows[i], slots[i]), from code and ids alone."""
-        positions = record.positions[rows, slots][None]
-        prior, c = self._told(record, rows, slots)
-        return self._stored(self.joint.reconstruct(c, prior), positions)
+        told = self._told(record, rows, slots)
+        found = self.vectors.back(self.joint.reconstruct(told.c, told.prior), record.positions[rows, slots][None])
+        return _by_token(found)
 
     def estimate(
-        self, record: TokenRecord, rows: Tensor, slots: Tensor, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The same from what is left of the tokens, keys and values [N, L', G, d], as well."""
-        positions = record.positions[rows, slots][None]
-        read_keys, read_values = (side.permute(1, 2, 0, 3)[None] for side in (keys, values))
-        x = self.vectors.of(read_keys, read_values, positions)
-        prior, c = self._told(record, rows, slots)
-        return self._stored(self.operator.estimate(x, c, prior, positions), positions)
+        self, record: TokenRecord, rows: Tensor, slots: Tensor, keys: Tensor, values: Tensor, sound: Tensor
+    ) -> Sides:
+        """The same from what is left of the tokens, keys and values [N, L', G, d], as well.
 
-    def _told(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> tuple[Prior, Tensor]:
-        """What ids and codes tell of N tokens: their prior, and coordinates [1, N, n]."""
+        sound [N, L', 2]: which of them are known to be as they were written.
+        """
+        read_keys, read_values = (side.permute(1, 2, 0, 3)[None] for side in (keys, values))
+        told, positions = self._told(record, rows, slots), record.positions[rows, slots][None]
+        return _by_token(self.operator.estimate(self.vectors, read_keys, read_values, told, positions, sound[None]))
+
+    def _told(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> Told:
+        """What ids and codes tell of N tokens."""
+        coded = slots < record.codes.shape[1]
+        count = self.joint.coordinates if self.code is None else len(self.code.bits)
+        prior = self._prior(record, rows, slots, count) if self.with_ids else None
+        dtype = self.model.dtype
+        c = torch.zeros(1, len(rows), count, dtype=dtype, device=rows.device) if prior is None else prior.mean.clone()
+        if self.code is not None and coded.any():
+            packed = record.codes[rows[coded], slots[coded]][None]
+            of_coded = None if prior is None else prior.tokens(coded)
+            c[:, coded] = self.code.decode(packed, of_coded, dtype=dtype)
+        return Told(c, prior, coded[None])
+
+    def _prior(self, record: TokenRecord, rows: Tensor, slots: Tensor, count: int) -> Prior:
         first, end = max(0, int(slots.min()) - (RECENT - 1)), int(slots.max()) + 1
         lowest = lowest_layer(self.model, record.ids[:, first:end], record.positions[:, first:end])
         near = self.joint.recent(lowest)[rows, slots - first][None]
-        count = None if self.code is None else len(self.code.bits)
-        prior = Prior(self.joint.prior_mean(near, count), lowest[rows, slots - first][None])
-        coded = slots < record.codes.shape[1]
-        if self.code is None or not coded.any():
-            return prior, prior.mean
-        of_coded = prior.tokens(coded) if self.code.with_ids else None
-        c = prior.mean.clone()
-        packed = record.codes[rows[coded], slots[coded]][None]
-        c[:, coded] = self.code.decode(packed, of_coded, dtype=c.dtype)
-        return prior, c
+        return Prior(self.joint.prior_mean(near, count), lowest[rows, slots - first][None])
 
-    def _stored(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.vectors.back(x, positions)
-        return keys[0].permute(2, 0, 1, 3), values[0].permute(2, 0, 1, 3)
+
+def _by_token(sides: Sides) -> Sides:
+    """[N, L', G, d] of keys and values [1, L', G, N, d]."""
+    keys, values = (side[0].permute(2, 0, 1, 3) for side in sides)
+    return keys, values

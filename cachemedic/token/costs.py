@@ -102,7 +102,7 @@ def _repair(coder: Coder, ids: Tensor, way: str) -> None:
         return
     shape = count, len(coder.layers), coder.vectors.heads, coder.vectors.head_dim
     numbers = torch.ones(shape, dtype=coder.model.dtype, device=ids.device)
-    coder.estimate(record, rows, slots, numbers, numbers)
+    coder.estimate(record, rows, slots, numbers, numbers, torch.zeros(*shape[:2], 2).bool().to(ids.device))
 
 
 def _time(act: Callable[[], Any]) -> float:

@@ -11,6 +11,7 @@ from transformers import Cache, PreTrainedModel
 from cachemedic.token.cache import SketchCache
 from cachemedic.token.dense import check_cache_of
 from cachemedic.token.given import check_ids, tokens_given
+from cachemedic.token.joint_operator import JointOperator
 
 
 @torch.inference_mode()
@@ -18,7 +19,7 @@ def look_after(
     model: PreTrainedModel,
     cache: Cache,
     ids: Tensor,
-    operator: Any | None = None,
+    operator: JointOperator | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     seed: int = 0,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cachemedic.token.cache import SketchCache
 
 PIECE = 512  # tokens whose vectors are held at once
+ALL_OVER = 0.5  # of the keys and values of a token
 
 
 @torch.inference_mode()
@@ -29,7 +30,7 @@ def carry_out(cache: SketchCache, report: Report, policy: Policy) -> RepairRepor
     ways = policy.choose(report, record)
     for way in ("restore", "estimate"):
         for rows, slots in _pieces(ways == WAY[way]):
-            _rewrite(cache, way, rows, slots)
+            _rewrite(cache, way, rows, slots, report.parts)
     cache.record = record = replace(record, erased=record.erased | (ways == WAY["erase"]))
     if (damaged := ways == WAY["recompute"]).any():
         recompute_tokens(cache.model, _layers(cache), record.ids, damaged, record.valid, record.positions.clamp_min(0))
@@ -57,20 +58,24 @@ def _pieces(tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
     return list(zip(rows.split(PIECE), slots.split(PIECE), strict=True)) if len(rows) else []
 
 
-def _rewrite(cache: SketchCache, way: str, rows: Tensor, slots: Tensor) -> None:
-    """Puts what the operator says in the place of tokens (rows[i], slots[i])."""
+def _rewrite(cache: SketchCache, way: str, rows: Tensor, slots: Tensor, parts: Tensor) -> None:
+    """Puts what the operator says in the place of damaged `parts` [B, T, L, 2] of tokens (rows[i], slots[i])."""
     coder, record, layers = cache.coder, cache.kept, _layers(cache)
     assert coder is not None  # the policy saw to it
+    damaged = parts[rows, slots]
+    # the short hash of a part may agree by chance: with damage all over a token, none of it is believed
+    damaged |= damaged.flatten(1).float().mean(1)[:, None, None] >= ALL_OVER
     if way == "restore":
         new = coder.restore(record, rows, slots)
     else:
         stored = cache.numbers()
         read = [torch.stack([side[layer][rows, :, slots] for layer in coder.layers], 1) for side in stored]
-        new = coder.estimate(record, rows, slots, read[0], read[1])
+        new = coder.estimate(record, rows, slots, read[0], read[1], ~damaged[:, list(coder.layers)])
     for place, layer in enumerate(coder.layers):
-        for stored_side, side in ((layers[layer].keys, new[0]), (layers[layer].values, new[1])):
-            at = rows.to(stored_side.device), slots.to(stored_side.device)
-            stored_side[at[0], :, at[1]] = side[:, place].to(stored_side)
+        for number, stored_side in enumerate((layers[layer].keys, layers[layer].values)):
+            hit = damaged[:, layer, number]
+            at = rows[hit].to(stored_side.device), slots[hit].to(stored_side.device)
+            stored_side[at[0], :, at[1]] = new[number][hit, place].to(stored_side)
     places = record.positions[rows, slots]
     first = places < SINKS
     for row, slot, place in zip(rows[first].tolist(), slots[first].tolist(), places[first].tolist(), strict=True):
@@ -85,7 +90,7 @@ def _layers(cache: SketchCache) -> list[Any]:
 
 def _expected_kl(cache: SketchCache, taken: dict[str, int]) -> float | None:
     """Nats, in proportion to the tokens of each way; None where a way was not measured."""
-    known = {"recompute": 0.0} | dict(getattr(cache.operator, "expected_kl", {}))
+    known = {"recompute": 0.0} | ({} if cache.operator is None else cache.operator.expected_kl)
     if any(count and way not in known for way, count in taken.items()):
         return None
     total = int((cache.kept.positions >= 0).sum())

@@ -1,40 +1,18 @@
 """Operators with a joint model of a small model's tokens, measured on random ids."""
 
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import cache
 
 import torch
-from small_models import VOCABULARY, model_of
+from small_models import CONFIGS, VOCABULARY, model_of
 from transformers import DynamicCache
 
 from cachemedic.models.shape import ModelShape
-from cachemedic.token.code import TokenCode
+from cachemedic.repair.operator import RepairOperator
 from cachemedic.token.joint import SINKS, JointModel, recent
+from cachemedic.token.joint_operator import JointOperator, SketchAssisted, TokenAware
 from cachemedic.token.lowest_layer import lowest_layer
 from cachemedic.token.vectors import TokenVectors
-
-
-@dataclass(eq=False)
-class JointOperator:
-    """What a cache asks of an operator."""
-
-    joint: JointModel | None
-    code: TokenCode | None = None
-    expected_kl: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def digest(self):
-        return f"{self.joint.digest} {None if self.code is None else self.code.share}"
-
-    def check_model(self, config):
-        if self.joint is not None and ModelShape.of(config) != self.joint.of:
-            raise ValueError("this operator was made for another model")
-
-    def estimate(self, x, c, prior, positions):
-        """Where the number read is far off, what code and ids say; else what was read."""
-        told = self.joint.reconstruct(c, prior)
-        off = ((x - told) * self.joint.scale.to(x)).abs()
-        return torch.where(off < 0.5, x, told)
 
 
 @cache
@@ -75,6 +53,13 @@ def joint_of(name: str) -> JointModel:
     )
 
 
-def operator_of(name: str, share: float | None = 0.4, **expected_kl: float) -> JointOperator:
-    joint = joint_of(name)
-    return JointOperator(joint, None if share is None else TokenCode(joint, share), expected_kl)
+def operator_of(name: str, share: float | None = 0.4, with_ids: bool = True, **expected_kl: float) -> JointOperator:
+    """An untrained operator of family E, or of D without a share, that knows the tokens of a small model."""
+    cls = TokenAware if share is None else SketchAssisted
+    definition = RepairOperator.create("A", CONFIGS[name]()).config
+    options = cls.default_options | {"with_ids": with_ids} | ({} if share is None else {"share": share})
+    definition = replace(definition, family="D" if share is None else "E", options=options)
+    parameters = cls.initial_parameters(definition, torch.Generator().manual_seed(0))
+    operator = cls(definition, {key: p[None] for key, p in parameters.items()})
+    operator.attach(joint_of(name), expected_kl)
+    return operator

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from checked_caches import filled, numbers, shift, write
-from joint_operators import JointOperator, operator_of
-from small_models import VOCABULARY, model_of, padded_batch
+from joint_operators import operator_of
+from small_models import VOCABULARY, model_of, operator_for, padded_batch
 
 from cachemedic.token import policy
 from cachemedic.token.cache import PAGE, SketchCache
@@ -15,9 +15,9 @@ LENGTH = 40
 SLOTS = [1, 3, 9, 20, 31, 35]  # of row 0: two sinks, three tokens with a code, one without (row 0 has no padding)
 
 
-def damaged(name="llama", share=0.4, slots=SLOTS, length=LENGTH, **expected_kl):
+def damaged(name="llama", share=0.4, slots=SLOTS, length=LENGTH, with_ids=True, **expected_kl):
     """A model, a damaged cache with an operator, and what it stored before."""
-    operator = operator_of(name, share, **expected_kl)
+    operator = operator_of(name, share, with_ids, **expected_kl)
     model, cache, ids, mask = filled(name, length=length, operator=operator)
     before = numbers(cache)
     shift(cache, 0, slots, by=3.0)
@@ -43,6 +43,26 @@ def test_the_operator_tells_what_was_lost(name, method):
     assert left(cache, before, SLOTS[5:]) < 0.6 * worst  # from its id alone
     sound = [slot for slot in range(LENGTH) if slot not in SLOTS]
     assert left(cache, before, sound) == 0
+
+
+@pytest.mark.parametrize("method", ["restore", "estimate"])
+def test_sound_layers_keep_every_bit(method):
+    model, cache, before = damaged(slots=[])
+    shift(cache, 0, [9, 20], layers=[1], by=3.0)
+    worst = left(cache, before, [9, 20])
+    cache.repair(method)
+    assert left(cache, before, [9, 20]) < 1e-3 * worst
+    for layer in (0, 2):
+        assert torch.equal(cache.layers[layer].keys, before[2 * layer])
+        assert torch.equal(cache.layers[layer].values, before[2 * layer + 1])
+
+
+def test_an_operator_without_ids_repairs_by_what_is_left():
+    model, cache, before = damaged(share=None, slots=[], with_ids=False)
+    shift(cache, 0, [9, 20, 35], by=1.0)
+    worst = left(cache, before, [9, 20, 35])
+    assert cache.repair("estimate").ways == {"estimate": 3}
+    assert left(cache, before, [9, 20, 35]) < worst
 
 
 def test_codes_do_not_depend_on_how_the_tokens_come():
@@ -180,10 +200,14 @@ def test_what_cannot_be_done_is_refused_before_any_work():
         assert cache.repair("auto").ways == {"estimate": len(SLOTS)}
     finally:
         model.eval()
-    with pytest.raises(ValueError, match="made for another model"):
+    uncalibrated = operator_of("llama")
+    uncalibrated.joint = None
+    with pytest.raises(TypeError, match="takes an operator of family D or E, not A"):
+        SketchCache(model, operator_for(model))
+    with pytest.raises(ValueError, match="gpt2"):
         SketchCache(model_of("gpt2"), operator_of("llama"))
     with pytest.raises(ValueError, match="knows no clean tokens yet"):
-        SketchCache(model, JointOperator(None))
+        SketchCache(model, uncalibrated)
 
 
 def test_a_sliding_window_is_not_computed_again_and_the_report_says_why():
