@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +21,16 @@ from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.operator import STATISTICS, Attention, Gates, RepairOperator
 from cachemedic.token.code import TokenCode
 from cachemedic.token.estimate import estimate
-from cachemedic.token.joint import SINKS, JointModel, Prior
+from cachemedic.token.hashes import Hashes, TokenHash
+from cachemedic.token.joint import JointModel, Prior
 from cachemedic.token.joint_files import find_joint, joint_name
+from cachemedic.token.kept import Kept, Told, sinks_of, with_sinks
 from cachemedic.token.parts import Knowledge
 from cachemedic.token.trust import initial_trust, judge
 from cachemedic.token.vectors import TokenVectors
 
 FROM_PRIOR, FROM_CODE = 0, 1  # kinds of knowledge
 ALIKE = 0.5  # regression on the known first token from which on, without ids, the first token counts as that one
-
-
-@dataclass(frozen=True, eq=False)
-class Told:
-    """What is known of tokens [B, T] before they are read: c [B, T, n]; their prior, None without ids; coded [B, T]
-    bool: whether c comes from a code.
-    """
-
-    c: Tensor
-    prior: Prior | None
-    coded: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """What family E keeps of a cache of T tokens: codes uint8 [B, T, bytes]; sinks [2, B, L, G, SINKS, d] as stored."""
-
-    codes: Tensor
-    sinks: Tensor
 
 
 class JointOperator(RepairOperator):
@@ -120,7 +102,7 @@ class JointOperator(RepairOperator):
 
     @property
     def bytes_per_token(self) -> int:
-        """Of the code; 0 without."""
+        """Of the code; 0 without. A cache keeps hashes besides."""
         return 0 if self.code is None else self.code.bytes_per_token
 
     @property
@@ -200,13 +182,24 @@ class JointOperator(RepairOperator):
         layers = list(self.layers)
         vectors = TokenVectors(model, self.layers)
         x = vectors.of(keys[:, layers], values[:, layers], positions)
-        prior = self._prior(model, ids, positions)
-        at = torch.arange(SINKS, device=positions.device)
-        slots = (positions[:, None] == at[:, None]).int().argmax(-1)[:, None, None, :, None]
-        chosen = [side.gather(3, slots.expand(*side.shape[:3], SINKS, side.shape[-1])) for side in (keys, values)]
-        return Kept(self.code.encode(x, prior), torch.stack(chosen))
+        prior = self.prior(model, ids, positions)
+        return Kept(self.code.encode(x, prior), self._hashes(keys, values), sinks_of(keys, values, positions))
 
-    def _prior(self, model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Prior | None:
+    def _hashes(self, keys: Tensor, values: Tensor) -> Hashes:
+        shape = self.config.model
+        hasher = TokenHash(len(self.layers), shape.num_kv_heads, shape.head_dim, keys.dtype, seed=0)
+        sides = ([x[:, layer] for layer in self.layers] for x in (keys, values))
+        return hasher.of(*sides)
+
+    def sound(self, kept: Kept, keys: Tensor, values: Tensor) -> Tensor:
+        """Which keys and values of tokens, bool [B, T, L', 2], are what was written, by their hashes."""
+        now = self._hashes(keys, values)
+        parts, changed = now.parts == kept.hashes.parts, now.whole != kept.hashes.whole
+        unplaced = changed & parts.flatten(2).all(2)  # the short hashes of a changed part agree by chance
+        return torch.where(changed[..., None, None], parts & ~unplaced[..., None, None], True)
+
+    def prior(self, model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Prior | None:
+        """What ids [B, T] at positions [B, T] tell; None for an operator that does not use them."""
         return self.calibrated.prior(model, ids, positions) if self.config.options["with_ids"] else None
 
     def repair(
@@ -217,18 +210,30 @@ class JointOperator(RepairOperator):
         ids: Tensor,
         positions: Tensor,
         kept: Kept | None = None,
-        sound: Tensor | None = None,
         way: str = "estimate",
     ) -> tuple[Tensor, Tensor]:
         """Keys and values [B, L, G, T, d] of all layers, those of protected layers repaired; `way` may be "restore".
 
-        sound [B, T, L', 2]: see `estimate`. A token that is sound in all protected layers keeps every bit.
+        With what E kept, all that is as it was written keeps every bit.
         """
-        vectors, layers = TokenVectors(model, self.layers), list(self.layers)
+        prior = self.prior(model, ids, positions)
+        return self.repair_told(TokenVectors(model, self.layers), keys, values, prior, positions, kept, way)
+
+    def repair_told(
+        self,
+        vectors: TokenVectors,
+        keys: Tensor,
+        values: Tensor,
+        prior: Prior | None,
+        positions: Tensor,
+        kept: Kept | None = None,
+        way: str = "estimate",
+    ) -> tuple[Tensor, Tensor]:
+        """The same where what the ids tell is known already."""
+        layers = list(self.layers)
         here = keys[:, layers], values[:, layers]
-        told = self.told(
-            self._prior(model, ids, positions), None if kept is None else kept.codes, like=keys[:, 0, 0, :, :1]
-        )
+        told = self.told(prior, None if kept is None else kept.codes, like=keys[:, 0, 0, :, :1])
+        sound = None if kept is None else self.sound(kept, keys, values)
         if way == "restore":
             new = vectors.back(self.calibrated.reconstruct(told.c, told.prior), positions)
         else:
@@ -240,7 +245,7 @@ class JointOperator(RepairOperator):
                 side = torch.where(sound[..., number].permute(0, 2, 1)[:, :, None, :, None], old, side)
             whole[:, layers] = side
             if kept is not None:
-                whole = _with_sinks(whole, kept.sinks[number].to(whole), positions)
+                whole = with_sinks(whole, kept.sinks[number].to(whole), positions)
             repaired.append(whole)
         return repaired[0], repaired[1]
 
@@ -289,10 +294,3 @@ class SketchAssisted(JointOperator):
 
     def _code(self, joint: JointModel) -> TokenCode:
         return TokenCode(joint, self.config.options["share"], self.config.options["with_ids"])
-
-
-def _with_sinks(x: Tensor, sinks: Tensor, positions: Tensor) -> Tensor:
-    """x [B, L, G, T, d] with the numbers kept of the first positions, [B, L, G, SINKS, d]."""
-    place = positions.clamp(0, SINKS - 1)[:, None, None, :, None].expand(*x.shape[:4], x.shape[-1])
-    held = ((positions >= 0) & (positions < SINKS))[:, None, None, :, None]
-    return torch.where(held, sinks.gather(3, place), x)

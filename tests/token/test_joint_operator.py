@@ -73,11 +73,9 @@ def test_sound_parts_keep_every_bit_and_help(clean):
     name, model, ids, positions, keys, values = clean
     op = operator(name=name)
     kept = op.write(model, keys, values, ids, positions)
-    sound = torch.ones(2, LENGTH, len(op.layers), 2, dtype=torch.bool)
-    sound[:, 10:, 1] = False
     bad_keys, bad_values = keys.clone(), values.clone()
     bad_keys[:, 1, :, 10:], bad_values[:, 1, :, 10:] = torch.nan, 1e30
-    found = op.repair(model, bad_keys, bad_values, ids, positions, kept, sound)
+    found = op.repair(model, bad_keys, bad_values, ids, positions, kept)
     for new, old in zip(found, (keys, values), strict=True):
         assert torch.equal(new[:, ::2], old[:, ::2])
         assert torch.equal(new[:, 1, :, :10], old[:, 1, :, :10])
