@@ -35,7 +35,8 @@ class Sight:
 
     told: mean squared deviation from what is told, over what is expected of sound parts; found: the same from what c
     says; lost: the share of numbers that say nothing; alike: the regression of what was read on what is told; size:
-    its power over that of what is told; exact: parts that are told exactly.
+    its power over that of what is told; exact: parts that are told exactly; noise and variance: as the algebra has
+    them now, of a number; left [B, T, P, d]: what c leaves of the deviation; seen [B, T, P, d]: numbers that are not lost.
     """
 
     told: Tensor
@@ -44,6 +45,10 @@ class Sight:
     alike: Tensor
     size: Tensor
     exact: Tensor
+    noise: Tensor
+    variance: Tensor
+    left: Tensor
+    seen: Tensor
 
 
 Trust = Callable[[Sight], Tensor]  # what to add [B, T, P] to the logarithm of the noise
@@ -97,7 +102,21 @@ def estimate(
         if trust is not None:
             if more is None:
                 off = unexplained / (rest.mean(-1) + left_now)
-                more = trust(_sight(known, told, first, seen, from_told / expected.clamp_min(TINY), off, exact)).exp()
+                t = parts.split(told.float() * scale)
+                power = t.square().sum(-1) + TINY
+                sight = Sight(
+                    told=from_told / expected.clamp_min(TINY),
+                    found=off,
+                    lost=1 - seen.float().mean(-1),
+                    alike=1 + (t * first).sum(-1) / power,
+                    size=(t + first).square().sum(-1) / power,
+                    exact=exact,
+                    noise=noise + FAINT * expected,
+                    variance=rest.mean(-1) + left_now,
+                    left=d,
+                    seen=seen,
+                )
+                more = trust(sight).exp()
             noise = (noise + FAINT * expected) * more
     noise = noise if sound is None else noise.where(~sound, 0.0)
     variance = rest + left_now[..., None]
@@ -124,21 +143,6 @@ def _deviation(
         d = parts.split((read.float() - told.float()) * known.scale).where(sound[..., None], d)
     seen = seen & near
     return seen, d.where(seen, 0.0), spread
-
-
-def _sight(
-    known: Knowledge, told: Tensor, d: Tensor, seen: Tensor, from_told: Tensor, from_c: Tensor, exact: Tensor
-) -> Sight:
-    t = known.parts.split(told.float() * known.scale)
-    power = t.square().sum(-1) + TINY
-    return Sight(
-        told=from_told,
-        found=from_c,
-        lost=1 - seen.float().mean(-1),
-        alike=1 + (t * d).sum(-1) / power,
-        size=(t + d).square().sum(-1) / power,
-        exact=exact,
-    )
 
 
 def _project(known: Knowledge, z: Tensor, format: torch.dtype) -> Tensor:

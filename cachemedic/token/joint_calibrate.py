@@ -20,8 +20,10 @@ from cachemedic.token.code import SHARES
 from cachemedic.token.joint import JointModel
 from cachemedic.token.joint_calibration import clean_caches, fit_joint_model
 from cachemedic.token.joint_operator import JointOperator
+from cachemedic.token.trust_fit import fit_trust
 
 MEASURED, PREFIX, DECODED = 8, 128, 32  # windows, tokens of each that are lost, tokens decoded after them
+FITTED = 8  # windows that the trust network sees
 NOISE = 0.5  # of the damage that "estimate" and "leave" are measured on, over the size of each vector
 GOOD = 0.05  # nats that a recommended code leaves with every token lost
 
@@ -53,6 +55,7 @@ def calibrate(
     measured_on, unseen = held_out(default_texts(base, seed) if texts is None else texts)
     joint = fit_joint_model(base, measured_on, operator.layers, seed=seed) if joint is None else joint
     operator.attach(joint)
+    fit_trust(operator, base.model, windows(base, measured_on, FITTED, PREFIX, seed + 3), seed=seed)
     operator.attach(joint, expected_kl(operator, base, unseen, seed))
     return operator
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.operator import STATISTICS, Attention, Gates, RepairOperator
 from cachemedic.token.code import TokenCode
-from cachemedic.token.estimate import estimate
+from cachemedic.token.estimate import Sight, Trust, estimate
 from cachemedic.token.hashes import Hashes, TokenHash
 from cachemedic.token.joint import JointModel, Prior
 from cachemedic.token.joint_files import find_joint, joint_name
@@ -47,7 +47,7 @@ class JointOperator(RepairOperator):
         self.joint: JointModel | None = None
         self.code: TokenCode | None = None
         self.expected_kl: dict[str, float] = {}
-        self._known: Knowledge | None = None
+        self.known: Knowledge | None = None  # of the joint model, as an estimate takes it
 
     @classmethod
     def initial_parameters(cls, config: OperatorConfig, generator: torch.Generator) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ class JointOperator(RepairOperator):
             left.append(self.code.left)
         count = min(joint.coordinates, self.rank * self.config.model.num_kv_heads * len(self.layers))
         exact = torch.full((len(left),), with_ids, device=self.device)
-        self._known = Knowledge.of(joint, torch.stack(left), exact, count)
+        self.known = Knowledge.of(joint, torch.stack(left), exact, count)
 
     def _code(self, joint: JointModel) -> TokenCode | None:
         """Hook: what E writes."""
@@ -132,13 +132,14 @@ class JointOperator(RepairOperator):
         told: Told,
         positions: Tensor,
         sound: Tensor | None = None,
+        trust: Trust | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Keys and values [B, L', G, T, d] of the protected layers, repaired, from those that were read.
 
         positions [B, T]; sound [B, T, L', 2] bool: keys and values known to be as they were written. With R runs B is
-        R rows of samples, run-major.
+        R rows of samples, run-major. trust: judges instead of the operator's own network.
         """
-        joint, known = self.calibrated, self._known
+        joint, known = self.calibrated, self.known
         assert known is not None  # as there is a joint model
         parts = known.parts
         x = joint.reconstruct(told.c, told.prior)
@@ -147,14 +148,15 @@ class JointOperator(RepairOperator):
         read = parts.stack(keys, values)
         by_part = None if sound is None else sound[..., None].expand(*sound.shape, parts.heads).flatten(2)
         kind = told.coded.long() * FROM_CODE
-        trust: dict[str, Tensor] = dict(self.named_parameters())
-        found = estimate(
-            known, kind, stored, read, angles, self.config.options["rounds"], lambda sight: judge(trust, sight), by_part
-        )
+        rounds = self.config.options["rounds"]
+        found = estimate(known, kind, stored, read, angles, rounds, trust or self._judge, by_part)
         found = self._first(found, read, told.prior, positions).to(keys.dtype)
         sides = zip("kv", parts.unstack(found), (keys, values), strict=True)
         new_keys, new_values = (new if side in self.config.sides else old for side, new, old in sides)
         return new_keys, new_values
+
+    def _judge(self, sight: Sight) -> Tensor:
+        return judge(dict(self.named_parameters()), sight)
 
     def _first(self, found: Tensor, read: Tensor, prior: Prior | None, positions: Tensor) -> Tensor:
         """With the token that all texts begin with in its place, where it is that one. (It has no rotation.)"""

@@ -7,6 +7,8 @@ with an embedding of its own. It ends in zeros: untrained, the algebra stands.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,15 +31,18 @@ def initial_trust(parts: int, hidden: int, generator: torch.Generator) -> dict[s
     }
 
 
-def judge(parameters: dict[str, Tensor], sight: Sight) -> Tensor:
+def judge(parameters: Mapping[str, Tensor], sight: Sight) -> Tensor:
     """What to add [R*B, T, P] to the logarithm of the noise; parameters [R, ...] of R runs, rows run-major."""
     x = features(sight)
-    runs = len(parameters["trust_in"])
-    rows = x.reshape(runs, -1, FEATURES)
-    hidden = torch.bmm(rows, parameters["trust_in"]).unflatten(1, (-1, x.shape[2]))
-    hidden = torch.tanh(hidden + parameters["trust_part"][:, None]).flatten(1, 2)
-    said = torch.bmm(hidden, parameters["trust_out"]) + parameters["trust_bias"][:, None]
-    return (GAIN * said).clamp(-GAIN, GAIN).view(x.shape[:-1])
+    rows = x.reshape(len(parameters["trust_in"]), -1, *x.shape[2:])
+    return said_of(parameters, rows, parameters["trust_part"][:, None]).view(x.shape[:-1])
+
+
+def said_of(parameters: Mapping[str, Tensor], x: Tensor, embedding: Tensor) -> Tensor:
+    """The network on features x [R, N, ..., FEATURES] and the embedding [R, N or 1, ..., hidden] of their parts."""
+    hidden = torch.bmm(x.flatten(1, -2), parameters["trust_in"]).view(*x.shape[:-1], -1)
+    said = torch.bmm(torch.tanh(hidden + embedding).flatten(1, -2), parameters["trust_out"])
+    return (GAIN * (said + parameters["trust_bias"][:, None])).clamp(-GAIN, GAIN).view(x.shape[:-1])
 
 
 def features(sight: Sight) -> Tensor:
