@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -72,22 +74,25 @@ class Coder:
         prior = self.joint.prior_of(lowest, len(self.code.bits)).tokens(slice(tokens.start - start, None))
         return self.code.encode(x, prior)
 
-    def restore(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> Sides:
-        """Keys and values [N, L', G, d] as stored of the tokens (rows[i], slots[i]), from code and ids alone."""
+    def restore(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> Iterator[Sides]:
+        """Keys and values [N, G, d] as stored of the tokens (rows[i], slots[i]), from code and ids alone, by layer."""
         told = self._told(record, rows, slots)
-        found = self.vectors.back(self.joint.reconstruct(told.c, told.prior), record.positions[rows, slots][None])
-        return _by_token(found)
+        x = self.joint.reconstruct(told.c, told.prior)
+        for keys, values in self.vectors.by_layer(x, record.positions[rows, slots][None]):
+            yield keys[0], values[0]
 
     def estimate(
         self, record: TokenRecord, rows: Tensor, slots: Tensor, keys: Tensor, values: Tensor, sound: Tensor
-    ) -> Sides:
+    ) -> Iterator[Sides]:
         """The same from what is left of the tokens, keys and values [N, L', G, d], as well.
 
         sound [N, L', 2]: which of them are known to be as they were written.
         """
         read_keys, read_values = (side.permute(1, 2, 0, 3)[None] for side in (keys, values))
         told, positions = self._told(record, rows, slots), record.positions[rows, slots][None]
-        return _by_token(self.operator.estimate(self.vectors, read_keys, read_values, told, positions, sound[None]))
+        found = self.operator.estimate(self.vectors, read_keys, read_values, told, positions, sound[None])
+        for layer_keys, layer_values in zip(found[0][0], found[1][0], strict=True):
+            yield layer_keys.transpose(0, 1), layer_values.transpose(0, 1)
 
     def _told(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> Told:
         """What ids and codes tell of N tokens."""
@@ -107,9 +112,3 @@ class Coder:
         lowest = lowest_layer(self.model, record.ids[:, first:end], record.positions[:, first:end])
         near = self.joint.recent(lowest)[rows, slots - first][None]
         return Prior(self.joint.prior_mean(near, count), lowest[rows, slots - first][None])
-
-
-def _by_token(sides: Sides) -> Sides:
-    """[N, L', G, d] of keys and values [1, L', G, N, d]."""
-    keys, values = (side[0].permute(2, 0, 1, 3) for side in sides)
-    return keys, values

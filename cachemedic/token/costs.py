@@ -98,11 +98,11 @@ def _repair(coder: Coder, ids: Tensor, way: str) -> None:
         nothing,
     )
     if way == "restore":
-        coder.restore(record, rows, slots)
+        list(coder.restore(record, rows, slots))
         return
     shape = count, len(coder.layers), coder.vectors.heads, coder.vectors.head_dim
     numbers = torch.ones(shape, dtype=coder.model.dtype, device=ids.device)
-    coder.estimate(record, rows, slots, numbers, numbers, torch.zeros(*shape[:2], 2).bool().to(ids.device))
+    list(coder.estimate(record, rows, slots, numbers, numbers, torch.zeros(*shape[:2], 2).bool().to(ids.device)))
 
 
 def _time(act: Callable[[], Any]) -> float:

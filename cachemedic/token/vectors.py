@@ -8,7 +8,7 @@ hold.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -118,14 +118,18 @@ class TokenVectors:
             x[:, :, place, 1] = value.transpose(1, 2)
         return x.flatten(2)
 
-    def back(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse of `of`: keys and values [B, L, G, T, d] of vectors [B, T, D]."""
+    def by_layer(self, x: Tensor, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values [B, T, G, d] as stored of vectors [B, T, D], one layer after the other."""
         by_head = x.unflatten(-1, (len(self.layers), 2, self.heads, self.head_dim))
-        keys, values = (x.new_empty(len(x), len(self.layers), self.heads, x.shape[1], self.head_dim) for _ in range(2))
         angles = self.rotation.angles(positions.to(x.device), x.dtype)
         for place in range(len(self.layers)):
-            keys[:, place] = turn(by_head[:, :, place, 0], angles, 1).transpose(1, 2)
-            values[:, place] = by_head[:, :, place, 1].transpose(1, 2)
+            yield turn(by_head[:, :, place, 0], angles, 1), by_head[:, :, place, 1]
+
+    def back(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `of`: keys and values [B, L, G, T, d] of vectors [B, T, D]."""
+        keys, values = (x.new_empty(len(x), len(self.layers), self.heads, x.shape[1], self.head_dim) for _ in range(2))
+        for place, (key, value) in enumerate(self.by_layer(x, positions)):
+            keys[:, place], values[:, place] = key.transpose(1, 2), value.transpose(1, 2)
         return keys, values
 
     def _check(self, sides: list[Sequence[Tensor]]) -> None:

@@ -71,17 +71,22 @@ def _rewrite(cache: SketchCache, way: str, rows: Tensor, slots: Tensor, parts: T
         stored = cache.numbers()
         read = [torch.stack([side[layer][rows, :, slots] for layer in coder.layers], 1) for side in stored]
         new = coder.estimate(record, rows, slots, read[0], read[1], ~damaged[:, list(coder.layers)])
-    for place, layer in enumerate(coder.layers):
+    for layer, found in zip(coder.layers, new, strict=True):
         for number, stored_side in enumerate((layers[layer].keys, layers[layer].values)):
-            hit = damaged[:, layer, number]
-            at = rows[hit].to(stored_side.device), slots[hit].to(stored_side.device)
-            stored_side[at[0], :, at[1]] = new[number][hit, place].to(stored_side)
+            _put(stored_side, rows, slots, damaged[:, layer, number], found[number])
     places = record.positions[rows, slots]
     first = places < SINKS
     for row, slot, place in zip(rows[first].tolist(), slots[first].tolist(), places[first].tolist(), strict=True):
         for number, layer in enumerate(layers):
             layer.keys[row, :, slot] = record.sinks[row, place, number, 0].to(layer.keys)
             layer.values[row, :, slot] = record.sinks[row, place, number, 1].to(layer.values)
+
+
+def _put(stored: Tensor, rows: Tensor, slots: Tensor, hit: Tensor, new: Tensor) -> None:
+    """Writes those of the tokens `new` [N, G, d] that are `hit` [N] where they belong in `stored` [B, G, T, d]."""
+    if not hit.all():
+        rows, slots, new = rows[hit], slots[hit], new[hit]
+    stored[rows.to(stored.device), :, slots.to(stored.device)] = new.to(stored)
 
 
 def _layers(cache: SketchCache) -> list[Any]:
