@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from cachemedic.token.joint import RECENT, Prior
 from cachemedic.token.joint_operator import JointOperator, Told
-from cachemedic.token.lowest_layer import lowest_layer
+from cachemedic.token.lowest_layer import stored_in_lowest_layer
 from cachemedic.token.record import TokenRecord
 from cachemedic.token.vectors import TokenVectors
 
@@ -109,6 +109,8 @@ class Coder:
 
     def _prior(self, record: TokenRecord, rows: Tensor, slots: Tensor, count: int) -> Prior:
         first, end = max(0, int(slots.min()) - (RECENT - 1)), int(slots.max()) + 1
-        lowest = lowest_layer(self.model, record.ids[:, first:end], record.positions[:, first:end])
+        positions = record.positions[:, first:end]
+        keys, values = stored_in_lowest_layer(self.model, record.ids[:, first:end], positions)
+        lowest = self.lowest.of([keys], [values], positions)
         near = self.joint.recent(lowest)[rows, slots - first][None]
         return Prior(self.joint.prior_mean(near, count), lowest[rows, slots - first][None])
