@@ -30,7 +30,7 @@ FEW = 0.15  # of the numbers of a head
 MOST_HEADS = 4  # whose orders are all tried
 JUDGED = 512  # keys or values of a layer that are looked at: a check takes about as long however much is damaged
 PROBED = 16  # tokens that are tried in another layout before all of them are
-KNOWN = 256  # sound tokens that are compared with
+KNOWN = 64  # sound tokens that are compared with
 
 Sides = tuple[Sequence[Tensor], Sequence[Tensor]]
 
@@ -109,7 +109,7 @@ def _finite(sides: Sides, changed: list[bool], rows: Tensor, slots: Tensor) -> T
     """Which tokens [n] hold finite numbers only, in the places [2 L] that changed in any of them."""
     found = torch.ones_like(rows, dtype=torch.bool)
     for place in (place for place, hit in enumerate(changed) if hit):
-        found &= sides[place % 2][place // 2].abs().amax((1, 3)).isfinite()[rows, slots]
+        found &= sides[place % 2][place // 2][rows, :, slots].abs().amax((1, 2)).isfinite()
     return found
 
 
