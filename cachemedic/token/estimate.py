@@ -35,8 +35,8 @@ class Sight:
 
     told: mean squared deviation from what is told, over what is expected of sound parts; found: the same from what c
     says; lost: the share of numbers that say nothing; alike: the regression of what was read on what is told; size:
-    its power over that of what is told; exact: parts that are told exactly; noise and variance: as the algebra has
-    them now, of a number; left [B, T, P, d]: what c leaves of the deviation; seen [B, T, P, d]: numbers that are not lost.
+    its power over that of what is told; exact: parts that are told exactly; noise and variance: as the algebra
+    has them now, of a number; left [B, T, P, d]: what c leaves of the deviation; seen [B, T, P, d]: numbers not lost.
     """
 
     told: Tensor
@@ -100,7 +100,7 @@ def estimate(
         unexplained = (seen * d.square()).sum(-1) / count / (1 - fitted)
         noise = torch.maximum((unexplained - (rest * seen).sum(-1) / count).clamp_min(0), least)
         if trust is not None:
-            if more is None:
+            if number == max(0, rounds - 2):
                 off = unexplained / (rest.mean(-1) + left_now)
                 t = parts.split(told.float() * scale)
                 power = t.square().sum(-1) + TINY
@@ -117,7 +117,8 @@ def estimate(
                     seen=seen,
                 )
                 more = trust(sight).exp()
-            noise = (noise + FAINT * expected) * more
+            if more is not None:
+                noise = (noise + FAINT * expected) * more
     noise = noise if sound is None else noise.where(~sound, 0.0)
     variance = rest + left_now[..., None]
     believed = usable * (variance / (variance + noise[..., None]))

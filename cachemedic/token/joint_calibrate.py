@@ -20,10 +20,11 @@ from cachemedic.token.code import SHARES
 from cachemedic.token.joint import JointModel
 from cachemedic.token.joint_calibration import clean_caches, fit_joint_model
 from cachemedic.token.joint_operator import JointOperator
+from cachemedic.token.plausible import statistics, thresholds
 from cachemedic.token.trust_fit import fit_trust
 
 MEASURED, PREFIX, DECODED = 8, 128, 32  # windows, tokens of each that are lost, tokens decoded after them
-FITTED = 8  # windows that the trust network sees
+FITTED, CHECKED = 8, 24  # windows that the trust network sees, and that clean tokens are checked on
 NOISE = 0.5  # of the damage that "estimate" and "leave" are measured on, over the size of each vector
 GOOD = 0.05  # nats that a recommended code leaves with every token lost
 
@@ -56,7 +57,7 @@ def calibrate(
     joint = fit_joint_model(base, measured_on, operator.layers, seed=seed) if joint is None else joint
     operator.attach(joint)
     fit_trust(operator, base.model, windows(base, measured_on, FITTED, PREFIX, seed + 3), seed=seed)
-    operator.attach(joint, expected_kl(operator, base, unseen, seed))
+    operator.attach(joint, expected_kl(operator, base, unseen, seed), alarms(operator, base, unseen, seed))
     return operator
 
 
@@ -93,6 +94,13 @@ def expected_kl(operator: JointOperator, base: Base, texts: Texts, seed: int = 0
     if operator.code is not None:
         _print_shares(operator, (keys, values), told, base.model, left)
     return found
+
+
+def alarms(operator: JointOperator, base: Base, texts: Texts, seed: int = 0) -> dict[str, list[float]]:
+    """The thresholds of `check_cache`, from clean caches of windows of `texts`."""
+    ids = windows(base, texts, CHECKED, min(2 * PREFIX, base.context), seed + 4)
+    found = [statistics(base.model, operator, *stack_cache(cache), rows)[0] for rows, cache in clean_caches(base, ids)]
+    return thresholds(torch.cat(found))
 
 
 def _print_shares(

@@ -21,10 +21,9 @@ from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.operator import STATISTICS, Attention, Gates, RepairOperator
 from cachemedic.token.code import TokenCode
 from cachemedic.token.estimate import Sight, Trust, estimate
-from cachemedic.token.hashes import Hashes, TokenHash
 from cachemedic.token.joint import JointModel, Prior
 from cachemedic.token.joint_files import find_joint, joint_name
-from cachemedic.token.kept import Kept, Told, sinks_of, with_sinks
+from cachemedic.token.kept import Kept, Told, hashes_of, sinks_of, with_sinks
 from cachemedic.token.parts import Knowledge
 from cachemedic.token.trust import initial_trust, judge
 from cachemedic.token.vectors import TokenVectors
@@ -46,7 +45,8 @@ class JointOperator(RepairOperator):
         super().__init__(config, parameters)
         self.joint: JointModel | None = None
         self.code: TokenCode | None = None
-        self.expected_kl: dict[str, float] = {}
+        self.expected_kl: dict[str, float] = {}  # nats, by way of repair
+        self.alarms: dict[str, list[float]] = {}  # thresholds of `check_cache`, by rate of false alarms
         self.known: Knowledge | None = None  # of the joint model, as an estimate takes it
 
     @classmethod
@@ -63,8 +63,16 @@ class JointOperator(RepairOperator):
         """Plain attention: D and E repair what is stored."""
         return *attention(query, key, value), (None, None)
 
-    def attach(self, joint: JointModel, expected_kl: dict[str, float] | None = None) -> None:
-        """Gives the operator its joint model, and E its code. Raises `ValueError` for one of other layers or shape."""
+    def attach(
+        self,
+        joint: JointModel,
+        expected_kl: dict[str, float] | None = None,
+        alarms: dict[str, list[float]] | None = None,
+    ) -> None:
+        """Gives the operator its joint model, E its code, and what was measured of both.
+
+        Raises `ValueError` for a joint model of other layers or shape.
+        """
         if (joint.of, joint.layers) != (self.config.model, self.layers):
             raise ValueError(
                 f"a joint model of {joint.of} and layers {list(joint.layers)} does not fit an operator of "
@@ -72,7 +80,7 @@ class JointOperator(RepairOperator):
             )
         self.joint = joint = joint.to(self.device)
         self.code = self._code(joint)
-        self.expected_kl = dict(expected_kl or {})
+        self.expected_kl, self.alarms = dict(expected_kl or {}), dict(alarms or {})
         with_ids = self.config.options["with_ids"]
         left = [joint.prior_variance if with_ids else joint.variance]
         if self.code is not None:
@@ -185,20 +193,7 @@ class JointOperator(RepairOperator):
         vectors = TokenVectors(model, self.layers)
         x = vectors.of(keys[:, layers], values[:, layers], positions)
         prior = self.prior(model, ids, positions)
-        return Kept(self.code.encode(x, prior), self._hashes(keys, values), sinks_of(keys, values, positions))
-
-    def _hashes(self, keys: Tensor, values: Tensor) -> Hashes:
-        shape = self.config.model
-        hasher = TokenHash(len(self.layers), shape.num_kv_heads, shape.head_dim, keys.dtype, seed=0)
-        sides = ([x[:, layer] for layer in self.layers] for x in (keys, values))
-        return hasher.of(*sides)
-
-    def sound(self, kept: Kept, keys: Tensor, values: Tensor) -> Tensor:
-        """Which keys and values of tokens, bool [B, T, L', 2], are what was written, by their hashes."""
-        now = self._hashes(keys, values)
-        parts, changed = now.parts == kept.hashes.parts, now.whole != kept.hashes.whole
-        unplaced = changed & parts.flatten(2).all(2)  # the short hashes of a changed part agree by chance
-        return torch.where(changed[..., None, None], parts & ~unplaced[..., None, None], True)
+        return Kept(self.code.encode(x, prior), hashes_of(keys, values, layers), sinks_of(keys, values, positions))
 
     def prior(self, model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Prior | None:
         """What ids [B, T] at positions [B, T] tell; None for an operator that does not use them."""
@@ -235,7 +230,7 @@ class JointOperator(RepairOperator):
         layers = list(self.layers)
         here = keys[:, layers], values[:, layers]
         told = self.told(prior, None if kept is None else kept.codes, like=keys[:, 0, 0, :, :1])
-        sound = None if kept is None else self.sound(kept, keys, values)
+        sound = None if kept is None else kept.sound(keys, values, layers)
         if way == "restore":
             new = vectors.back(self.calibrated.reconstruct(told.c, told.prior), positions)
         else:
@@ -254,7 +249,7 @@ class JointOperator(RepairOperator):
     def _like(self, config: OperatorConfig, parameters: dict[str, Tensor]) -> JointOperator:
         other = type(self)(config, parameters)
         if self.joint is not None:
-            other.attach(self.joint, self.expected_kl)
+            other.attach(self.joint, self.expected_kl, self.alarms)
         return other
 
     def _held(self) -> object:
@@ -263,13 +258,13 @@ class JointOperator(RepairOperator):
     def _apply(self, fn: Any, recurse: bool = True) -> JointOperator:
         super()._apply(fn, recurse)
         if self.joint is not None:
-            self.attach(self.joint, self.expected_kl)  # to the device where the parameters are now
+            self.attach(self.joint, self.expected_kl, self.alarms)  # to the device where the parameters are now
         return self
 
     def _files_beside(self) -> dict[str, bytes | None]:
         if self.joint is None:
             return {STATISTICS: None}
-        record = {"joint": self.joint.digest, "expected_kl": self.expected_kl}
+        record = {"joint": self.joint.digest, "expected_kl": self.expected_kl, "alarms": self.alarms}
         return {
             joint_name(self.joint.digest): self.joint.as_bytes(),
             STATISTICS: (json.dumps(record, indent=2) + "\n").encode(),
@@ -282,7 +277,7 @@ class JointOperator(RepairOperator):
         if hashlib.sha256(content).hexdigest() != named:
             raise ValueError(f"{folder / STATISTICS} is missing, damaged or not of this operator")
         record = json.loads(content)
-        self.attach(find_joint(folder, record["joint"]), record["expected_kl"])
+        self.attach(find_joint(folder, record["joint"]), record["expected_kl"], record["alarms"])
 
 
 class TokenAware(JointOperator):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cachemedic.token.hashes import Hashes
+from cachemedic.token.hashes import Hashes, TokenHash
 from cachemedic.token.joint import SINKS, Prior
 
 
@@ -33,6 +34,19 @@ class Kept:
     def rows(self, rows: Tensor) -> Kept:
         """The same of some rows of the batch."""
         return Kept(self.codes[rows], self.hashes.rows(lambda x: x[rows]), self.sinks[:, rows])
+
+    def sound(self, keys: Tensor, values: Tensor, layers: Sequence[int]) -> Tensor:
+        """Which keys and values of tokens, bool [B, T, L', 2], are what was written; [B, L, G, T, d] of all layers."""
+        now = hashes_of(keys, values, layers)
+        parts, changed = now.parts == self.hashes.parts, now.whole != self.hashes.whole
+        unplaced = changed & parts.flatten(2).all(2)  # the short hashes of a changed part agree by chance
+        return torch.where(changed[..., None, None], parts & ~unplaced[..., None, None], True)
+
+
+def hashes_of(keys: Tensor, values: Tensor, layers: Sequence[int]) -> Hashes:
+    """The hashes of some layers of keys and values [B, L, G, T, d]."""
+    hasher = TokenHash(len(layers), keys.shape[2], keys.shape[4], keys.dtype, seed=0)
+    return hasher.of(*([side[:, layer] for layer in layers] for side in (keys, values)))
 
 
 def sinks_of(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""A first training of the trust network, without the base: on faults of many kinds in clean caches, where truth is known.
+"""A first training of the trust network, without the base: on faults of many kinds in clean caches.
 
 For each part the squared error of the estimate is a quadratic form in the share a that is believed of what was read,
 
     (1 - a)^2 E_told + 2 a (1 - a) E_both + a^2 E_read,
 
-of the mean products of the two errors, and a follows from the noise that the network says. The network learns to make it
-small, over the size of the part, in seconds. The repair objective is what it is then trained on.
+of the mean products of the two errors, and a follows from the noise that the network says. The network learns to make
+it small, over the size of the part, in seconds. The repair objective is what it is then trained on.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _sights(
     kept = operator.write(model, keys, values, ids, positions)
     prior = operator.prior(model, ids, positions)
     caught: list[Sight] = []
-    sound = None if kept is None else operator.sound(kept, *bad)
+    sound = None if kept is None else kept.sound(bad[0], bad[1], layers)
     known = operator.known
     assert known is not None  # it is calibrated
 

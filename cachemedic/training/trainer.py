@@ -25,6 +25,7 @@ from cachemedic.token.joint import JointModel
 from cachemedic.token.joint_calibration import fit_joint_model
 from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.operator import TokenAware
+from cachemedic.token.trust_fit import fit_trust
 from cachemedic.training.bank import WITH_REVIEWS, Bank, open_bank
 from cachemedic.training.config import TrainConfig, sweep_objective
 from cachemedic.training.draws import Draw, draw_step
@@ -41,6 +42,7 @@ from cachemedic.training.valence.quantiser import KVQuantiser
 
 GATE_LOG = "gate.jsonl"
 VALIDATION_STEP, VALIDATIONS = 1_000_000, 2  # draws of steps that no training reaches
+FITTED = 8  # texts of the bank that an untrained trust network sees
 CALIBRATION = 64  # caches of the bank from which an untrained quantiser takes the ranges of channels
 
 
@@ -79,6 +81,7 @@ class Trainer:
         self.best: KeepBest | None = None
         if isinstance(self.operator, JointOperator):
             self.operator.attach(fit_joint_model(base, layers=config.layers) if joint is None else joint)
+            fit_trust(self.operator, base.model, self.bank.ids[:FITTED], tuple(config.mixture.weights))
             self.best = KeepBest(self.operator, config.runs)
         self.first = config.first_layer
         self.quantiser, self.strength = self._quantiser(), self._strength()

@@ -8,10 +8,12 @@ from joint_operators import joint_of
 from small_models import CONFIGS, VOCABULARY, model_of
 from transformers import DynamicCache
 
-from cachemedic.models.cache import stack_cache
+from cachemedic.models.cache import stack_cache, unstack_cache
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.token.joint_operator import SketchAssisted, TokenAware
+from cachemedic.token.plausible import check_cache, statistics, thresholds
+from cachemedic.token.trust_fit import fit_trust
 
 LENGTH = 40
 
@@ -132,3 +134,36 @@ def test_what_is_refused():
         operator(share=3.0)
     with pytest.raises(ValueError, match="all"):
         RepairOperator.create("A", CONFIGS["llama"](), layers="most")
+
+
+def test_tokens_that_do_not_follow_from_their_ids(clean):
+    name, model, ids, positions, keys, values = clean
+    op = operator(TokenAware, name)
+    rows = torch.randint(1, VOCABULARY, (20, LENGTH), generator=torch.Generator().manual_seed(8))
+    cache = DynamicCache()
+    model(rows, past_key_values=cache)
+    op.alarms = thresholds(statistics(model, op, *stack_cache(cache), rows)[0])
+    sound = check_cache(model, op, unstack_cache(keys, values), ids)
+    assert sound.suspicious.float().mean() < 0.1
+    assert sound.rate == 0.01
+    exchanged = [x.clone() for x in (keys, values)]
+    for old, new in zip((keys, values), exchanged, strict=True):
+        new[0, ..., 8:20, :] = old[1, ..., 8:20, :]
+    found = check_cache(model, op, unstack_cache(*exchanged), ids)
+    assert found.suspicious[0, 8:20].float().mean() > 0.9
+    assert (0, 10) in found.tokens
+    with pytest.raises(ValueError, match="rate"):
+        check_cache(model, op, unstack_cache(keys, values), ids, rate=0.2)
+    with pytest.raises(ValueError, match="ids"):
+        check_cache(model, op, unstack_cache(keys, values), ids[:, 1:])
+
+
+def test_trust_learns_not_to_believe_another_token(clean):
+    name, model, ids, positions, keys, values = clean
+    op = operator(name=name)
+    exchanged = keys.roll(1, 0), values.roll(1, 0)
+    kept = op.write(model, keys, values, ids, positions)
+    before = error(op.repair(model, *exchanged, ids, positions, kept), keys, values)
+    rows = torch.randint(1, VOCABULARY, (6, LENGTH), generator=torch.Generator().manual_seed(9))
+    fit_trust(op, model, rows, ("gaussian", "contiguous_overwrite"))
+    assert error(op.repair(model, *exchanged, ids, positions, kept), keys, values) < before
