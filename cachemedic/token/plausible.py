@@ -54,8 +54,8 @@ def check_cache(
     """Which tokens of a cache do not follow from the ids [B, T] that it is said to hold, without padding.
 
     operator: calibrated, of family D or E. Tokens that were exchanged, are stale, or lie in another layout or at
-    another position stand out; a token as likely as the true one does not. False alarms are more frequent on kinds of text
-    that calibration never saw.
+    another position stand out; a token as likely as the true one does not. False alarms are more frequent on kinds of
+    text that calibration never saw.
     Raises `ValueError` for an operator that was not calibrated or is of another model, ids of another shape than the
     cache, and a rate that thresholds were not measured for.
     """
