@@ -92,7 +92,7 @@ def expected_kl(operator: JointOperator, base: Base, texts: Texts, seed: int = 0
         "erase": left((keys, values), erased=True),
     }
     if operator.code is not None:
-        _print_shares(operator, (keys, values), told, base.model, left)
+        _print_shares(operator, (keys, values), noisy, told, base.model, left)
     return found
 
 
@@ -106,6 +106,7 @@ def alarms(operator: JointOperator, base: Base, texts: Texts, seed: int = 0) -> 
 def _print_shares(
     operator: JointOperator,
     clean: tuple[Tensor, Tensor],
+    lost: tuple[Tensor, Tensor],
     told: dict[str, Any],
     model: PreTrainedModel,
     left: Callable[[tuple[Tensor, Tensor]], float],
@@ -120,7 +121,7 @@ def _print_shares(
         except ValueError:  # less than a byte a token
             continue
         kept = other.write(model, *clean, told["ids"], told["positions"])
-        kl = left(other.repair(model, *clean, **(told | {"kept": kept}), way="restore"))
+        kl = left(other.repair(model, *lost, **(told | {"kept": kept}), way="restore"))
         print(f"code of 1/{1 / share:.0f} of the bytes, {other.bytes_per_token} a token: KL {kl:.3g}, every token lost")
         recommended = share if recommended is None and kl <= GOOD else recommended
     if recommended is not None:
