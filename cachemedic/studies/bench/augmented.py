@@ -16,8 +16,7 @@ from cachemedic.repair.attach import protect
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.bench.decode import LAYERS, POSITIONS, ROUNDS, decode, random_cache
 from cachemedic.studies.bench.materialised import RepeatableLayer
-from cachemedic.studies.bench.scrub import row, timed
-from cachemedic.studies.bench.timing import interleave
+from cachemedic.studies.bench.timing import interleave, row, timed
 from cachemedic.token.augmented import AugmentedRead, extra_width
 from cachemedic.token.operator import TokenAware
 

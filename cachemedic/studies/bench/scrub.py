@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from cachemedic.defenses.defense import WORD_BITS
 from cachemedic.models.cache import stack_cache, unstack_cache
 from cachemedic.repair.attach import protect
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.studies.bench.timing import interleave, median_ratio
+from cachemedic.studies.bench.timing import interleave, row, timed
 from cachemedic.token.operator import TokenAware
 from cachemedic.token.options import coordinates
 from cachemedic.token.scalar_codes import SCALE_LIMIT, allot_bits
@@ -71,34 +70,6 @@ def uncalibrated(model: PreTrainedModel, family: str = "E", **options: Any) -> T
     operator.hold(transform, random_code(operator, transform) if family == "E" else None)
     torch.nn.init.ones_(operator.strength)
     return operator
-
-
-def timed(work: Callable[[], object]) -> Callable[[], float]:
-    """A contender of `interleave`: the work, timed."""
-
-    def contender() -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    return contender
-
-
-def row(operation: str, length: int, layers: int, times: pd.DataFrame, name: str, reference: str) -> dict[str, object]:
-    """One line of a table: the times of a contender over those of its reference."""
-    ratio = median_ratio(times[name], times[reference])
-    return {
-        "operation": operation,
-        "positions": length,
-        "layers": layers,
-        "milliseconds": 1e3 * times[name].median(),
-        "reference": reference,
-        "reference_milliseconds": 1e3 * times[reference].median(),
-        "ratio": ratio.estimate,
-        "ratio_low": ratio.low,
-        "ratio_high": ratio.high,
-        "rounds": len(times),
-    }
 
 
 def damage(cache: Cache, share: float) -> None:
