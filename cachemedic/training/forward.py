@@ -17,7 +17,7 @@ from cachemedic.repair.attach import Protection, protect
 from cachemedic.repair.folded import FoldedOperator
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.token.joint_operator import JointOperator
-from cachemedic.token.operator import TokenAware
+from cachemedic.token.layerwise.operator import TokenAware
 from cachemedic.training import joint_terms
 from cachemedic.training.bank import Bank
 from cachemedic.training.config import TrainConfig

@@ -21,11 +21,11 @@ from cachemedic.corruption.severity import shipped_map
 from cachemedic.models.attention import attention_modules
 from cachemedic.models.load import Base
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.token.calibration import calibrate
 from cachemedic.token.joint import JointModel
 from cachemedic.token.joint_calibration import fit_joint_model
 from cachemedic.token.joint_operator import JointOperator
-from cachemedic.token.operator import TokenAware
+from cachemedic.token.layerwise.calibration import calibrate
+from cachemedic.token.layerwise.operator import TokenAware
 from cachemedic.token.trust_fit import fit_trust
 from cachemedic.training.bank import WITH_REVIEWS, Bank, open_bank
 from cachemedic.training.config import TrainConfig, sweep_objective

@@ -13,7 +13,7 @@ from tiny_training import CONFIG, linear_map, parameters, tiny_bank, tiny_base
 from cachemedic.core.severity_map import SeverityMap
 from cachemedic.studies import sweeps
 from cachemedic.studies.family_study import token_aware_config
-from cachemedic.token.scrub import Scrubber
+from cachemedic.token.layerwise.scrub import Scrubber
 from cachemedic.training import trainer as train
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.trainer import Trainer
