@@ -1,14 +1,25 @@
-"""One model of a whole token over all layers at once, a short code of it, and what repairs a token with both.
+"""One model of a whole token over all layers at once, a short code of it, and what checks and repairs tokens with both.
 
-Of the second edition, from the bottom up:
+From the bottom up:
 
-dense         refuses models and caches whose tokens cannot be computed again
-vectors       one vector a token: keys (unrotated) and values of all layers and heads
-lowest_layer  what the token ids tell exactly: the keys and values of the lowest layer
-recompute     damaged tokens computed again from their ids
-hashes        which tokens and layers of a cache changed since they were written
-damage_kinds  what kind of damage a changed token shows
-check         the report of damaged tokens, layers and kinds
-
-layerwise/: the first edition's code, layer by layer, which the notebooks still measure.
+dense              which models and caches have tokens that can be looked at one by one
+vectors            one vector a token: keys (unrotated) and values of all layers and heads
+lowest_layer       what the token ids tell exactly: the keys and values of the lowest layer
+recompute          damaged tokens computed again from their ids
+hashes             which tokens and layers of a cache changed since they were written
+scalar_codes       few-bit codes of real numbers
+joint, joint_files the joint model of a token, and its file
+joint_calibration, calibration_text  how it is measured, and on which text
+code               the code of a token under the joint model
+parts, estimate    what damaged tokens most likely held
+trust, trust_fit   the network that says how much of a damaged token to believe
+kept               what family E keeps of the tokens of a cache
+joint_operator     the families D and E
+joint_calibrate    makes an operator of D or E useful (`calibrate`)
+plausible          whether tokens follow from their ids (`check_cache`)
+record             what a cache remembers of its tokens
+damage_kinds, check, repair_report  the reports
+coder, costs, policy, ways  how damaged tokens are repaired, and by which way
+forward_hook, cache, cache_files, given, look_after  `SketchCache`, its files, and caches from elsewhere
+layerwise/         the first edition's code, layer by layer, which the notebooks still measure
 """

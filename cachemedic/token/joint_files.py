@@ -14,6 +14,11 @@ def joint_name(digest: str) -> str:
     return f"joint-{digest[:16]}.safetensors"
 
 
+def ships(digest: str) -> bool:
+    """Whether a joint model comes with the package, among the embedded bases."""
+    return any((place / joint_name(digest)).is_file() for place in WEIGHTS.glob("*/"))
+
+
 def find_joint(folder: Path, digest: str) -> JointModel:
     """The joint model of this digest, from the folder of an operator, the one above it, or among the embedded bases.
 

@@ -22,7 +22,7 @@ from cachemedic.repair.operator import STATISTICS, Attention, Gates, RepairOpera
 from cachemedic.token.code import TokenCode
 from cachemedic.token.estimate import Sight, Trust, estimate
 from cachemedic.token.joint import JointModel, Prior
-from cachemedic.token.joint_files import find_joint, joint_name
+from cachemedic.token.joint_files import find_joint, joint_name, ships
 from cachemedic.token.kept import Kept, Told, hashes_of, sinks_of, with_sinks
 from cachemedic.token.parts import Knowledge
 from cachemedic.token.trust import initial_trust, judge
@@ -265,10 +265,10 @@ class JointOperator(RepairOperator):
         if self.joint is None:
             return {STATISTICS: None}
         record = {"joint": self.joint.digest, "expected_kl": self.expected_kl, "alarms": self.alarms}
-        return {
-            joint_name(self.joint.digest): self.joint.as_bytes(),
-            STATISTICS: (json.dumps(record, indent=2) + "\n").encode(),
-        }
+        files: dict[str, bytes | None] = {STATISTICS: (json.dumps(record, indent=2) + "\n").encode()}
+        if not ships(self.joint.digest):
+            files[joint_name(self.joint.digest)] = self.joint.as_bytes()
+        return files
 
     def _read_beside(self, folder: Path, named: str | None) -> None:
         if named is None:
