@@ -29,6 +29,7 @@ from cachemedic.token.trust import initial_trust, judge
 from cachemedic.token.vectors import TokenVectors
 
 FROM_PRIOR, FROM_CODE = 0, 1  # kinds of knowledge
+PIECE = 128  # tokens, over all rows, that are estimated at once: their numbers stay in the processor's cache
 ALIKE = 0.5  # regression on the known first token from which on, without ids, the first token counts as that one
 
 
@@ -39,7 +40,7 @@ class JointOperator(RepairOperator):
     Options: `with_ids`, whether token ids are used; `rounds` of the estimate; `hidden` units of the trust network.
     """
 
-    default_options: dict[str, Any] = {"with_ids": True, "rounds": 3, "hidden": 16}
+    default_options: dict[str, Any] = {"with_ids": True, "rounds": 2, "hidden": 16}
 
     def __init__(self, config: OperatorConfig, parameters: dict[str, Tensor]) -> None:
         super().__init__(config, parameters)
@@ -157,7 +158,14 @@ class JointOperator(RepairOperator):
         by_part = None if sound is None else sound[..., None].expand(*sound.shape, parts.heads).flatten(2)
         kind = told.coded.long() * FROM_CODE
         rounds = self.config.options["rounds"]
-        found = estimate(known, kind, stored, read, angles, rounds, trust or self._judge, by_part)
+        pieces = []
+        for start in range(0, read.shape[1], size := max(1, PIECE // len(read))):
+            tokens = slice(start, start + size)
+            of_piece = [None if x is None else x[:, tokens] for x in (kind, stored, read, by_part)]
+            turned = None if angles is None else (angles[0][:, tokens], angles[1][:, tokens])
+            piece = *of_piece[:3], turned, rounds, trust or self._judge, of_piece[3]
+            pieces.append(estimate(known, *piece))
+        found = torch.cat(pieces, 1)
         found = self._first(found, read, told.prior, positions).to(keys.dtype)
         sides = zip("kv", parts.unstack(found), (keys, values), strict=True)
         new_keys, new_values = (new if side in self.config.sides else old for side, new, old in sides)
