@@ -159,12 +159,11 @@ class JointOperator(RepairOperator):
         kind = told.coded.long() * FROM_CODE
         rounds = self.config.options["rounds"]
         pieces = []
-        for start in range(0, read.shape[1], size := max(1, PIECE // len(read))):
-            tokens = slice(start, start + size)
-            of_piece = [None if x is None else x[:, tokens] for x in (kind, stored, read, by_part)]
-            turned = None if angles is None else (angles[0][:, tokens], angles[1][:, tokens])
-            piece = *of_piece[:3], turned, rounds, trust or self._judge, of_piece[3]
-            pieces.append(estimate(known, *piece))
+        for piece in torch.arange(read.shape[1], device=read.device).split(max(1, PIECE // len(read))):
+            turned = None if angles is None else (angles[0][:, piece], angles[1][:, piece])
+            known_sound = None if by_part is None else by_part[:, piece]
+            of_piece = kind[:, piece], stored[:, piece], read[:, piece], turned
+            pieces.append(estimate(known, *of_piece, rounds, trust or self._judge, known_sound))
         found = torch.cat(pieces, 1)
         found = self._first(found, read, told.prior, positions).to(keys.dtype)
         sides = zip("kv", parts.unstack(found), (keys, values), strict=True)
