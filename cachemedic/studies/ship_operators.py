@@ -2,8 +2,8 @@
 
     python -m cachemedic.studies.ship_operators     # writes cachemedic/repair/weights/; about five minutes on one core
 
-A, B and C are the first seed of notebook 08, from trained/. D and E are calibrated, their trust network fitted on faults
-of many kinds; their joint model lies with the base.
+A, B and C are the first seed of notebook 08, from trained/. D and E are calibrated, their trust network
+fitted on faults of many kinds; their joint model lies with the base.
 """
 
 from __future__ import annotations

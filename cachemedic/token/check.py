@@ -128,10 +128,13 @@ def _find_layouts(
     hasher: TokenHash, sides: Any, written: Hashes, parts: Tensor, changed: Tensor, kinds: Tensor
 ) -> None:
     """Marks tokens whose changed layers all hold the right numbers in another layout."""
-    explained = ~parts
-    for layer, side in (parts.flatten(0, 1).float().mean(0) > 0.5).nonzero().tolist():  # a layout is that of all tokens
-        explained[:, :, layer, side] |= in_other_layout(hasher, sides[side][layer], side, layer, written.parts)
-    kinds[changed & explained.flatten(2).all(2)] = NUMBER["another layout"]
+    often = parts.flatten(0, 1).float().mean(0) > 0.5  # a layout is that of all tokens
+    possible = changed & ~(parts & ~often).flatten(2).any(2)
+    for layer, side in often.nonzero().tolist():
+        if not possible.any():
+            return
+        possible &= ~parts[:, :, layer, side] | in_other_layout(hasher, sides[side][layer], side, layer, written.parts)
+    kinds[possible] = NUMBER["another layout"]
 
 
 def _find_tokens(

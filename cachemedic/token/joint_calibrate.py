@@ -15,6 +15,7 @@ from cachemedic.corruption.apply import corrupt
 from cachemedic.corruption.spec import CorruptionSpec, draw_event
 from cachemedic.models.cache import stack_cache, unstack_cache
 from cachemedic.models.load import Base, check_format
+from cachemedic.repair.operator import RepairOperator
 from cachemedic.token.calibration_text import Texts, default_texts, held_out, windows
 from cachemedic.token.code import SHARES
 from cachemedic.token.joint import JointModel
@@ -30,21 +31,22 @@ GOOD = 0.05  # nats that a recommended code leaves with every token lost
 
 
 def calibrate(
-    operator: JointOperator, base: Base, texts: Texts | None = None, joint: JointModel | None = None, seed: int = 0
+    operator: RepairOperator, base: Base, texts: Texts | None = None, joint: JointModel | None = None, seed: int = 0
 ) -> JointOperator:
     """Gives an operator of D or E the joint model of a base and measures what it leaves; returns the operator.
 
     texts: strings, or lists of them by kind (None: documentation, code, reviews and dialogue that come with the
     packages). What is to be repaired should be among the kinds. joint: a joint model that was measured before.
     One text in eight of each kind is not calibrated on: the error of codes of several lengths is measured on those and
-    printed. Warns if the operator protects
-    a part of the layers only: the others keep their damage.
-    Raises `ValueError` for an operator of another model, for a base that rotates its keys in a way that is not served,
-    and for too little text.
+    printed. Warns if the operator protects a part of the layers only: the others keep their damage.
+    Raises `ValueError` for an operator of a family without a joint model or of another model, for a base that rotates
+    its keys in a way that is not served, and for too little text.
     """
+    if not isinstance(operator, JointOperator):
+        raise ValueError(f"family {operator.family} needs no calibration: allowed are D and E")
     operator.check_model(base.model.config)
     if operator.runs > 1:
-        raise ValueError(f"calibrate one run, not {operator.runs}, and `attach` its joint model to the others")
+        raise ValueError(f"calibrate one run, not {operator.runs}, and `set_joint` its joint model to the others")
     check_format(base.model.dtype)
     depth = operator.config.model.num_layers
     if len(operator.layers) < depth:

@@ -29,6 +29,7 @@ from cachemedic.token.trust import initial_trust, judge
 from cachemedic.token.vectors import TokenVectors
 
 FROM_PRIOR, FROM_CODE = 0, 1  # kinds of knowledge
+PIECE = 128  # tokens, over all rows, that are estimated at once: their numbers stay in the processor's cache
 ALIKE = 0.5  # regression on the known first token from which on, without ids, the first token counts as that one
 
 
@@ -39,7 +40,7 @@ class JointOperator(RepairOperator):
     Options: `with_ids`, whether token ids are used; `rounds` of the estimate; `hidden` units of the trust network.
     """
 
-    default_options: dict[str, Any] = {"with_ids": True, "rounds": 3, "hidden": 16}
+    default_options: dict[str, Any] = {"with_ids": True, "rounds": 2, "hidden": 16}
 
     def __init__(self, config: OperatorConfig, parameters: dict[str, Tensor]) -> None:
         super().__init__(config, parameters)
@@ -157,7 +158,13 @@ class JointOperator(RepairOperator):
         by_part = None if sound is None else sound[..., None].expand(*sound.shape, parts.heads).flatten(2)
         kind = told.coded.long() * FROM_CODE
         rounds = self.config.options["rounds"]
-        found = estimate(known, kind, stored, read, angles, rounds, trust or self._judge, by_part)
+        pieces = []
+        for piece in torch.arange(read.shape[1], device=read.device).split(max(1, PIECE // len(read))):
+            turned = None if angles is None else (angles[0][:, piece], angles[1][:, piece])
+            known_sound = None if by_part is None else by_part[:, piece]
+            of_piece = kind[:, piece], stored[:, piece], read[:, piece], turned
+            pieces.append(estimate(known, *of_piece, rounds, trust or self._judge, known_sound))
+        found = torch.cat(pieces, 1)
         found = self._first(found, read, told.prior, positions).to(keys.dtype)
         sides = zip("kv", parts.unstack(found), (keys, values), strict=True)
         new_keys, new_values = (new if side in self.config.sides else old for side, new, old in sides)

@@ -1,7 +1,7 @@
 """The trained network of D and E: how much noise the parts of a token hold beyond what the algebra sees.
 
 An exchanged token, or a rotated one, deviates like a noisy one but follows another distribution: how a part deviates,
-how the other parts of its token do, and the tokens beside it, tell them apart. All parts share one small network, each
+and how the other parts of its token do, tell them apart. All parts share one small network, each
 with an embedding of its own. It ends in zeros: untrained, the algebra stands.
 """
 
@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cachemedic.token.estimate import Sight
 
-OF_PART, FEATURES = 5, 13
-NEAR = 4  # tokens on each side that are heard of
+FEATURES = 11
 GAIN = 8.0  # of the output: few updates take a part from believed to not believed
 SMALLEST, LARGEST = 1e-3, 1e4  # of ratios, before their logarithm
 
@@ -46,12 +44,11 @@ def said_of(parameters: Mapping[str, Tensor], x: Tensor, embedding: Tensor) -> T
 
 
 def features(sight: Sight) -> Tensor:
-    """Of every part [B, T, P, FEATURES]: its own, means over its token and those nearby, and of the lowest layer."""
+    """Of every part [B, T, P, FEATURES]: its own, the means over its token, and of the lowest layer."""
     sized = [x.clamp(SMALLEST, LARGEST).log() / 2 for x in (sight.told, sight.found, sight.size)]
     own = torch.stack([*sized, sight.lost, sight.alike.clamp(-2, 3)], -1)
     inexact = (~sight.exact).float()[..., None]
     token = (own * inexact).sum(2) / inexact.sum(2).clamp_min(1)
-    near = F.avg_pool1d(token[..., :2].mT, 2 * NEAR + 1, 1, NEAR, count_include_pad=False).mT
     off = (sight.size - 2 * sight.alike + 1).clamp(SMALLEST, LARGEST).log() / 2  # of the deviation, over what is told
     lowest = ((off * sight.exact).sum(2) / sight.exact.sum(2).clamp_min(1))[..., None]
-    return torch.cat([own, torch.cat([token, near, lowest], -1)[:, :, None].expand(-1, -1, own.shape[2], -1)], -1)
+    return torch.cat([own, torch.cat([token, lowest], -1)[:, :, None].expand(-1, -1, own.shape[2], -1)], -1)

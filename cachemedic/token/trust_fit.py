@@ -11,13 +11,14 @@ it small, over the size of the part, in seconds. The repair objective is what it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from cachemedic.corruption.apply import corrupt
-from cachemedic.corruption.spec import CorruptionSpec, draw_event
+from cachemedic.corruption.spec import CorruptionEvent, CorruptionSpec, draw_event
 from cachemedic.models.cache import stack_cache
 from cachemedic.token.estimate import Sight
 from cachemedic.token.joint import SINKS
@@ -44,7 +45,8 @@ def fit_trust(
     """Trains the trust network of all runs on windows of text ids [N, T] under faults of these types, N at least 2."""
     generator = torch.Generator().manual_seed(seed)
     ids = ids[:, :PREFIX].to(model.device)
-    found = [_sights(operator, model, ids, kind, generator) for kind in types for _ in range(DRAWS)]
+    truth, count = _Truth(operator, model, ids), SAMPLES // (len(types) * DRAWS)
+    found = [truth.sights(kind, count, generator) for kind in types for _ in range(DRAWS)]
     x, part, products, noise, variance = (torch.cat(column) for column in zip(*found, strict=True))
     parameters = dict(operator.named_parameters())
     optimizer = torch.optim.Adam(parameters.values(), lr=RATE)
@@ -62,52 +64,67 @@ def fit_trust(
         optimizer.step()
 
 
-@torch.no_grad()
-def _sights(
-    operator: JointOperator, model: PreTrainedModel, ids: Tensor, kind: str, generator: torch.Generator
-) -> tuple[Tensor, ...]:
-    """Features [n, F], parts [n], error products [n, 3], noise and variance [n] of parts under one kind of fault."""
-    cache = DynamicCache()
-    model.base_model(ids, past_key_values=cache, use_cache=True)
-    keys, values = stack_cache(cache)
-    positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
-    low, high = RANGES[kind]
-    events = []
-    for _ in ids:
-        u = torch.rand(4, generator=generator).tolist()
-        strength = low * (high / low) ** u[0]
-        strength = round(strength) if isinstance(low, int) else strength
-        heads = "all" if u[1] < 0.5 else 0.25 + 0.75 * u[2]
-        shape = (keys.shape[1], keys.shape[2], ids.shape[1])
-        strength = min(strength, shape[2]) if kind == "contiguous_overwrite" else strength
-        share = 1.0 if u[3] < 0.5 or kind == "contiguous_overwrite" else u[3]
-        events.append(draw_event(CorruptionSpec(kind, parameter=strength, heads=heads, share=share), shape, generator))
-    bad = corrupt(keys, values, events, generator, keys.roll(1, 0), values.roll(1, 0))
-    vectors, layers = TokenVectors(model, operator.layers), list(operator.layers)
-    kept = operator.write_tokens(model, keys, values, ids, positions)
-    prior = operator.prior(model, ids, positions)
-    caught: list[Sight] = []
-    sound = None if kept is None else kept.sound(bad[0], bad[1], layers)
-    known = operator.known
-    assert known is not None  # it is calibrated
+class _Truth:
+    """Clean caches of windows ids [N, T], what is told of their tokens, and what is kept of them."""
 
-    def catch(sight: Sight) -> Tensor:
-        caught.append(sight)
-        return torch.zeros_like(sight.told)
+    @torch.no_grad()
+    def __init__(self, operator: JointOperator, model: PreTrainedModel, ids: Tensor) -> None:
+        assert operator.known is not None  # it is calibrated
+        self.operator, self.known, self.layers = operator, operator.known, list(operator.layers)
+        cache = DynamicCache()
+        model.base_model(ids, past_key_values=cache, use_cache=True)
+        self.keys, self.values = stack_cache(cache)
+        self.positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+        self.vectors = TokenVectors(model, operator.layers)
+        self.kept = operator.write_tokens(model, self.keys, self.values, ids, self.positions)
+        codes = None if self.kept is None else self.kept.codes
+        prior = operator.prior(model, ids, self.positions)
+        self.told = operator.told(prior, codes, like=self.keys[:, 0, 0, :, :1])
 
-    told = operator.told(prior, None if kept is None else kept.codes, like=keys[:, 0, 0, :, :1])
-    operator.estimate(vectors, bad[0][:, layers], bad[1][:, layers], told, positions, sound, catch)
-    (sight,) = caught
-    clean, read = (known.parts.stack(k[:, layers], v[:, layers]).float() for k, v in ((keys, values), bad))
-    off = known.parts.split((read - clean).nan_to_num() * known.scale)
-    off_told = torch.where(sight.seen, off - sight.left, 0.0)
-    off = torch.where(sight.seen, off, 0.0)
-    products = torch.stack([(a * b).mean(-1) for a, b in ((off_told, off_told), (off_told, off), (off, off))], -1)
-    wanted = ~sight.exact & (positions >= SINKS)[..., None]
-    if sound is not None:
-        wanted &= ~sound[..., None].expand(*sound.shape, known.parts.heads).flatten(2)
-    place = torch.arange(known.parts.count).expand(wanted.shape)
-    columns = features(sight), place, products / known.power, sight.noise, sight.variance
-    chosen = wanted.flatten().nonzero().squeeze(1)
-    keep = torch.randperm(len(chosen), generator=generator)[: SAMPLES // (len(RANGES) * DRAWS)]
-    return tuple(c.flatten(0, 2)[chosen[keep]] for c in columns)
+    def _events(self, kind: str, generator: torch.Generator) -> list[CorruptionEvent]:
+        """A fault of this kind for each window, of any strength, half of them everywhere."""
+        low, high = RANGES[kind]
+        shape = (self.keys.shape[1], self.keys.shape[2], self.keys.shape[3])
+        events = []
+        for _ in self.keys:
+            u = torch.rand(4, generator=generator).tolist()
+            strength = low * (high / low) ** u[0]
+            strength = round(strength) if isinstance(low, int) else strength
+            strength = min(strength, shape[2]) if kind == "contiguous_overwrite" else strength
+            heads = "all" if u[1] < 0.5 else 0.25 + 0.75 * u[2]
+            share = 1.0 if u[3] < 0.5 or kind == "contiguous_overwrite" else u[3]
+            spec = CorruptionSpec(kind, parameter=strength, heads=heads, share=share)
+            events.append(draw_event(spec, shape, generator))
+        return events
+
+    @torch.no_grad()
+    def sights(self, kind: str, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Features [n, F], parts [n], error products [n, 3], noise and variance [n] of `count` parts so hit."""
+        events = self._events(kind, generator)
+        donors = self.keys.roll(1, 0), self.values.roll(1, 0)
+        bad = corrupt(self.keys, self.values, events, generator, *donors)
+        sound = None if self.kept is None else self.kept.sound(bad[0], bad[1], self.layers)
+        here = [(x[0][:, self.layers], x[1][:, self.layers]) for x in ((self.keys, self.values), bad)]
+        caught: list[Sight] = []
+
+        def catch(sight: Sight) -> Tensor:
+            caught.append(sight)
+            return torch.zeros_like(sight.told)
+
+        self.operator.estimate(self.vectors, *here[1], self.told, self.positions, sound, catch)
+        names = [field.name for field in fields(Sight)]
+        sight = Sight(**{name: torch.cat([getattr(piece, name) for piece in caught], 1) for name in names})
+        known = self.known
+        clean, read = (known.parts.stack(k, v).float() for k, v in here)
+        off = known.parts.split((read - clean).nan_to_num() * known.scale)
+        off_told = torch.where(sight.seen, off - sight.left, 0.0)
+        off = torch.where(sight.seen, off, 0.0)
+        products = torch.stack([(a * b).mean(-1) for a, b in ((off_told, off_told), (off_told, off), (off, off))], -1)
+        wanted = ~sight.exact & (self.positions >= SINKS)[..., None]
+        if sound is not None:
+            wanted &= ~sound[..., None].expand(*sound.shape, known.parts.heads).flatten(2)
+        place = torch.arange(known.parts.count).expand(wanted.shape)
+        chosen = wanted.flatten().nonzero().squeeze(1)
+        chosen = chosen[torch.randperm(len(chosen), generator=generator)[:count]]
+        columns = features(sight), place, products / known.power, sight.noise, sight.variance
+        return tuple(c.flatten(0, 2)[chosen] for c in columns)
