@@ -198,8 +198,7 @@ class JointOperator(RepairOperator):
         if self.code is None:
             return None
         layers = list(self.layers)
-        vectors = TokenVectors(model, self.layers)
-        x = vectors.of(keys[:, layers], values[:, layers], positions)
+        x = TokenVectors(model, layers).of(keys[:, layers], values[:, layers], positions)
         prior = self.prior(model, ids, positions)
         return Kept(self.code.encode(x, prior), hashes_of(keys, values, layers), sinks_of(keys, values, positions))
 
