@@ -174,8 +174,9 @@ class JointOperator(RepairOperator):
         return judge(dict(self.named_parameters()), sight)
 
     def _first(self, found: Tensor, read: Tensor, prior: Prior | None, positions: Tensor) -> Tensor:
-        """With the token that all texts begin with in its place, where it is that one. (It has no rotation.)"""
-        joint = self.calibrated
+        """With the first token as calibration knows it, where it is that one, else as it is. (It has no rotation.)"""
+        joint, at_first = self.calibrated, (positions == 0)[..., None]
+        found = torch.where(at_first, read.float().nan_to_num(), found)
         if joint.first is None:
             return found
         first = joint.first.float()
@@ -185,7 +186,7 @@ class JointOperator(RepairOperator):
             same = off.square().sum(-1) < 1e-2 * size
         else:
             same = (read.float().nan_to_num() @ first) > ALIKE * first.square().sum()
-        return torch.where((same & (positions == 0))[..., None], first, found)
+        return torch.where(same[..., None] & at_first, first, found)
 
     def write_tokens(
         self, model: PreTrainedModel, keys: Tensor, values: Tensor, ids: Tensor, positions: Tensor
@@ -197,8 +198,7 @@ class JointOperator(RepairOperator):
         if self.code is None:
             return None
         layers = list(self.layers)
-        vectors = TokenVectors(model, self.layers)
-        x = vectors.of(keys[:, layers], values[:, layers], positions)
+        x = TokenVectors(model, layers).of(keys[:, layers], values[:, layers], positions)
         prior = self.prior(model, ids, positions)
         return Kept(self.code.encode(x, prior), hashes_of(keys, values, layers), sinks_of(keys, values, positions))
 
