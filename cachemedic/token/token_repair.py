@@ -52,7 +52,5 @@ class TokenRepair(Defense):
     @torch.no_grad()
     def read(self, damaged: CachedTokens, kept: Kept | None) -> CachedTokens:
         """The repaired cache."""
-        k, v = self.operator.repair(
-            self.model, damaged.k, damaged.v, damaged.ids, damaged.positions, kept, self.way
-        )
+        k, v = self.operator.repair(self.model, damaged.k, damaged.v, damaged.ids, damaged.positions, kept, self.way)
         return replace(damaged, k=k, v=v)
