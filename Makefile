@@ -117,7 +117,7 @@ base-models: $(READY)  ## Train the base models anew (hours; goes on after an in
 	$(RUN) -m cachemedic.studies.pretraining.train gpt2
 	$(RUN) -m cachemedic.studies.pretraining.train llama
 	for base in embedded-gpt2 embedded-llama; do \
-		$(RUN) -m cachemedic.training.valence.head $$base && $(RUN) -m cachemedic.token.calibration $$base || exit; done
+		$(RUN) -m cachemedic.training.valence.head $$base && $(RUN) -m cachemedic.token.layerwise.calibration $$base || exit; done
 	$(if $(value TEXT_FOLDER),$(RUN) -m cachemedic.studies.pretraining.train wikipedia --text $(call given,TEXT_FOLDER) && \
 		$(RUN) -m cachemedic.training.valence.head embedded-wikipedia)
 

@@ -16,20 +16,37 @@ if TYPE_CHECKING:
     from cachemedic.models.load import load_base
     from cachemedic.repair.attach import protect
     from cachemedic.repair.operator import RepairOperator
-    from cachemedic.token.calibration import calibrate
-    from cachemedic.token.sketch_cache import SketchCache
+    from cachemedic.token.cache import SketchCache
+    from cachemedic.token.joint_calibrate import calibrate
+    from cachemedic.token.look_after import look_after
+    from cachemedic.token.plausible import check_cache
+    from cachemedic.token.recompute import recompute
 
 __version__ = "0.1.0"
-__all__ = ["CorruptionSpec", "RepairOperator", "SketchCache", "calibrate", "corrupt_cache", "load_base", "protect"]
+__all__ = [
+    "CorruptionSpec",
+    "RepairOperator",
+    "SketchCache",
+    "calibrate",
+    "check_cache",
+    "corrupt_cache",
+    "load_base",
+    "look_after",
+    "protect",
+    "recompute",
+]
 
 _HOMES = {
     "CorruptionSpec": "corruption.spec",
     "RepairOperator": "repair.operator",
-    "SketchCache": "token.sketch_cache",
-    "calibrate": "token.calibration",
+    "SketchCache": "token.cache",
+    "calibrate": "token.joint_calibrate",
+    "check_cache": "token.plausible",
     "corrupt_cache": "corruption.apply",
     "load_base": "models.load",
+    "look_after": "token.look_after",
     "protect": "repair.attach",
+    "recompute": "token.recompute",
 }
 
 

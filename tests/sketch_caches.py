@@ -5,21 +5,22 @@ import functools
 import torch
 from small_models import VOCABULARY, model_of, padded_batch
 
-from cachemedic import RepairOperator, SketchCache, calibrate, protect
+from cachemedic import RepairOperator, protect
 from cachemedic.models.load import Base
-from cachemedic.token.calibration import vectors_of
-from cachemedic.token.operator import DEAD_ZONE
+from cachemedic.token.layerwise.calibration import calibrate, vectors_of
+from cachemedic.token.layerwise.operator import DEAD_ZONE
+from cachemedic.token.layerwise.sketch_cache import SketchCache
 
 NEW = 7  # generated tokens
 
 
 @functools.cache
-def protected(name: str, family: str = "E", dtype: torch.dtype = torch.float32, **options):
+def protected(name: str, family: str = "layerwise-E", dtype: torch.dtype = torch.float32, **options):
     """A model and an operator for it, calibrated on random ids and as strong as it can be without training."""
     model = model_of(name).to(dtype)
     ids = torch.randint(1, VOCABULARY, (24, 60), generator=torch.Generator().manual_seed(0))
     base = Base(model, None, name)
-    own = {"share": 0.5} if family == "E" else {}
+    own = {"share": 0.5} if family == "layerwise-E" else {}
     operator = RepairOperator.create(family, model.config, layers=range(3), **(own | options))
     operator = calibrate(operator, base, vectors_of(base, ids))
     with torch.no_grad():
@@ -39,7 +40,7 @@ def write(model, cache, ids, mask, ends):
     return logits
 
 
-def filled(name, length=12, scrub="load", storage=None, family="E", **options):
+def filled(name, length=12, scrub="load", storage=None, family="layerwise-E", **options):
     """Model, operator, a cache of a padded batch, and the batch."""
     model, operator = protected(name, family, **options)
     ids, mask = padded_batch(length=length)

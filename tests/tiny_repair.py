@@ -11,11 +11,11 @@ from transformers import DynamicCache
 from cachemedic.models.cache import stack_cache
 from cachemedic.models.load import Base
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.token.calibration import calibrate, vectors_of
-from cachemedic.token.observation import observe
-from cachemedic.token.operator import Repair, TokenAware
-from cachemedic.token.scrub import Scrubber, positions_of
-from cachemedic.token.token_vectors import split
+from cachemedic.token.layerwise.calibration import calibrate, vectors_of
+from cachemedic.token.layerwise.observation import observe
+from cachemedic.token.layerwise.operator import Repair, TokenAware
+from cachemedic.token.layerwise.scrub import Scrubber, positions_of
+from cachemedic.token.layerwise.token_vectors import split
 
 LAYERS = (0, 1, 2)
 LENGTHS = (14, 9, 12, 14)  # of the rows of a `Case`
@@ -40,10 +40,12 @@ def _reference(architecture: str, family: str, layers: tuple[int, ...], **option
     return calibrate(operator, base, vectors_of(base, random_ids(12, 48)))
 
 
-def calibrated(architecture="gpt2", family="E", layers=LAYERS, runs=1, seed=0, strength=1.0, **options) -> TokenAware:
+def calibrated(
+    architecture="gpt2", family="layerwise-E", layers=LAYERS, runs=1, seed=0, strength=1.0, **options
+) -> TokenAware:
     """A calibrated operator that is at work; with few coordinates, as tiny heads have few."""
     options = {"coordinates": 4, "share": 0.05, **options}
-    if family == "D":
+    if family == "layerwise-D":
         del options["share"]
     known = _reference(architecture, family, layers, **options)
     model_config = base_of(architecture).model.config

@@ -102,6 +102,26 @@ def documentation(split: str, progress: bool = True) -> tuple[str, ...]:
     return tuple(documents)
 
 
+@cache
+def source_code(split: str, characters: int = 2_000_000) -> tuple[str, ...]:
+    """The Python files of the packages of a documentation split, in a fixed order, up to so many characters a package.
+
+    Raises `ValueError` for an unknown split.
+    """
+    if split not in DOCUMENTATION_SPLITS:
+        raise ValueError(f"unknown documentation split {split!r}; allowed: {', '.join(DOCUMENTATION_SPLITS)}")
+    files: list[str] = []
+    for package in DOCUMENTATION_SPLITS[split]:
+        read = 0
+        for path in _python_files(_package_folder(package)):
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            read += len(text)
+            if read > characters:
+                break
+            files.append(text)
+    return tuple(files)
+
+
 def text_hash(documents: tuple[str, ...]) -> str:
     """sha256 of a corpus, recorded beside everything computed from it."""
     digest = hashlib.sha256()

@@ -53,7 +53,7 @@ class RepairOperator(nn.Module, Defense, ABC):
     def create(
         family: str,
         model_config: PreTrainedConfig,
-        layers: Iterable[int],
+        layers: Iterable[int] | str = "all",
         rank: int = 8,
         apply_to: str = "KV",
         seed: int | Sequence[int] = 0,
@@ -65,7 +65,7 @@ class RepairOperator(nn.Module, Defense, ABC):
         Args:
             family: "A", "B" or "C", see `cachemedic.repair.folded`, "D" or "E", see `cachemedic.token`, or a name of
                 your own, see `cachemedic.repair.registry`.
-            layers: which layers to protect.
+            layers: which layers to protect, or "all".
             rank: r, at most the head size.
             apply_to: "K", "V" or "KV".
             seed: of the initialisation: one number a run, or the first of R consecutive ones. A run's parameters depend
@@ -87,13 +87,18 @@ class RepairOperator(nn.Module, Defense, ABC):
             seeds = [whole_number("seed", seed) + run for run in range(whole_number("runs", runs))]
         if len(seeds) != runs:
             raise ValueError(f"seed holds {len(seeds)} numbers for {runs} runs; give one number a run, or a single one")
+        shape = ModelShape.of(model_config)
+        if isinstance(layers, str):
+            if layers != "all":
+                raise ValueError(f"layers must be layer numbers or 'all', not {layers!r}")
+            layers = range(shape.num_layers)
         config = OperatorConfig(
             family=family,
             layers=tuple(sorted(whole_numbers("layers", layers))),
             rank=rank,
             apply_to=apply_to,
             runs=runs,
-            model=ModelShape.of(model_config),
+            model=shape,
             options=cls.default_options | options,
         )
         per_run = [cls.initial_parameters(config, torch.Generator().manual_seed(s)) for s in seeds]

@@ -21,9 +21,9 @@ from cachemedic.models.shape import ModelShape
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.family_study import folded
 from cachemedic.studies.run import Run
-from cachemedic.token.calibration import vectors_of
-from cachemedic.token.operator import TokenAware
-from cachemedic.token.scrub import Scrubber
+from cachemedic.token.layerwise.calibration import vectors_of
+from cachemedic.token.layerwise.operator import TokenAware
+from cachemedic.token.layerwise.scrub import Scrubber
 from cachemedic.training.config import TrainConfig
 from cachemedic.training.trainer import load_or_train
 

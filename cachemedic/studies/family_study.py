@@ -17,7 +17,7 @@ from cachemedic.training.config import TrainConfig
 from cachemedic.training.objective import RepairObjective
 
 SEVERITIES = (0.1, 0.1, 0.1, 0.25, 0.25, 0.5, 1.0)
-STEPS = {"D": 250, "E": 80}
+STEPS = {"layerwise-D": 250, "layerwise-E": 80}
 HELD_OUT_STEPS = 80
 SHARES = (1 / 16, 1 / 64, 1 / 128, 1 / 256)
 COORDINATES = (1, 2, 4, 8)
@@ -68,15 +68,17 @@ def folded(base: Base, seeds: Sequence[int], smoke: bool = False) -> dict[str, T
 def headline(base: Base, seeds: Sequence[int], smoke: bool = False) -> dict[str, TrainConfig]:
     """D without and with the prior from token ids, and E at 1/32 of the bytes of the cache."""
     return {
-        "D, no prior": token_aware_config(base, "D", seeds, smoke, known_layers=0),
-        "D": token_aware_config(base, "D", seeds, smoke),
-        "E": token_aware_config(base, "E", seeds, smoke),
+        "D, no prior": token_aware_config(base, "layerwise-D", seeds, smoke, known_layers=0),
+        "D": token_aware_config(base, "layerwise-D", seeds, smoke),
+        "E": token_aware_config(base, "layerwise-E", seeds, smoke),
     }
 
 
 def shares(base: Base, seeds: Sequence[int], smoke: bool = False) -> dict[str, TrainConfig]:
     """E at other sizes of the sketch."""
-    return {f"E, 1/{1 / share:.0f}": token_aware_config(base, "E", seeds, smoke, share=share) for share in SHARES}
+    return {
+        f"E, 1/{1 / share:.0f}": token_aware_config(base, "layerwise-E", seeds, smoke, share=share) for share in SHARES
+    }
 
 
 def held_out(base: Base, seeds: Sequence[int], smoke: bool = False) -> dict[tuple[str, str], TrainConfig]:
@@ -92,7 +94,7 @@ def ablations(base: Base, seeds: Sequence[int], smoke: bool = False) -> dict[str
     """E with one thing changed; at 1/64 of the bytes, where there is something to lose."""
 
     def changed(**options: Any) -> TrainConfig:
-        return token_aware_config(base, "E", seeds, smoke, **{"share": 1 / 64, **options})
+        return token_aware_config(base, "layerwise-E", seeds, smoke, **{"share": 1 / 64, **options})
 
     named = {f"m = {m}": changed(coordinates=m) for m in COORDINATES}
     named |= {f"{bits} bits each": changed(bits=bits) for bits in (8, 4, 2)}

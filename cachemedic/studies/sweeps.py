@@ -13,8 +13,8 @@ from cachemedic.repair.folded import FoldedOperator
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.repair.registry import family_class
 from cachemedic.studies.family_study import token_aware_config
-from cachemedic.token.operator import TokenAware
-from cachemedic.token.scrub import Scrubber
+from cachemedic.token.layerwise.operator import TokenAware
+from cachemedic.token.layerwise.scrub import Scrubber
 from cachemedic.training.bank import WITH_REVIEWS, BankConfig
 from cachemedic.training.config import TrainConfig
 from cachemedic.training.objective import RepairObjective

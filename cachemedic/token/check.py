@@ -64,27 +64,28 @@ class Report:
     def __str__(self) -> str:
         if not self:
             return f"all {self.read} tokens are as they were written"
-        return "\n".join(f"{name}: {text}" for name, text in self._lines())
+        return "\n".join(f"{name}: {text}" for name, text in self.lines())
 
     def _repr_html_(self) -> str:
         if not self:
             return f"<p>{escape(str(self))}</p>"
-        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in self._lines())
+        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in self.lines())
         return f"<table>{rows}</table>"
 
-    def _lines(self) -> Iterable[tuple[str, str]]:
+    def lines(self) -> Iterable[tuple[str, str]]:
+        """What is said of the damage, by name."""
         yield "damaged", f"{int(self.changed.sum())} of {self.read} tokens"
         for row in self.changed.any(1).nonzero().squeeze(1).tolist():
-            yield f"row {row}", f"tokens {_ranges(self.changed[row].nonzero().squeeze(1).tolist())}"
+            yield f"row {row}", f"tokens {ranges(self.changed[row].nonzero().squeeze(1).tolist())}"
         sides = self.parts.flatten(0, 2).any(0).tolist()
         where = " and ".join(name for name, hit in zip(("keys", "values"), sides, strict=True) if hit)
-        yield "layers", f"{_ranges(self.layers)}, {where}"
+        yield "layers", f"{ranges(self.layers)}, {where}"
         if self.whole_layers and len(self.layers) < self.parts.shape[2]:
-            yield "whole layers", _ranges(self.whole_layers)
+            yield "whole layers", ranges(self.whole_layers)
         yield "kinds", ", ".join(f"{kind} ({count})" for kind, count in self.kinds.items())
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
     """3-5, 9 for 3, 4, 5, 9."""
     ends: list[list[int]] = []
     for number in numbers:
@@ -117,11 +118,9 @@ def check(
     kinds = torch.zeros_like(changed, dtype=torch.long)
     origin = torch.full((*changed.shape, 2), -1, device=changed.device)
     if changed.any():
-        rows, slots = changed.nonzero(as_tuple=True)
-        of_tokens = [torch.stack([x[rows, :, slots] for x in side], 1) for side in (keys, values)]
-        kinds[changed] = kinds_of(hasher, of_tokens[0], of_tokens[1], written.parts[changed], parts[changed])
+        kinds[changed] = kinds_of(hasher, (keys, values), changed, parts, valid & ~changed, written)
         _find_layouts(hasher, (keys, values), written, parts, changed, kinds)
-        _find_tokens(now, written, changed & valid, others, kinds, origin)
+        _find_tokens(now, written, changed, others, kinds, origin)
     return Report(int(valid.sum()), changed, parts, kinds, origin)
 
 
@@ -129,10 +128,13 @@ def _find_layouts(
     hasher: TokenHash, sides: Any, written: Hashes, parts: Tensor, changed: Tensor, kinds: Tensor
 ) -> None:
     """Marks tokens whose changed layers all hold the right numbers in another layout."""
-    explained = ~parts
-    for layer, side in (parts.flatten(0, 1).float().mean(0) > 0.5).nonzero().tolist():  # a layout is that of all tokens
-        explained[:, :, layer, side] |= in_other_layout(hasher, sides[side][layer], side, layer, written.parts)
-    kinds[changed & explained.flatten(2).all(2)] = NUMBER["another layout"]
+    often = parts.flatten(0, 1).float().mean(0) > 0.5  # a layout is that of all tokens
+    possible = changed & ~(parts & ~often).flatten(2).any(2)
+    for layer, side in often.nonzero().tolist():
+        if not possible.any():
+            return
+        possible &= ~parts[:, :, layer, side] | in_other_layout(hasher, sides[side][layer], side, layer, written.parts)
+    kinds[possible] = NUMBER["another layout"]
 
 
 def _find_tokens(

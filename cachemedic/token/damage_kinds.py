@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import permutations
 
 import torch
 from torch import Tensor
 
-from cachemedic.token.hashes import TokenHash
+from cachemedic.token.hashes import Hashes, TokenHash
 
 KINDS = (
     "sound",
@@ -20,32 +20,39 @@ KINDS = (
     "heads permuted",  # the right heads in another order
     "another layout",  # heads and tokens of a layer laid out in the other order
     "rounded",  # few distinct values a head
-    "flips",  # a few numbers far outside of the others
+    "flips",  # a few numbers far outside of what the sound tokens hold in their place
     "other numbers",  # noise, or anything else that does not show
 )
 NUMBER = {kind: number for number, kind in enumerate(KINDS)}
 ZEROS = 0.05  # of the changed numbers; sound ones are hardly ever zero exactly
-FAR = 8.0  # times the middle magnitude of its head; one number in 10^7 of a normal distribution
+FAR = 3.0  # times the largest magnitude of the same channel in the sound tokens
 FEW = 0.15  # of the numbers of a head
 MOST_HEADS = 4  # whose orders are all tried
+JUDGED = 512  # keys or values of a layer that are looked at: a check takes about as long however much is damaged
+PROBED = 16  # tokens that are tried in another layout before all of them are
+KNOWN = 64  # sound tokens that are compared with
+
+Sides = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
-def kinds_of(hasher: TokenHash, keys: Tensor, values: Tensor, parts: Tensor, changed: Tensor) -> Tensor:
-    """The number in `KINDS` [n] of damaged tokens, from the most to the least certain sign.
+def kinds_of(hasher: TokenHash, sides: Sides, damaged: Tensor, parts: Tensor, sound: Tensor, written: Hashes) -> Tensor:
+    """The number in `KINDS` [n] of the n `damaged` tokens, bool [B, T], from the most to the least certain sign.
 
-    keys, values [n, L, G, d]: as stored; parts [n, L, 2]: what their hashes were, see `Hashes.parts`; changed
-    [n, L, 2]: where they are not that.
+    sides: keys and values [B, G, T, d] of all layers as stored; parts [B, T, L, 2]: which of them are not what was
+    written; sound [B, T]: tokens to compare with. A token is judged by some of the layers that are damaged, and by all
+    of them where it is a matter of numbers that are not finite.
     """
-    numbers = torch.stack([keys, values], 2).float()  # [n, L, 2, G, d]
-    found = torch.full((len(keys),), NUMBER["other numbers"], device=keys.device)
-    hit = changed[..., None].expand(numbers.shape[:4])  # by head
-    finite = numbers.isfinite()
-    found[_share(_few_far(numbers), hit) > 0] = NUMBER["flips"]
-    found[_share(_few_distinct(numbers), hit) > 0.5] = NUMBER["rounded"]
-    for kind, tokens in _known_content(hasher, keys, values, parts, changed):
+    rows, slots = damaged.nonzero(as_tuple=True)
+    changed = parts[rows, slots].flatten(1)
+    places = _some_places(changed, min(changed.shape[1], max(2, JUDGED // len(rows))))
+    numbers, largest = _numbers_at(sides, rows, slots, places, sound)
+    found = torch.full((len(rows),), NUMBER["other numbers"], device=rows.device)
+    found[_few_far(numbers, largest).flatten(1).any(1)] = NUMBER["flips"]
+    found[_few_distinct(numbers).flatten(1).float().mean(1) > 0.5] = NUMBER["rounded"]
+    for kind, tokens in _known_content(hasher, numbers, places, written.parts[rows, slots].flatten(1)):
         found[tokens] = NUMBER[kind]
-    found[_share((numbers == 0).float().mean(-1), hit) > ZEROS] = NUMBER["zeros"]
-    found[(~finite & hit[..., None]).flatten(1).any(1)] = NUMBER["not finite"]
+    found[(numbers == 0).flatten(1).float().mean(1) > ZEROS] = NUMBER["zeros"]
+    found[~_finite(sides, changed.any(0).tolist(), rows, slots)] = NUMBER["not finite"]
     return found
 
 
@@ -60,56 +67,80 @@ def in_other_layout(hasher: TokenHash, stored: Tensor, side: int, layer: int, pa
         stored.reshape(rows, tokens, heads, width).transpose(1, 2),
         stored.transpose(1, 2).reshape(stored.shape),
     ):
-        sums = hasher.sums([other], [other])[:, :, 0, side]
-        found |= hasher.parts(sums) == parts[:, :, layer, side]
+        step = max(1, tokens // PROBED)
+        for probed in (slice(step - 1, None, step), slice(None)):  # some tokens first
+            looked_at = other[:, :, probed]
+            same = hasher.parts(hasher.sums([looked_at], [looked_at])[:, :, 0, side]) == parts[:, probed, layer, side]
+            if not same.any():
+                break
+        found[:, probed] |= same
     return found
 
 
-def _share(of_heads: Tensor, hit: Tensor) -> Tensor:
-    """The mean [n] over the heads [n, L, 2, G] that are hit."""
-    return (of_heads * hit).flatten(1).sum(1) / hit.flatten(1).sum(1).clamp_min(1)
+def _some_places(changed: Tensor, count: int) -> Tensor:
+    """Of each token `count` of the places that are `changed`, bool [n, 2 L], spread evenly: [n, count], with repeats
+    where there are fewer.
+    """
+    of_token = changed.sum(1, keepdim=True)
+    index = torch.arange(count, device=changed.device) * of_token // count
+    return changed.byte().argsort(dim=1, descending=True, stable=True).gather(1, index)
 
 
-def _few_far(numbers: Tensor) -> Tensor:
+def _numbers_at(sides: Sides, rows: Tensor, slots: Tensor, places: Tensor, sound: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers [n, P, G, d] of tokens at `places` [n, P], which count keys and values of each layer in turn, and the
+    largest magnitude [n, P, G, d] of each channel in some of the `sound` tokens, infinite if there are none.
+    """
+    heads, width = sides[0][0].shape[1], sides[0][0].shape[3]
+    numbers = sides[0][0].new_empty(*places.shape, heads, width)
+    largest = torch.full_like(numbers, torch.inf)
+    known_rows, known_slots = sound.nonzero(as_tuple=True)
+    step = max(1, len(known_rows) // KNOWN)
+    known = known_rows[::step], known_slots[::step]
+    for place in places.unique().tolist():
+        stored = sides[place % 2][place // 2]
+        token, at = (places == place).nonzero(as_tuple=True)
+        numbers[token, at] = stored[rows[token], :, slots[token]]
+        if len(known_rows):
+            largest[token, at] = stored[known[0], :, known[1]].abs().amax(0)
+    return numbers, largest
+
+
+def _finite(sides: Sides, changed: list[bool], rows: Tensor, slots: Tensor) -> Tensor:
+    """Which tokens [n] hold finite numbers only, in the places [2 L] that changed in any of them."""
+    found = torch.ones_like(rows, dtype=torch.bool)
+    for place in (place for place, hit in enumerate(changed) if hit):
+        found &= sides[place % 2][place // 2][rows, :, slots].abs().amax((1, 2)).isfinite()
+    return found
+
+
+def _few_far(numbers: Tensor, largest: Tensor) -> Tensor:
     """Heads [...] of numbers [..., d] of which a few, and a few only, are far outside."""
-    size = numbers.abs()
-    far = (size > FAR * size.median(-1, keepdim=True).values).float().mean(-1)
-    return ((far > 0) & (far < FEW)).float()
+    far = (numbers.abs().float() > FAR * largest.float()).float().mean(-1)
+    return (far > 0) & (far < FEW)
 
 
 def _few_distinct(numbers: Tensor) -> Tensor:
     """Heads [...] of numbers [..., d] that hold at most a quarter as many different magnitudes as numbers."""
     ordered = numbers.abs().sort(-1).values
     distinct = 1 + (ordered.diff(dim=-1) != 0).sum(-1)
-    return (4 * distinct <= numbers.shape[-1]).float()
+    return 4 * distinct <= numbers.shape[-1]
 
 
-def _known_content(
-    hasher: TokenHash, keys: Tensor, values: Tensor, parts: Tensor, changed: Tensor
-) -> Iterator[tuple[str, Tensor]]:
-    """Kinds, and the tokens [n] for which every changed layer holds something that was written, only elsewhere."""
-    both = hasher.sums(
-        [k[None].transpose(1, 2) for k in keys.unbind(1)], [v[None].transpose(1, 2) for v in values.unbind(1)]
-    )
-    now = hasher.parts(both[0])  # [n, L, 2]
+def _known_content(hasher: TokenHash, numbers: Tensor, places: Tensor, written: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Kinds, and the tokens [n] that hold, at all `places` [n, P], something that was written, only elsewhere.
 
-    def everywhere(right: Tensor) -> Tensor:
-        return (right | ~changed).flatten(1).all(1)
+    written [n, 2 L]: the short hashes of the tokens.
+    """
+    shares = hasher.by_head(numbers.flatten(0, 1))  # [head, place of a head, n * P]
+    heads = range(len(shares))
 
-    if keys.shape[2] <= MOST_HEADS:
-        yield "heads permuted", everywhere(_permuted(hasher, keys, values, parts))
-    yield "keys for values", everywhere(now == parts.flip(-1))
-    elsewhere = (now[:, :, None] == parts[:, None]).any(2) & ~(now == parts)
-    yield "another layer", everywhere(elsewhere)
+    def in_order(order: Sequence[int]) -> Tensor:
+        h = torch.stack([shares[head, place] for head, place in enumerate(order)]).sum(0)
+        return hasher.parts(h).view(places.shape)
 
-
-def _permuted(hasher: TokenHash, keys: Tensor, values: Tensor, parts: Tensor) -> Tensor:
-    """Where [n, L, 2] an order of the heads other than the stored one has the hash that was written."""
-    count, layers, heads, _ = keys.shape
-    found = torch.zeros(count, layers, 2, dtype=torch.bool, device=keys.device)
-    for side, x in enumerate((keys, values)):
-        shares = hasher.by_head(x.flatten(0, 1))  # [head, place, n * L]
-        for order in list(permutations(range(heads)))[1:]:
-            h = torch.stack([shares[head, place] for head, place in enumerate(order)]).sum(0)
-            found[..., side] |= hasher.parts(h).view(count, layers) == parts[..., side]
-    return found
+    now, own = in_order(heads), written.gather(1, places)
+    if len(heads) <= MOST_HEADS:
+        permuted = [in_order(order) == own for order in list(permutations(heads))[1:]]
+        yield "heads permuted", torch.stack([torch.zeros_like(now == own), *permuted]).any(0).all(1)
+    yield "another layer", ((now[..., None] == written[:, None]).any(2) & (now != own)).all(1)
+    yield "keys for values", (now == written.gather(1, places ^ 1)).all(1)

@@ -10,17 +10,31 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 from cachemedic.models.shape import ModelShape
 
 IMPLEMENTATIONS = ("sdpa", "eager")  # attention that takes a mask of its own for each query
+ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")  # layers that keep every token they can see
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # rope types whose angles change with the longest position of a call
+
+
+def dense_shape(model: PreTrainedModel) -> ModelShape:
+    """The shape of a model whose layers all attend. Raises `ValueError` for any other: see also `ModelShape.of`."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not hasattr(config, "num_attention_heads"):
+        kinds = {"no attention"}
+    if others := sorted(kinds - set(ATTENTION)):
+        raise ValueError(
+            f"{type(model).__name__} has layers with {' and '.join(others)}, which do not keep the keys and values of "
+            "every token: choose a model whose layers all attend"
+        )
+    return ModelShape.of(model.config)
 
 
 def check_cache_of(model: PreTrainedModel, cache: Cache) -> int:
     """The number of tokens in a cache of plain keys and values of this model.
 
-    Raises `TypeError` for a cache that is not organised in layers, `ValueError` for an encoder-decoder, latent
-    attention, a layer that does not hold the keys and values of every token, and an empty cache.
+    Raises `TypeError` for a cache that is not organised in layers, `ValueError` for a model that `dense_shape` refuses,
+    a layer that does not hold the keys and values of every token, and an empty cache.
     """
-    if model.config.is_encoder_decoder:
-        ModelShape.of(model.config)  # says what is wrong with it
+    shape = dense_shape(model)
     if not isinstance(getattr(cache, "layers", None), list):
         raise TypeError(
             f"a cache must hold its keys and values in `layers`, as DynamicCache does; {type(cache).__name__} does not"
@@ -32,7 +46,6 @@ def check_cache_of(model: PreTrainedModel, cache: Cache) -> int:
                 f"layer {number} of this cache is a {type(layer).__name__}, which does not hold the keys and values "
                 "of every token: allowed are layers of a DynamicCache or StaticCache of a model whose layers all attend"
             )
-    shape = ModelShape.of(model.config)
     if len(layers) != shape.num_layers or not all(layer.is_initialized for layer in layers):
         written = sum(layer.is_initialized for layer in layers)
         raise ValueError(f"{written} layers of this cache hold tokens; the model has {shape.num_layers} layers")

@@ -25,16 +25,21 @@ class _LowestLayer(DynamicCache):
 
 
 @torch.inference_mode()
-def lowest_layer(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor:
-    """Vectors [B, T, W] of the lowest layer of tokens ids [B, T] at positions [B, T]; W = 2 G d."""
+def stored_in_lowest_layer(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, G, T, d] that a cache of tokens ids [B, T] at positions [B, T] holds in its lowest layer."""
     cache = _LowestLayer()
-    positions = positions.to(model.device)
     with suppress(_Written):
         model.base_model(
             input_ids=ids.to(model.device),
-            position_ids=positions.clamp_min(0),
+            position_ids=positions.to(model.device).clamp_min(0),
             past_key_values=cache,
             use_cache=True,
         )
     stored: Any = cache.layers[0]
-    return TokenVectors(model, [0]).of([stored.keys], [stored.values], positions)
+    return stored.keys, stored.values
+
+
+def lowest_layer(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor:
+    """Vectors [B, T, W] of the same tokens in the lowest layer; W = 2 G d."""
+    keys, values = stored_in_lowest_layer(model, ids, positions)
+    return TokenVectors(model, [0]).of([keys], [values], positions.to(model.device))

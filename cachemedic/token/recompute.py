@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from cachemedic.token.dense import check_cache_of, check_can_recompute
+from cachemedic.token.given import check_ids, tokens_given
 
 BLOCK = 512  # keys that attention kernels sum up at once at most: whole blocks are read, for sums in the same order
 PIECE = 256  # tokens a row that are computed at once, in order: those before do not attend to what comes after
@@ -45,23 +46,28 @@ def recompute(
 
     Raises:
         TypeError: for a cache without layers of keys and values, and for `damaged` that is not boolean.
-        ValueError: for tensors of other shapes, and for a model or cache whose tokens cannot be computed again one by
+        ValueError: for tensors of other shapes, for ids from which the tokens that are not damaged do not follow, and
+            for a model or cache whose tokens cannot be computed again one by
             one: encoder-decoders, latent attention, hybrids, text longer than a sliding window, dropout in use.
     """
     length = check_cache_of(model, cache)
     check_can_recompute(model, cache, length)
     layers: list[Any] = cache.layers
-    shape = (len(layers[0].keys), length)
-    given = {"ids": ids, "damaged": damaged, "attention_mask": attention_mask, "position_ids": position_ids}
-    for name, tensor in given.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {list(shape)}, as the cache has it, not {list(tensor.shape)}")
+    ids, valid, positions = tokens_given(model, cache, ids, attention_mask, position_ids)
     if damaged.dtype != torch.bool:
         raise TypeError(f"damaged must be a boolean tensor, not {damaged.dtype}")
-    device = model.device
-    ids, damaged = ids.to(device), damaged.to(device)
-    valid = torch.ones_like(damaged) if attention_mask is None else attention_mask.to(device).bool()
-    positions = (valid.cumsum(1) - 1).clamp_min(0) if position_ids is None else position_ids.to(device)
+    if damaged.shape != ids.shape:
+        raise ValueError(f"damaged must be {list(ids.shape)}, as the cache has it, not {list(damaged.shape)}")
+    damaged = damaged.to(model.device)
+    check_ids(model, layers[0], ids, positions, valid & ~damaged)
+    recompute_tokens(model, layers, ids, damaged, valid, positions)
+
+
+def recompute_tokens(
+    model: PreTrainedModel, layers: list[Any], ids: Tensor, damaged: Tensor, valid: Tensor, positions: Tensor
+) -> None:
+    """What `recompute` does, of arguments [B, T] that are known to be right; `valid`: tokens that attention reads."""
+    length, device = ids.shape[1], model.device
     _clear(layers, damaged & ~valid)
     damaged = damaged & valid
     if not damaged.any():

@@ -16,6 +16,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 MAX_BITS = 8
+COMPARED_BITS = 4  # up to which it is quicker to compare with every threshold than to search among them
 SCALE_LIMIT = 1e-2  # a coordinate that varies less counts as one of this standard deviation: rounding stays far below
 
 
@@ -81,8 +82,17 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
 def encode(y: Tensor, bits: Tensor) -> Tensor:
     """Codes of coordinates y [..., m] in units of their standard deviations, uint8; bits [m]."""
     _, edges = _tables(y.device)
-    codes = torch.searchsorted(edges[bits, 1:-1].contiguous(), y.reshape(-1, len(bits)).T.contiguous().float())
-    return codes.T.reshape(y.shape).to(torch.uint8)
+    codes = torch.zeros(y.shape, dtype=torch.uint8, device=y.device)
+    for b in range(1, int(bits.max()) + 1 if len(bits) else 0):
+        own = (bits == b).nonzero().squeeze(1)
+        if not len(own):
+            continue
+        numbers, thresholds = y[..., own].float(), edges[b, 1 : 2**b]
+        if b <= COMPARED_BITS:
+            codes[..., own] = sum((numbers > threshold).byte() for threshold in thresholds.tolist())
+        else:
+            codes[..., own] = torch.bucketize(numbers, thresholds).byte()
+    return codes
 
 
 def decode(codes: Tensor, bits: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ hold.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -67,19 +67,19 @@ class KeyRotation:
         return (cos[..., :pairs] / scaling).to(dtype), (sin[..., :pairs] / scaling).to(dtype)
 
 
-def turn(keys: Tensor, angles: Angles | None, out: Tensor, direction: int) -> None:
-    """Writes keys [B, T, ..., d] into `out`, rotated (direction 1) or unrotated (-1)."""
+def turn(keys: Tensor, angles: Angles | None, direction: int) -> Tensor:
+    """Keys [B, T, ..., d], rotated (direction 1) or unrotated (-1)."""
     if angles is None:
-        out.copy_(keys)
-        return
-    between = keys.dim() - 3
-    cos, sin = (a.view(*a.shape[:2], *[1] * between, a.shape[-1]) for a in angles)
+        return keys
+    between = [1] * (keys.dim() - 3)
+    cos, sin = (a.view(*a.shape[:2], *between, a.shape[-1]) for a in angles)
     pairs = cos.shape[-1]
-    first, second = keys[..., :pairs], keys[..., pairs : 2 * pairs]
-    torch.mul(first, cos, out=out[..., :pairs]).addcmul_(second, sin, value=-direction)
-    torch.mul(second, cos, out=out[..., pairs : 2 * pairs]).addcmul_(first, sin, value=direction)
-    if 2 * pairs < keys.shape[-1]:
-        out[..., 2 * pairs :] = keys[..., 2 * pairs :]
+    first, second, rest = keys.split([pairs, pairs, keys.shape[-1] - 2 * pairs], dim=-1)
+    first, second = (
+        torch.addcmul(first * cos, second, sin, value=-direction),
+        torch.addcmul(second * cos, first, sin, value=direction),
+    )
+    return torch.cat([first, second, rest], -1)
 
 
 class TokenVectors:
@@ -114,18 +114,22 @@ class TokenVectors:
         x = sides[0][0].new_empty(batch, length, len(self.layers), 2, self.heads, self.head_dim)
         angles = self.rotation.angles(positions.to(x.device), x.dtype)
         for place, (key, value) in enumerate(zip(*sides, strict=True)):
-            turn(key.transpose(1, 2), angles, x[:, :, place, 0], -1)
+            x[:, :, place, 0] = turn(key.transpose(1, 2), angles, -1)
             x[:, :, place, 1] = value.transpose(1, 2)
         return x.flatten(2)
 
-    def back(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse of `of`: keys and values [B, L, G, T, d] of vectors [B, T, D]."""
+    def by_layer(self, x: Tensor, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values [B, T, G, d] as stored of vectors [B, T, D], one layer after the other."""
         by_head = x.unflatten(-1, (len(self.layers), 2, self.heads, self.head_dim))
-        keys, values = (x.new_empty(len(x), len(self.layers), self.heads, x.shape[1], self.head_dim) for _ in range(2))
         angles = self.rotation.angles(positions.to(x.device), x.dtype)
         for place in range(len(self.layers)):
-            turn(by_head[:, :, place, 0], angles, keys[:, place].transpose(1, 2), 1)
-            values[:, place] = by_head[:, :, place, 1].transpose(1, 2)
+            yield turn(by_head[:, :, place, 0], angles, 1), by_head[:, :, place, 1]
+
+    def back(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `of`: keys and values [B, L, G, T, d] of vectors [B, T, D]."""
+        keys, values = (x.new_empty(len(x), len(self.layers), self.heads, x.shape[1], self.head_dim) for _ in range(2))
+        for place, (key, value) in enumerate(self.by_layer(x, positions)):
+            keys[:, place], values[:, place] = key.transpose(1, 2), value.transpose(1, 2)
         return keys, values
 
     def _check(self, sides: list[Sequence[Tensor]]) -> None:

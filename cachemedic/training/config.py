@@ -16,7 +16,8 @@ from cachemedic.corruption.apply import Mixture
 from cachemedic.corruption.severity import shipped_map
 from cachemedic.models.load import Base
 from cachemedic.models.shape import ModelShape
-from cachemedic.token.statistics_files import shipped_transform
+from cachemedic.token.layerwise import LAYERWISE
+from cachemedic.token.layerwise.statistics_files import shipped_transform
 from cachemedic.training.bank import BankConfig, weights_digest
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.step_data import StepOutputs
@@ -120,18 +121,19 @@ class TrainConfig:
         # what is not used is left out: sweeps without it keep the keys that they had before it existed
         unused = {name for name in ("quantiser", "gate", "options") if not getattr(self, name)}
         unused |= {"schedule"} if self.schedule == "constant" else set()
-        fields = asdict(self) | {"bank": self.bank.defined()}
+        family = self.family.removeprefix(LAYERWISE)  # operators that ship keep the names that they had
+        fields = asdict(self) | {"bank": self.bank.defined(), "family": family}
         defined: list[object] = [{k: v for k, v in fields.items() if k not in unused}]
         defined += [base.name, weights_digest(base)]
         defined += [head_digest(base)] if self.needs_valence else []
-        transform = shipped_transform(base.name) if self.family in ("D", "E") else None
+        transform = shipped_transform(base.name) if self.family.startswith(LAYERWISE) else None
         defined += [] if transform is None else [transform.digest]
         shape = ModelShape.of(base.model.config)
         calibrated, cache_shape = base.severity_map or shipped_map(), (shape.num_layers, shape.num_kv_heads, 0)
         recalibrated = calibrated.digest_beside(shipped_map(), self.mixture.weights, self.mixture.base, cache_shape)
         defined += [recalibrated] if recalibrated else []
         text = json.dumps(defined, sort_keys=True, default=str)
-        return f"{Path(base.name).name}-{self.family}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        return f"{Path(base.name).name}-{family}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def stack_objectives(objectives: tuple[RepairObjective, ...], seeds: int) -> RepairObjective:

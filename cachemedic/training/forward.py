@@ -16,7 +16,9 @@ from cachemedic.models.load import Base
 from cachemedic.repair.attach import Protection, protect
 from cachemedic.repair.folded import FoldedOperator
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.token.operator import TokenAware
+from cachemedic.token.joint_operator import JointOperator
+from cachemedic.token.layerwise.operator import TokenAware
+from cachemedic.training import joint_terms
 from cachemedic.training.bank import Bank
 from cachemedic.training.config import TrainConfig
 from cachemedic.training.draws import Draw
@@ -61,7 +63,9 @@ def forward(students: Students, draw: Draw) -> StepOutputs:
         observing(model) if config.observes_valence else nullcontext(Observation()) as seen,
     ):
         logits = model(ids, position_ids=positions, use_cache=False).logits
-    if isinstance(students.operator, TokenAware):
+    if isinstance(students.operator, JointOperator):
+        terms = joint_terms.measure_repair(bank, config.layers, draw, found, read)
+    elif isinstance(students.operator, TokenAware):
         terms = measure_repair(bank, config.layers, draw, found, read)
     else:
         terms = _measure(students, draw, read, protection)
@@ -104,6 +108,8 @@ def read_cache(students: Students, draw: Draw) -> Read:
 
 def repaired(students: Students, draw: Draw, found: Read) -> Read:
     """The caches that the students attend to: those of D and E are repaired before, others inside attention."""
+    if isinstance(students.operator, JointOperator):
+        return joint_terms.repair_read(students.base, students.bank, students.operator, draw, found)
     if isinstance(students.operator, TokenAware):
         return repair_read(students.base, students.bank, students.operator, draw, found)
     return found

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from cachemedic.core.divergence import EPS
 from cachemedic.models.load import Base
-from cachemedic.token.observation import observe
-from cachemedic.token.operator import TokenAware
-from cachemedic.token.token_vectors import KeyRotation, join, split
+from cachemedic.token.layerwise.observation import observe
+from cachemedic.token.layerwise.operator import TokenAware
+from cachemedic.token.layerwise.token_vectors import KeyRotation, join, split
 from cachemedic.training.bank import Bank
 from cachemedic.training.draws import Draw
 from cachemedic.training.valence.rollouts import Read

@@ -7,6 +7,7 @@ different seeds share none.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,17 @@ from cachemedic.corruption.severity import shipped_map
 from cachemedic.models.attention import attention_modules
 from cachemedic.models.load import Base
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.token.calibration import calibrate
-from cachemedic.token.operator import TokenAware
-from cachemedic.training.bank import Bank, open_bank
+from cachemedic.token.joint import JointModel
+from cachemedic.token.joint_calibration import fit_joint_model
+from cachemedic.token.joint_operator import JointOperator
+from cachemedic.token.layerwise.calibration import calibrate
+from cachemedic.token.layerwise.operator import TokenAware
+from cachemedic.token.trust_fit import fit_trust
+from cachemedic.training.bank import WITH_REVIEWS, Bank, open_bank
 from cachemedic.training.config import TrainConfig, sweep_objective
 from cachemedic.training.draws import Draw, draw_step
 from cachemedic.training.forward import Students, forward
+from cachemedic.training.keep_best import EVERY, KeepBest
 from cachemedic.training.log import drop_after, gate_lines, log_records
 from cachemedic.training.run_adam import RunAdam
 from cachemedic.training.step_data import StepOutputs
@@ -36,6 +42,8 @@ from cachemedic.training.valence.projection import project, proxy
 from cachemedic.training.valence.quantiser import KVQuantiser
 
 CHECKPOINT, GATE_LOG = "checkpoint.safetensors", "gate.jsonl"
+VALIDATION_STEP, VALIDATIONS = 1_000_000, 2  # draws of steps that no training reaches
+FITTED = 8  # texts of the bank that an untrained trust network sees
 CALIBRATION = 64  # caches of the bank from which an untrained quantiser takes the ranges of channels
 
 
@@ -43,12 +51,19 @@ class Trainer:
     """Trains the operators of one `TrainConfig`; `folder` receives checkpoint and log, and is resumed from.
 
     `valence` is the head that a valence objective or a mercy gate needs, from last hidden states [..., width] to
-    [0, 1]^m (None: the one that comes with the base).
+    [0, 1]^m (None: the one that comes with the base). `joint` is the joint model of families D and E (None: measured on
+    the default texts); they are validated as they train, and every run returns its best parameters.
     Raises `ValueError` for a configuration that does not fit the base, before the bank is computed.
     """
 
     def __init__(
-        self, base: Base, config: TrainConfig, folder: Path, bank: Bank | None = None, valence: Valence | None = None
+        self,
+        base: Base,
+        config: TrainConfig,
+        folder: Path,
+        bank: Bank | None = None,
+        valence: Valence | None = None,
+        joint: JointModel | None = None,
     ) -> None:
         self.base, self.config, self.folder = base, config, folder
         seeds = [seed for seed in config.seeds for _ in config.objectives]
@@ -67,10 +82,16 @@ class Trainer:
         self.bank = open_bank(base, config.bank) if bank is None else bank
         if isinstance(self.operator, TokenAware):
             calibrate(self.operator, base, source=config.bank.source)
+        self.best: KeepBest | None = None
+        if isinstance(self.operator, JointOperator):
+            self.operator.set_joint(fit_joint_model(base, layers=config.layers) if joint is None else joint)
+            fit_trust(self.operator, base.model, self.bank.ids[:FITTED], tuple(config.mixture.weights))
+            self.best = KeepBest(self.operator, config.runs)
         self.first = config.first_layer
         self.quantiser, self.strength = self._quantiser(), self._strength()
         self.optimizer = RunAdam((p for part in self.trained.values() for p in part.parameters()), lr=config.lr)
         self.keeper = None if config.gate is None else GateKeeper(config.gate, config.runs, self.optimizer)
+        self._unseen: Bank | None = None  # for validation
         self.step = 0
         self.key = config.key(base)
         conditions = range(len(config.objectives))
@@ -160,7 +181,19 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         keeper = {} if self.keeper is None else {"gate": self.keeper}
-        return {**self.trained, "optimizer": self.optimizer, **keeper}
+        best = {} if self.best is None else {"best": self.best}
+        return {**self.trained, "optimizer": self.optimizer, **keeper, **best}
+
+    @torch.no_grad()
+    def validate(self) -> torch.Tensor:
+        """The loss [R] on windows and faults of the validation split, the same ones at every call."""
+        if self._unseen is None:
+            split = "validation" + WITH_REVIEWS * self.config.bank.split.endswith(WITH_REVIEWS)
+            count = self.config.batch * len(self.config.seeds)
+            self._unseen = open_bank(self.base, replace(self.config.bank, split=split, samples=count))
+        students = replace(self.students, bank=self._unseen)
+        draws = (draw_step(self.config, self._unseen, self.first, VALIDATION_STEP + i) for i in range(VALIDATIONS))
+        return torch.stack([self.objective(forward(students, draw))["loss"] for draw in draws]).mean(0)
 
     def resume(self) -> None:
         """Go back to the checkpoint, if there is one, and drop the log lines that came after it.
@@ -192,14 +225,20 @@ class Trainer:
             open(self.folder / "log.jsonl", "a", encoding="utf-8") as log,
             tqdm(total=self.config.steps, initial=self.step, desc=what) as bar,
         ):
+            if self.best is not None and self.step == 0:
+                self.best.update(self.validate())
             while self.step < self.config.steps:
                 records = self.train_step()
                 log.writelines(json.dumps(record) + "\n" for record in records)
                 bar.update()
                 bar.set_postfix(loss=f"{sum(r['loss_total'] for r in records) / len(records):.4f}")
+                if self.best is not None and (self.step % EVERY == 0 or self.step == self.config.steps):
+                    self.best.update(self.validate())
                 if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
                     log.flush()
                     self.save()
+        if self.best is not None:
+            self.best.restore()
         return self.operator
 
 

@@ -16,7 +16,7 @@ from cachemedic.data.external_text import leading_documents
 from cachemedic.data.text_source import TextSource
 from cachemedic.data.windows import sample_windows
 from cachemedic.evaluation.experiments import standard_tasks
-from cachemedic.token import calibration
+from cachemedic.token.layerwise import calibration
 from cachemedic.training.bank import BankConfig, open_bank
 
 REVIEWS = [(f"the boats {word} and wait", label) for label, word in enumerate(["sink", "float"] * 3)]

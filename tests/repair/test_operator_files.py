@@ -107,7 +107,7 @@ def test_bad_input_gives_one_clear_error(arguments, message):
     ("arguments", "message"),
     [
         ({"layers": 2}, r"layers must be a list of whole numbers, such as \[0, 1\], not 2"),
-        ({"layers": "01"}, "layers must be a list"),
+        ({"layers": "01"}, "layers must be layer numbers or 'all'"),
         ({"seed": 0.5}, "seed must be a whole number"),
         (
             {"model_config": LlamaForCausalLM(LLAMA)},

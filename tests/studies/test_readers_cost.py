@@ -36,11 +36,12 @@ def test_peak_is_what_lives_at_once():
     assert peak_bytes(lambda: None) == 0
 
 
+LAYERWISE = ("layerwise-D", "layerwise-E")
 TOKEN_AWARE = [f"operator {family}, {way}" for family in "DE" for way in ("write-back", "augmented")]
 
 
 def test_every_reader_has_a_row_at_every_length():
-    frame = reading_cost(tiny_model(), positions=(4, 16), families="ABDE", rounds=6, rank=2)
+    frame = reading_cost(tiny_model(), positions=(4, 16), families=("A", "B", *LAYERWISE), rounds=6, rank=2)
     readers = [*BLIND, "operator A", "operator B", *TOKEN_AWARE]
     assert frame["reader"].tolist() == 2 * readers
     assert frame["positions"].tolist() == len(readers) * [4] + len(readers) * [16]
@@ -59,7 +60,7 @@ def test_a_defence_holds_a_second_cache_and_an_operator_does_not():
 
 def test_what_a_reader_keeps_beside_the_cache_counts():
     model, positions = tiny_model(), 64
-    frame = reading_cost(model, (positions,), "DE", rounds=1, rank=2).set_index("reader")["peak_mebibytes"]
+    frame = reading_cost(model, (positions,), LAYERWISE, rounds=1, rank=2).set_index("reader")["peak_mebibytes"]
     beyond = (frame - frame["none"]) * 2**20 / positions
     ids_and_positions = 16
     assert beyond["operator D, write-back"] > ids_and_positions

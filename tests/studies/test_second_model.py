@@ -69,7 +69,7 @@ def test_conditions_on_the_embedded_text_are_those_of_the_other_notebooks():
     base = tiny_base()
     outside = second_model.main_configs(base, TextSource("wikitext2"), [0, 1], smoke=True)
     for name, config in second_model.main_configs(base, EMBEDDED_TEXT, [0, 1], smoke=True).items():
-        assert config == second_model.standard_config(base, name, [0, 1], smoke=True)
+        assert config == second_model.standard_config(base, config.family, [0, 1], smoke=True)
         assert outside[name].bank.source == TextSource("wikitext2")
 
 

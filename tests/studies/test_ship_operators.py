@@ -3,11 +3,11 @@
 import torch
 
 from cachemedic import RepairOperator, load_base
-from cachemedic.studies.ship_operators import standard_operators
+from cachemedic.studies.ship_operators import trained_operators
 
 
 def test_what_ships_is_the_first_seed_of_the_studies():
-    for operator in standard_operators(load_base("embedded-llama")):
+    for operator in trained_operators(load_base("embedded-llama")):
         shipped = RepairOperator.from_pretrained(f"{operator.family}/embedded-llama")
         expected, found = dict(operator.named_parameters()), dict(shipped.named_parameters())
         assert expected.keys() == found.keys()

@@ -14,10 +14,10 @@ from cachemedic.defenses.defense import CachedTokens
 from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.models.load import load_base
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.token import calibration
-from cachemedic.token.calibration import calibrate, calibration_windows, vectors_of
-from cachemedic.token.scrub import Scrubber
-from cachemedic.token.token_vectors import join
+from cachemedic.token.layerwise import calibration
+from cachemedic.token.layerwise.calibration import calibrate, calibration_windows, vectors_of
+from cachemedic.token.layerwise.scrub import Scrubber
+from cachemedic.token.layerwise.token_vectors import join
 
 REVIEW = re.compile(r"Review: ([^\n]+)\nSentiment: (positive|negative)")
 
@@ -88,7 +88,7 @@ def test_family_d_of_an_embedded_base_is_calibrated_without_a_forward_pass():
     base = load_base("embedded-llama")
     called: list[object] = []
     handle = base.model.base_model.register_forward_pre_hook(lambda *args: called.append(args))
-    operator = calibrate(RepairOperator.create("D", base.model.config, range(12)), base)
+    operator = calibrate(RepairOperator.create("layerwise-D", base.model.config, range(12)), base)
     handle.remove()
     assert operator.transform is not None
     assert not called
@@ -98,7 +98,7 @@ def test_the_code_reaches_what_reviews_hold(monkeypatch):
     """Quantisers that were fitted to documentation alone would leave a third of the variance of layer 1."""
     shorten(monkeypatch, DOCUMENTATION_SAMPLES=16, REVIEW_SAMPLES=8, REVIEWS=200, CALIBRATION_LENGTH=200)
     base = load_base("embedded-llama")
-    operator = calibrate(RepairOperator.create("E", base.model.config, range(12), rounds=0), base)
+    operator = calibrate(RepairOperator.create("layerwise-E", base.model.config, range(12), rounds=0), base)
     operator.strength.data.fill_(1.0)
     scrubber, task = Scrubber(base.model, operator), sentiment_task(base.tokenizer, n=8)
     clean, valid = clean_pass(base.model, task), task.prefix_mask

@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 from cachemedic.models.cache import stack_cache, unstack_cache
 from cachemedic.token import recompute as recompute_module
+from cachemedic.token.cache import SketchCache
 from cachemedic.token.recompute import recompute
 
 PATTERNS = {
@@ -174,7 +175,7 @@ def test_other_kinds_of_model_are_refused_with_their_reason():
     none = torch.zeros_like(ids, dtype=torch.bool)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}
     mamba = small(hf.MambaConfig(**sizes, state_size=4))
-    with pytest.raises(ValueError, match="layer 0 of this cache is a LinearAttentionLayer"):
+    with pytest.raises(ValueError, match="MambaForCausalLM has layers with no attention"):
         recompute(mamba, DynamicCache(config=mamba.config), ids, none)
     deepseek = small(
         hf.DeepseekV3Config(
@@ -191,6 +192,36 @@ def test_other_kinds_of_model_are_refused_with_their_reason():
     bloom = small(hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=2))
     with pytest.raises(ValueError, match="ALiBi"):
         recompute(bloom, bloom(ids).past_key_values, ids, none)
+
+
+def test_ids_of_another_text_are_refused():
+    model, clean, ids, mask = prefilled("llama")
+    damaged = at([(0, 2)], ids)
+    bad = destroy(clean, damaged)
+    before = stack_cache(bad)
+    other = ids.clone()
+    other[1, 3] = other[1, 3] % (VOCABULARY - 1) + 1
+    message = "1 tokens that are not damaged do not follow from their ids and positions, first of them slot 3 of row 1"
+    with pytest.raises(ValueError, match=message):
+        recompute(model, bad, other, damaged, mask)
+    shifted = (mask.cumsum(1) - 1).clamp_min(0) + 20
+    with pytest.raises(ValueError, match="do not follow from their ids and positions"):
+        recompute(model, bad, ids, damaged, mask, shifted)
+    destroyed = destroy(clean, at([(0, 2), (2, 5)], ids))
+    with pytest.raises(ValueError, match="slot 5 of row 2"):
+        recompute(model, destroyed, ids, damaged, mask)
+    assert torch.equal(torch.stack(before).nan_to_num(), torch.stack(stack_cache(bad)).nan_to_num())  # nothing was done
+
+
+def test_layers_that_do_not_all_attend_are_refused():
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    lfm2 = small(hf.Lfm2Config(**sizes, **heads, full_attn_idxs=[1]))
+    ids = torch.randint(1, VOCABULARY, (1, 4))
+    with pytest.raises(ValueError, match="has layers with conv, which do not keep the keys and values of every token"):
+        recompute(lfm2, DynamicCache(config=lfm2.config), ids, torch.zeros_like(ids, dtype=torch.bool))
+    with pytest.raises(ValueError, match="has layers with conv"):
+        SketchCache(lfm2)
 
 
 def test_the_original_of_stacked_tensors_is_left_as_it_is():

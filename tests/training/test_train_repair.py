@@ -14,15 +14,15 @@ from cachemedic.core.severity_map import SeverityMap
 from cachemedic.corruption.apply import Mixture
 from cachemedic.data import text_source
 from cachemedic.defenses.defense import CachedTokens
-from cachemedic.token import calibration
-from cachemedic.token.scrub import Scrubber, positions_of
+from cachemedic.token.layerwise import calibration
+from cachemedic.token.layerwise.scrub import Scrubber, positions_of
 from cachemedic.training.forward import read_cache, repaired
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.repair_terms import measure_repair
 from cachemedic.training.trainer import Trainer
 
-OPTIONS = {"D": {"coordinates": 4}, "E": {"coordinates": 4, "share": 0.1}}
-FAMILIES = pytest.mark.parametrize("family", ["D", "E"])
+OPTIONS = {"layerwise-D": {"coordinates": 4}, "layerwise-E": {"coordinates": 4, "share": 0.1}}
+FAMILIES = pytest.mark.parametrize("family", ["layerwise-D", "layerwise-E"])
 
 
 def config_of(family: str, **changes):
@@ -124,13 +124,13 @@ def test_training_repairs(family, base, bank, tmp_path):
     trainer.run()
     losses = [record["loss_kd"] for record in log_lines(tmp_path)]
     untrained = sum(losses[:2]) / 2
-    assert sum(losses[-8:]) / 8 < (0.7 if family == "E" else 0.9) * untrained
+    assert sum(losses[-8:]) / 8 < (0.7 if family == "layerwise-E" else 0.9) * untrained
 
 
 def test_runs_in_one_loop_are_the_runs_trained_alone(base, bank, tmp_path):
-    together = Trainer(base, config_of("E", lr=2e-2, steps=3), tmp_path / "all", bank).run()
+    together = Trainer(base, config_of("layerwise-E", lr=2e-2, steps=3), tmp_path / "all", bank).run()
     half = type(bank)(**{name: x[12:] for name, x in vars(bank).items()})
-    config = config_of("E", lr=2e-2, steps=3, seeds=CONFIG.seeds[1:], objectives=CONFIG.objectives[1:])
+    config = config_of("layerwise-E", lr=2e-2, steps=3, seeds=CONFIG.seeds[1:], objectives=CONFIG.objectives[1:])
     alone = Trainer(base, config, tmp_path / "alone", half).run()
     torch.testing.assert_close(parameters(together.select(3)), parameters(alone), rtol=1e-3, atol=1e-4)
 

@@ -13,8 +13,10 @@ import torch
 
 from cachemedic.core.errors import nearest_valid
 from cachemedic.models.load import load_base
-from cachemedic.studies.bench import augmented, decode, scrub, training
+from cachemedic.repair.operator import RepairOperator
+from cachemedic.studies.bench import augmented, decode, scrub, training, whole_tokens
 from cachemedic.studies.run import ROOT, Run
+from cachemedic.token.joint_operator import JointOperator
 from cachemedic.training.bank import open_bank
 
 
@@ -27,6 +29,18 @@ def token_aware() -> dict[str, pd.DataFrame]:
     """What families D and E do to a prefill, a stored cache and a step."""
     medium = decode.gpt2_medium(max(decode.POSITIONS) + 1)
     return {"bench_token_aware": pd.concat([scrub.scrub_cost(medium), augmented.augmented_cost(medium)])}
+
+
+def repair() -> dict[str, pd.DataFrame]:
+    """What a cache with the shipped operators of families D and E costs, beside a prefill."""
+    found = []
+    for name, dtype in whole_tokens.BASES.items():
+        base = load_base(name, dtype=dtype)
+        for family in ("D", "E"):
+            operator = RepairOperator.from_pretrained(f"{family}/{name}")
+            assert isinstance(operator, JointOperator)
+            found.append(whole_tokens.repair_cost(base, operator))
+    return {"bench_repair": pd.concat(found)}
 
 
 def train() -> dict[str, pd.DataFrame]:
@@ -45,6 +59,7 @@ def train() -> dict[str, pd.DataFrame]:
 PARTS: dict[str, Callable[[], dict[str, pd.DataFrame]]] = {
     "decode": decoding,
     "token_aware": token_aware,
+    "repair": repair,
     "training": train,
 }
 

@@ -16,10 +16,9 @@ from cachemedic.repair.attach import protect
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.bench.decode import LAYERS, POSITIONS, ROUNDS, decode, random_cache
 from cachemedic.studies.bench.materialised import RepeatableLayer
-from cachemedic.studies.bench.scrub import row, timed
-from cachemedic.studies.bench.timing import interleave
-from cachemedic.token.augmented import AugmentedRead, extra_width
-from cachemedic.token.operator import TokenAware
+from cachemedic.studies.bench.timing import interleave, row, timed
+from cachemedic.token.layerwise.augmented import AugmentedRead, extra_width
+from cachemedic.token.layerwise.operator import TokenAware
 
 RANKS = (8, 16)
 
@@ -34,7 +33,7 @@ class RepeatableWideLayer(RepeatableLayer):
 
 
 def random_repair(
-    model: PreTrainedModel, layers: Sequence[int], rank: int, length: int, family: str = "E"
+    model: PreTrainedModel, layers: Sequence[int], rank: int, length: int, family: str = "layerwise-E"
 ) -> AugmentedRead:
     """The augmented read of one row of `length` tokens, of random numbers."""
     operator = RepairOperator.create(family, model.config, layers=layers, rank=rank)

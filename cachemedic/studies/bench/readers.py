@@ -30,9 +30,10 @@ from cachemedic.studies.bench.materialised import RepeatableLayer
 from cachemedic.studies.bench.memory import peak_bytes
 from cachemedic.studies.bench.scrub import uncalibrated
 from cachemedic.studies.bench.timing import interleave, median_ratio
-from cachemedic.token.augmented import AugmentedRead
-from cachemedic.token.sketch_cache import SketchCache
-from cachemedic.token.token_record import TokenRecord
+from cachemedic.token.layerwise import LAYERWISE
+from cachemedic.token.layerwise.augmented import AugmentedRead
+from cachemedic.token.layerwise.sketch_cache import SketchCache
+from cachemedic.token.layerwise.token_record import TokenRecord
 
 PLAIN = "none"
 OPERATOR = "operator "  # and the name of the family, and how D and E are read
@@ -99,8 +100,9 @@ def _steps(
             operator = RepairOperator.create(family, model.config, layers=layers, rank=rank)
             steps[OPERATOR + family] = _Step(model, through(defenses[PLAIN]), operator)
         else:
-            steps[OPERATOR + family + WRITE_BACK] = _written_back(model, k, v, family)
-            steps[OPERATOR + family + AUGMENTED] = _augmented(model, k, v, family, rank)
+            name = OPERATOR + family.removeprefix(LAYERWISE)
+            steps[name + WRITE_BACK] = _written_back(model, k, v, family)
+            steps[name + AUGMENTED] = _augmented(model, k, v, family, rank)
     return steps
 
 

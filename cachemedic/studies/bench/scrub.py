@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,13 +14,13 @@ from cachemedic.defenses.defense import WORD_BITS
 from cachemedic.models.cache import stack_cache, unstack_cache
 from cachemedic.repair.attach import protect
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.studies.bench.timing import interleave, median_ratio
-from cachemedic.token.operator import TokenAware
-from cachemedic.token.options import coordinates
+from cachemedic.studies.bench.timing import interleave, row, timed
+from cachemedic.token.layerwise.operator import TokenAware
+from cachemedic.token.layerwise.options import coordinates
+from cachemedic.token.layerwise.sketch_cache import SketchCache
+from cachemedic.token.layerwise.sketch_code import SketchCode
+from cachemedic.token.layerwise.transform import Transform
 from cachemedic.token.scalar_codes import SCALE_LIMIT, allot_bits
-from cachemedic.token.sketch_cache import SketchCache
-from cachemedic.token.sketch_code import SketchCode
-from cachemedic.token.transform import Transform
 
 CHAIN_RANK = 128
 COORDINATES, SHARE = 4, 1 / 64
@@ -61,44 +60,16 @@ def random_code(operator: TokenAware, transform: Transform) -> SketchCode:
     return SketchCode(transform, allot_bits(variance, budget), variance.sqrt().clamp_min(SCALE_LIMIT))
 
 
-def uncalibrated(model: PreTrainedModel, family: str = "E", **options: Any) -> TokenAware:
+def uncalibrated(model: PreTrainedModel, family: str = "layerwise-E", **options: Any) -> TokenAware:
     """Family D or E for all layers, at work, with random statistics."""
     layers = range(model.config.num_hidden_layers)
-    options |= {"coordinates": COORDINATES} | ({"share": SHARE} if family == "E" else {})
+    options |= {"coordinates": COORDINATES} | ({"share": SHARE} if family == "layerwise-E" else {})
     operator = RepairOperator.create(family, model.config, layers=layers, **options)
     assert isinstance(operator, TokenAware)
     transform = random_transform(operator)
-    operator.hold(transform, random_code(operator, transform) if family == "E" else None)
+    operator.hold(transform, random_code(operator, transform) if family == "layerwise-E" else None)
     torch.nn.init.ones_(operator.strength)
     return operator
-
-
-def timed(work: Callable[[], object]) -> Callable[[], float]:
-    """A contender of `interleave`: the work, timed."""
-
-    def contender() -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    return contender
-
-
-def row(operation: str, length: int, layers: int, times: pd.DataFrame, name: str, reference: str) -> dict[str, object]:
-    """One line of a table: the times of a contender over those of its reference."""
-    ratio = median_ratio(times[name], times[reference])
-    return {
-        "operation": operation,
-        "positions": length,
-        "layers": layers,
-        "milliseconds": 1e3 * times[name].median(),
-        "reference": reference,
-        "reference_milliseconds": 1e3 * times[reference].median(),
-        "ratio": ratio.estimate,
-        "ratio_low": ratio.low,
-        "ratio_high": ratio.high,
-        "rounds": len(times),
-    }
 
 
 def damage(cache: Cache, share: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 
 import pandas as pd
@@ -34,3 +35,31 @@ def median_ratio(numerator: pd.Series, denominator: pd.Series) -> Interval:
     ratios = numerator / denominator
     bounds = scipy.stats.quantile_test(ratios, q=ratios.median(), p=0.5).confidence_interval(LEVEL)
     return Interval(float(ratios.median()), float(bounds.low), float(bounds.high))
+
+
+def timed(work: Callable[[], object]) -> Callable[[], float]:
+    """A contender of `interleave`: the work, timed."""
+
+    def contender() -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    return contender
+
+
+def row(operation: str, length: int, layers: int, times: pd.DataFrame, name: str, reference: str) -> dict[str, object]:
+    """One line of a table: the times of a contender over those of its reference."""
+    ratio = median_ratio(times[name], times[reference])
+    return {
+        "operation": operation,
+        "positions": length,
+        "layers": layers,
+        "milliseconds": 1e3 * times[name].median(),
+        "reference": reference,
+        "reference_milliseconds": 1e3 * times[reference].median(),
+        "ratio": ratio.estimate,
+        "ratio_low": ratio.low,
+        "ratio_high": ratio.high,
+        "rounds": len(times),
+    }

@@ -22,7 +22,7 @@ from cachemedic.studies.run import Run
 from cachemedic.studies.setting import bases_of, severities_of, text_grid
 from cachemedic.studies.summaries import by_group, recovery_by_severity, summary
 from cachemedic.studies.sweeps import defenses_of
-from cachemedic.token.prior_alone import PriorAlone
+from cachemedic.token.layerwise.prior_alone import PriorAlone
 
 # Defenses of notebook 14, which measures them under the faults that they are made for.
 ELSEWHERE = ("secded_ecc", "secded_ecc_in_page", "secded_ecc_restricted", "checksum_recompute", "shadow_4bit")

@@ -14,6 +14,7 @@ from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of, train
 from cachemedic.studies.summaries import means_over_seeds
 from cachemedic.studies.sweeps import defenses_of, standard_config
+from cachemedic.token.layerwise import LAYERWISE
 
 CONTEXTS, ROUNDS = (128, 512, 2048), 13
 SMOKE_CONTEXTS, SMOKE_ROUNDS = (32, 64), 7
@@ -31,7 +32,10 @@ def cost(run: Run, base: Base) -> pd.DataFrame:
 def regression(run: Run, base: Base) -> pd.DataFrame:
     """The clean cost of every reader."""
     seeds, families = run.parameters["seeds"], run.parameters["families"]
-    configs = {f"{OPERATOR}{family}": standard_config(base, family, seeds, run.smoke) for family in families}
+    configs = {
+        OPERATOR + family.removeprefix(LAYERWISE): standard_config(base, family, seeds, run.smoke)
+        for family in families
+    }
     readers = {**blind_defenses(calibration_of(base)), **defenses_of(base, train(run, base, configs))}
     task = standard_tasks(base, "test", seeds, {"perplexity": 3 if run.smoke else 20})
     grid = run_grid(base, task, readers, run.partial, types=())

@@ -16,7 +16,7 @@ from cachemedic.studies.family_study import headline
 from cachemedic.studies.fault_grid import Guarded, fault_summary, run_faults
 from cachemedic.studies.run import Run
 from cachemedic.studies.summaries import by_group
-from cachemedic.token.prior_alone import PriorAlone
+from cachemedic.token.layerwise.prior_alone import PriorAlone
 
 FAULTS: Mapping[str, Sequence[float]] = {
     **{name: FAULT_GRID[name] for name in ("bitflip_bf16", "kivi_quant")},

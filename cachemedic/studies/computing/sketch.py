@@ -20,7 +20,7 @@ from cachemedic.studies.family_study import ablations, headline, shares
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import bases_of, severities_of
 from cachemedic.studies.summaries import means_over_seeds, summary
-from cachemedic.token.scrub import Scrubber
+from cachemedic.token.layerwise.scrub import Scrubber
 
 FEW = 3  # seeds of the smaller sketches and of the ablations
 SMALL = "E, 1/64"  # what the ablations change

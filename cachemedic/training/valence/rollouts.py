@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from cachemedic.models.load import decoder_layers
 from cachemedic.repair.attach import protect
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.token.operator import TokenAware
+from cachemedic.token.layerwise.operator import TokenAware
 from cachemedic.training.bank import Bank
 from cachemedic.training.student import shared_prefix
 

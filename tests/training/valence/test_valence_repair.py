@@ -17,8 +17,8 @@ from cachemedic.defenses.defense import CachedTokens
 from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.models.cache import unstack_cache
 from cachemedic.studies.quantised_evaluation import quantised_scores
-from cachemedic.token.calibration import calibrate, vectors_of
-from cachemedic.token.scrub import Scrubber
+from cachemedic.token.layerwise.calibration import calibrate, vectors_of
+from cachemedic.token.layerwise.scrub import Scrubber
 from cachemedic.training import trainer as train
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.trainer import Trainer
@@ -26,8 +26,8 @@ from cachemedic.training.valence.gate import MercyGate
 from cachemedic.training.valence.projection import project
 from cachemedic.training.valence.quantiser import KVQuantiser, QuantiserConfig
 
-OPTIONS = {"D": {"coordinates": 4}, "E": {"coordinates": 4, "share": 0.1}}
-pytestmark = [pytest.mark.usefixtures("_calibrated"), pytest.mark.parametrize("family", ["D", "E"])]
+OPTIONS = {"layerwise-D": {"coordinates": 4}, "layerwise-E": {"coordinates": 4, "share": 0.1}}
+pytestmark = [pytest.mark.usefixtures("_calibrated"), pytest.mark.parametrize("family", ["layerwise-D", "layerwise-E"])]
 
 
 @pytest.fixture(autouse=True)

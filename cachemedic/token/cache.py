@@ -1,0 +1,291 @@
+"""A Hugging Face cache that keeps ids, hashes and codes of its tokens, and so can be checked and repaired."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+from cachemedic.token.cache_files import load_cache, save_cache
+from cachemedic.token.check import Report, check
+from cachemedic.token.coder import Coder
+from cachemedic.token.dense import dense_shape
+from cachemedic.token.forward_hook import ToldCache, Watch
+from cachemedic.token.hashes import TokenHash
+from cachemedic.token.joint import SINKS
+from cachemedic.token.joint_operator import JointOperator
+from cachemedic.token.policy import Policy
+from cachemedic.token.record import TokenRecord, sinks_of
+from cachemedic.token.repair_report import RepairReport
+from cachemedic.token.ways import carry_out
+
+PAGE = 16  # tokens that are coded at once: a step of one token would read all of the transform for it
+
+
+class SketchCache(ToldCache):
+    """The cache to give to a model, or to `generate`, as `past_key_values`: it knows what was written.
+
+        cache = SketchCache(model, operator)
+        model.generate(ids, past_key_values=cache)
+        print(cache.check())
+        print(cache.repair(budget=0.1))
+
+    Ids, positions and hashes of all tokens are kept, and with an operator of family E the codes of complete pages of
+    16 tokens and the numbers of the first four positions; all of it away from the keys and values, which it is there to
+    check and to repair. It follows the tokens through beam search, cropping and the selection of rows. Forward
+    pre-hooks on the model, which go with the last of its caches, tell it the ids.
+
+    Args:
+        model: a dense decoder in evaluation mode.
+        operator: calibrated, of family D or E; None: tokens are checked, recomputed or erased, and nothing is coded.
+        storage: an empty cache to take the storage from: a `DynamicCache` (the default) or `StaticCache`, offloaded or
+            not, without sliding windows.
+        seed: of the multipliers of the hash, which whoever damages the cache on purpose must not know.
+
+    Raises:
+        TypeError: for an operator of another family.
+        ValueError: for a model with an encoder, latent attention or layers that do not attend, an operator of another
+            model or not calibrated, a storage that holds tokens or slides.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, operator: JointOperator | None = None, storage: Cache | None = None, seed: int = 0
+    ) -> None:
+        self.shape = dense_shape(model)
+        self.model, self.operator, self.seed = model, operator, seed
+        self.coder = None if operator is None else Coder(model, operator)
+        # the layers, how new ones are made, and how they are offloaded
+        self.__dict__.update(vars(DynamicCache() if storage is None else _empty(storage)))
+        self.record: TokenRecord | None = None
+        self.report: Report | None = None  # of the last check
+        self._watch = Watch.of(model)
+        self._new: tuple[Tensor, Tensor] | None = None  # ids and positions, during a forward pass
+        self._written: tuple[list[Tensor], list[Tensor]] = [], []  # keys and values of its layers so far
+        self._hasher: TokenHash | None = None
+
+    @property
+    def hasher(self) -> TokenHash:
+        """The hash of this cache's format. Raises `ValueError` while the cache is empty."""
+        if self._hasher is None:
+            layers: list[Any] = self.layers
+            if not layers or not layers[0].is_initialized:
+                raise ValueError("this SketchCache is empty: prefill it first")
+            shape = self.shape
+            self._hasher = TokenHash(shape.num_layers, shape.num_kv_heads, shape.head_dim, layers[0].dtype, self.seed)
+        return self._hasher
+
+    @property
+    def kept(self) -> TokenRecord:
+        """The record of the tokens. Raises `ValueError` while the cache is empty, and where tokens came unannounced."""
+        recorded = 0 if self.record is None else len(self.record)
+        if (stored := int(self.get_seq_length())) != recorded:
+            raise ValueError(
+                f"this SketchCache holds {stored} tokens, {recorded} of them written by complete forward passes of its "
+                "model: call `reset` and prefill it again"
+            )
+        if self.record is None:
+            raise ValueError("this SketchCache is empty: prefill it first")
+        return self.record
+
+    @property
+    def bytes_per_token(self) -> float:
+        """What is kept beside a token: id, position, hash and code; the first positions apart."""
+        hashes = 8 + 4 * self.shape.num_layers
+        return 17 + hashes + (0 if self.coder is None else self.coder.bytes_per_token)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Never: it does more than to store, also with preallocated layers."""
+        return False
+
+    @property
+    def preallocated(self) -> bool:
+        """See `ToldCache`."""
+        return any(isinstance(layer, StaticLayer) for layer in self.layers)
+
+    def begin(self, ids: Tensor, positions: Tensor) -> None:
+        """See `ToldCache`. Raises `ValueError` if the cache holds tokens that it was not told of."""
+        if self.record is not None or self.get_seq_length():
+            _ = self.kept
+        self._new, self._written = (ids, positions), ([], [])
+
+    def adopt(self, cache: Cache, ids: Tensor, positions: Tensor) -> None:
+        """Takes over the layers of a filled cache as what was written; `look_after` checks them first.
+
+        ids and positions [B, T] of its tokens, positions -1 for padding.
+        """
+        self.__dict__.update(vars(cache))
+        layers: list[Any] = self.layers
+        sides = [[getattr(layer, side)[:, :, : ids.shape[1]] for layer in layers] for side in ("keys", "values")]
+        self._remember(sides[0], sides[1], ids, positions)
+
+    def known_positions(self) -> Tensor:
+        """See `ToldCache`."""
+        return self.kept.positions
+
+    def unread(self) -> Tensor | None:
+        """See `ToldCache`."""
+        return self.record.erased if self.record is not None and self.record.erased.any() else None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See `Cache.update`. Raises `ValueError` for a forward pass of another model."""
+        keys, values = self._written
+        if self._new is None or layer_idx != len(keys):
+            raise ValueError(
+                "a SketchCache has to know the tokens that it stores: use it with the model it was made for"
+            )
+        stored = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        keys.append(key_states)
+        values.append(value_states)
+        if len(keys) == self.shape.num_layers:
+            self._remember(keys, values, *self._new)
+            self._new, self._written = None, ([], [])
+        return stored
+
+    @torch.inference_mode()
+    def _remember(self, keys: list[Tensor], values: list[Tensor], ids: Tensor, positions: Tensor) -> None:
+        """Adds the tokens of a complete forward pass to the record."""
+        size = 0 if self.coder is None else self.coder.bytes_per_token
+        starts = bool(((positions >= 0) & (positions < SINKS)).any())
+        if self.coder is not None and (starts or self.record is None):
+            sinks = sinks_of(keys, values, positions)
+        else:
+            sinks = keys[0].new_zeros(len(ids), 0)
+        new = TokenRecord.of(ids, positions, self.hasher.of(keys, values), sinks, size)
+        self.record = new if self.record is None else self.record.then(new)
+        self._encode()
+
+    def _encode(self) -> None:
+        """Codes the pages that are complete."""
+        record = self.kept
+        start = record.codes.shape[1]
+        if self.coder is None or not self.coder.bytes_per_token or (count := (len(record) - start) // PAGE) == 0:
+            return
+        codes = self.coder.encode(*self.numbers(), record.positions, slice(start, start + count * PAGE))
+        self.record = replace(record, codes=torch.cat([record.codes, codes], 1))
+
+    def numbers(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The stored keys and the values [B, G, T, d] by layer, where the record is."""
+        record = self.kept
+        if self.offloading:  # the next layer may be on its way back
+            torch.cuda.default_stream(record.ids.device).wait_stream(self.prefetch_stream)
+        layers: list[Any] = self.layers
+        length, device = len(record), record.ids.device
+        keys = [layer.keys[:, :, :length].to(device) for layer in layers]
+        return keys, [layer.values[:, :, :length].to(device) for layer in layers]
+
+    @torch.inference_mode()
+    def check(self, others: Iterable[SketchCache] = ()) -> Report:
+        """Which tokens are not what was written, where, and what happened to them.
+
+        others: caches whose tokens may have come here (stale or swapped pages); tokens of this one are looked for
+        anyway. Raises `ValueError` for an empty cache, and for `others` of another seed or format.
+        """
+        record = self.kept
+        known = []
+        for other in others:
+            if other.seed != self.seed or not torch.equal(other.hasher.multipliers, self.hasher.multipliers):
+                raise ValueError("only caches of one model, number format and seed have hashes that can be compared")
+            known.append(other.kept.hashes)
+        self.report = check(self.hasher, *self.numbers(), record.hashes, record.valid, known)
+        return self.report
+
+    def repair(self, method: str = "auto", budget: float | None = None) -> RepairReport:
+        """Checks the cache and repairs the tokens that are not what was written, in place.
+
+        Args:
+            method: "recompute" (from the ids, exact), "restore" (from the code), "estimate" (from the code and what is
+                left of the token), "erase" (attention does not read the token any more), or "auto": for each token the
+                way of least expected KL that the budget allows.
+            budget: the time that may be taken, as a share of a prefill of the cached text; None: any.
+
+        Raises `ValueError` for an unknown method, one that the operator cannot serve, and a negative budget.
+        """
+        policy = Policy(self, method, budget)  # refuses before any work
+        return carry_out(self, self.check(), policy)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the numbers, and apart from them ids, hashes and codes, as safetensors. See `load`."""
+        save_cache(self, Path(folder))
+
+    @classmethod
+    def load(cls, folder: str | Path, model: PreTrainedModel, operator: JointOperator | None = None) -> SketchCache:
+        """Reads what `save` wrote and checks it; `cache.report` says what was found.
+
+        Raises `FileNotFoundError` where a file is missing, and `ValueError` for ids, hashes or codes that are damaged,
+        for other weights of the model and another operator than the cache was written with.
+        """
+        cache = cls(model, operator)
+        load_cache(cache, Path(folder))
+        cache.check()
+        return cache
+
+    def reset(self) -> None:
+        """See `Cache.reset`."""
+        super().reset()
+        self.record = self.report = self._new = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """See `Cache.crop`. Raises `ValueError` for preallocated storage."""
+        if self.preallocated:
+            raise ValueError("the layers of a StaticCache cannot be cropped: use the storage of a DynamicCache")
+        super().crop(tokens_to_remove)
+        if self.record is not None:
+            length = int(self.get_seq_length())
+            self.record = self.record.up_to(length) if length else None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """See `Cache.reorder_cache`."""
+        super().reorder_cache(beam_idx)
+        self._choose(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """See `Cache.batch_repeat_interleave`."""
+        super().batch_repeat_interleave(repeats)
+        self._choose(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """See `Cache.batch_select_indices`."""
+        super().batch_select_indices(indices)
+        self._choose(lambda x: x[indices])
+
+    def _choose(self, choose: Callable[[Tensor], Tensor]) -> None:
+        if self.record is not None:
+            self.record = self.record.rows(choose)
+
+    def __copy__(self) -> SketchCache:
+        return self._like({"layers": [copy.copy(layer) for layer in self.layers]})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SketchCache:
+        return self._like({"layers": copy.deepcopy(self.layers, memo)})
+
+    def _like(self, own: dict[str, Any]) -> SketchCache:
+        """Another cache between forward passes, with layers of its own; the record is never changed in place."""
+        result = object.__new__(type(self))
+        result.__dict__.update(vars(self) | own | {"_new": None, "_written": ([], [])})
+        return result
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a SketchCache is not pickled: use `cache.save(folder)` and `SketchCache.load`")
+
+
+def _empty(cache: Cache) -> Cache:
+    """The cache, if a SketchCache can take over its storage."""
+    if cache.get_seq_length() > 0:
+        raise ValueError(f"the storage holds {int(cache.get_seq_length())} tokens already: give an empty cache")
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, StaticLayer):
+            raise ValueError(
+                "a SketchCache stores in layers of a DynamicCache or StaticCache without sliding windows, not in a "
+                f"{type(layer).__name__}"
+            )
+    return cache

@@ -1,0 +1,91 @@
+"""Windows of text of several kinds, on which the model of a token is measured.
+
+The kind of text matters more than its amount: a code describes badly what its calibration never saw, so that every kind
+that is to be repaired belongs into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cachemedic.data.text import LABELS, documentation, sentiment_prompt, sentiment_review, source_code
+from cachemedic.models.load import Base
+
+REVIEWS = 2000
+QUESTIONS = ("Explain this to a beginner.", "Summarise this in one sentence.", "What is missing here?", "Rewrite this.")
+
+Texts = Sequence[str] | Mapping[str, Sequence[str]]
+
+
+def default_texts(base: Base, seed: int = 0) -> dict[str, tuple[str, ...]]:
+    """Documentation and code of installed packages, generated reviews, and both as a dialogue in the base's format."""
+    rng = np.random.default_rng([seed, 17])
+    prose = documentation("operator_train")
+    drawn = [sentiment_review(rng) for _ in range(REVIEWS)]
+    reviews = tuple(f"{sentiment_prompt(text)} {LABELS[label]}" for text, label in drawn)
+    found = {"prose": prose, "code": source_code("operator_train"), "reviews": reviews}
+    if base.tokenizer.chat_template:
+        asked = [f"{QUESTIONS[i % len(QUESTIONS)]}\n\n{text}" for i, text in enumerate(prose[:REVIEWS])]
+        answers = prose[1 : REVIEWS + 1]
+        found["dialogue"] = tuple(
+            _turns(base, question, answer) for question, answer in zip(asked, answers, strict=True)
+        )
+    return found
+
+
+def _turns(base: Base, question: str, answer: str) -> str:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return str(base.tokenizer.apply_chat_template(turns, tokenize=False))
+
+
+def held_out(texts: Texts, one_in: int = 8) -> tuple[dict[str, Sequence[str]], dict[str, Sequence[str]]]:
+    """The texts of each kind without, and those that are, one in so many; a kind of fewer texts is in both.
+
+    Raises `TypeError` for texts that are no strings.
+    """
+    kinds = by_kind(texts)
+    few = {name for name, found in kinds.items() if len(found) < one_in}
+    most = {name: k if name in few else [t for i, t in enumerate(k) if i % one_in] for name, k in kinds.items()}
+    return most, {name: k if name in few else k[::one_in] for name, k in kinds.items()}
+
+
+def by_kind(texts: Texts) -> Mapping[str, Sequence[str]]:
+    """Texts as lists by kind. Raises `TypeError` for texts that are no strings."""
+    kinds = texts if isinstance(texts, Mapping) else {"text": texts}
+    if isinstance(texts, str) or not all(isinstance(t, str) for kind in kinds.values() for t in kind):
+        raise TypeError("texts must be a list of strings, or a dictionary of such lists by kind")
+    return kinds
+
+
+def windows(base: Base, texts: Texts, count: int, length: int, seed: int) -> Tensor:
+    """Windows of `length` tokens [n, length] from the texts of each kind in equal numbers, `count` in all at most.
+
+    Each begins as a text of this base does. A kind that is too short for its share gives as many windows as it has.
+    Raises `TypeError` for texts that are no strings, `ValueError` if they make no window at all.
+    """
+    kinds = by_kind(texts)
+    of_kinds = [
+        _of_kind(base, kind, max(1, count // len(kinds)), length, [seed, number])
+        for number, kind in enumerate(kinds.values())
+    ]
+    found = torch.cat(of_kinds) if of_kinds else torch.empty(0, length)
+    if not len(found):
+        raise ValueError(f"the texts are too short for a single window of {length} tokens: give more text")
+    return found
+
+
+def _of_kind(base: Base, texts: Sequence[str], count: int, length: int, seed: Sequence[int]) -> Tensor:
+    tokenizer, stream = base.tokenizer, list[int]()
+    end = tokenizer.eos_token_id
+    start = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    for i in np.random.default_rng(seed).permutation(len(texts)):
+        stream += [*tokenizer(texts[i], add_special_tokens=False)["input_ids"], end]
+        if len(stream) >= count * (length - 1):
+            break
+    count = min(count, len(stream) // (length - 1))
+    rows = torch.tensor(stream[: count * (length - 1)], dtype=torch.long).view(count, length - 1)
+    return torch.cat([torch.full((count, 1), start), rows], 1)

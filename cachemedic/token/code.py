@@ -1,0 +1,85 @@
+"""The code of a token: a fixed number of bytes that tell its coordinates under the joint model.
+
+What is coded is c minus its prior from the token ids. Bits go to coordinates by their variance (reverse water-filling),
+each coordinate has the best quantiser for a normal number (`scalar_codes`), and the codes of a token are packed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cachemedic.token.joint import JointModel, Prior
+from cachemedic.token.scalar_codes import SCALE_LIMIT, allot_bits, decode, distortion, encode, pack, unpack
+
+SHARES = tuple(2.0**-i for i in range(9, 2, -1))  # 1/512 to 1/8, what is usually asked for
+WORD_BYTES = 2  # of a stored number in bf16, which shares are relative to
+
+
+@dataclass(frozen=True, eq=False)
+class TokenCode:
+    """The code of tokens under a joint model in a `share` of the bytes of a bf16 cache.
+
+    with_ids: whether the prior is used, to write and to read. Raises `ValueError` for a share out of range.
+    """
+
+    joint: JointModel
+    share: float = 1 / 128
+    with_ids: bool = True
+
+    def __post_init__(self) -> None:
+        least = 1 / (WORD_BYTES * self.joint.dim)
+        if not least <= self.share <= 1:
+            raise ValueError(
+                f"share {self.share!r} is out of range: a number from {least:.2g}, one byte a token, to 1, all bytes"
+            )
+
+    @property
+    def bytes_per_token(self) -> int:
+        return int(self.share * WORD_BYTES * self.joint.dim)
+
+    @cached_property
+    def _allotted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """bits and spread [n] of the coordinates that are coded, left [m]: the variance of c that the code leaves."""
+        variance = self.joint.prior_variance if self.with_ids else self.joint.variance
+        # a coordinate that is (almost) constant gets no bits: rounding would decide its cell
+        bits = allot_bits(variance.where(variance > SCALE_LIMIT**2, 0.0), 8 * self.bytes_per_token)
+        left = variance * torch.tensor([distortion(b) for b in bits.tolist()], device=variance.device)
+        count = int(bits.nonzero().max()) + 1 if bits.any() else 0
+        return bits[:count].to(variance.device), variance[:count].sqrt().clamp_min(SCALE_LIMIT), left
+
+    @property
+    def bits(self) -> Tensor:
+        """Bits [n] of each of the first coordinates."""
+        return self._allotted[0]
+
+    @property
+    def left(self) -> Tensor:
+        """Variance [m] of each coordinate once the code is known."""
+        return self._allotted[2]
+
+    def encode(self, x: Tensor, prior: Prior | None = None) -> Tensor:
+        """The code of vectors x [B, T, D], uint8 [B, T, bytes_per_token]."""
+        return self.encode_coordinates(self.joint.project(self.joint.standardise(x), len(self.bits)), prior)
+
+    def encode_coordinates(self, c: Tensor, prior: Prior | None = None) -> Tensor:
+        """The code of coordinates c [B, T, n or more]."""
+        bits, spread, _ = self._allotted
+        innovation = c[..., : len(bits)].float() - self._mean(prior)
+        packed = pack(encode(innovation / spread, bits), bits)
+        return torch.nn.functional.pad(packed, (0, self.bytes_per_token - packed.shape[-1]))
+
+    def decode(self, packed: Tensor, prior: Prior | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The first n coordinates c [B, T, n] of the tokens that were written as `packed`."""
+        bits, spread, _ = self._allotted
+        used = packed[..., : -(-int(bits.sum()) // 8)]
+        return (decode(unpack(used, bits), bits) * spread + self._mean(prior)).to(dtype)
+
+    def _mean(self, prior: Prior | None) -> Tensor | float:
+        if self.with_ids != (prior is not None):
+            needed = "needs the prior from the token ids" if self.with_ids else "was made without ids, and takes none"
+            raise ValueError(f"this code {needed}")
+        return 0.0 if prior is None else prior.mean[..., : len(self.bits)].float()

@@ -1,0 +1,116 @@
+"""Between the stored numbers of a cache and what the joint model of an operator says of its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cachemedic.token.joint import RECENT, Prior
+from cachemedic.token.joint_operator import JointOperator, Told
+from cachemedic.token.lowest_layer import stored_in_lowest_layer
+from cachemedic.token.record import TokenRecord
+from cachemedic.token.vectors import TokenVectors
+
+CODED = 512  # tokens a row whose vectors are held at once
+
+Sides = tuple[Tensor, Tensor]
+
+
+class Coder:
+    """Writes the codes of tokens and tells their numbers again, for the caches of one model.
+
+    operator: of family D or E. Raises `TypeError` for one of another family, `ValueError` for one that was not
+    calibrated or is made for another model.
+    """
+
+    def __init__(self, model: PreTrainedModel, operator: JointOperator) -> None:
+        if not isinstance(operator, JointOperator):
+            found = getattr(getattr(operator, "config", None), "family", type(operator).__name__)
+            raise TypeError(f"a SketchCache takes an operator of family D or E, not {found}")
+        operator.check_model(model.config)
+        self.model, self.operator = model, operator
+        self.joint, self.code = operator.calibrated, operator.code
+        self.with_ids: bool = operator.config.options["with_ids"]
+        self.vectors = TokenVectors(model, self.joint.layers)
+        self.lowest = TokenVectors(model, [0])
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Those that it tells of."""
+        return self.vectors.layers
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of a code; 0 without."""
+        return 0 if self.code is None else self.code.bytes_per_token
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What the joint model takes in memory."""
+        return self.joint.fixed_bytes
+
+    def encode(self, keys: list[Tensor], values: list[Tensor], positions: Tensor, tokens: slice) -> Tensor:
+        """The codes uint8 [B, n, bytes] of n `tokens` of clean keys and values [B, G, T, d] of all layers."""
+        assert self.code is not None  # it has bytes a token
+        starts = range(tokens.start, tokens.stop, CODED)
+        parts = [slice(start, min(start + CODED, tokens.stop)) for start in starts]
+        return torch.cat([self._encode(keys, values, positions, part) for part in parts], 1)
+
+    def _encode(self, keys: list[Tensor], values: list[Tensor], positions: Tensor, tokens: slice) -> Tensor:
+        assert self.code is not None
+        x = self.vectors.of(
+            [keys[layer][:, :, tokens] for layer in self.layers],
+            [values[layer][:, :, tokens] for layer in self.layers],
+            positions[:, tokens],
+        )
+        if not self.with_ids:
+            return self.code.encode(x)
+        start = max(0, tokens.start - (RECENT - 1))
+        near = slice(start, tokens.stop)
+        lowest = self.lowest.of([keys[0][:, :, near]], [values[0][:, :, near]], positions[:, near])
+        prior = self.joint.prior_of(lowest, len(self.code.bits)).tokens(slice(tokens.start - start, None))
+        return self.code.encode(x, prior)
+
+    def restore(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> Iterator[Sides]:
+        """Keys and values [N, G, d] as stored of the tokens (rows[i], slots[i]), from code and ids alone, by layer."""
+        told = self._told(record, rows, slots)
+        x = self.joint.reconstruct(told.c, told.prior)
+        for keys, values in self.vectors.by_layer(x, record.positions[rows, slots][None]):
+            yield keys[0], values[0]
+
+    def estimate(
+        self, record: TokenRecord, rows: Tensor, slots: Tensor, keys: Tensor, values: Tensor, sound: Tensor
+    ) -> Iterator[Sides]:
+        """The same from what is left of the tokens, keys and values [N, L', G, d], as well.
+
+        sound [N, L', 2]: which of them are known to be as they were written.
+        """
+        read_keys, read_values = (side.permute(1, 2, 0, 3)[None] for side in (keys, values))
+        told, positions = self._told(record, rows, slots), record.positions[rows, slots][None]
+        found = self.operator.estimate(self.vectors, read_keys, read_values, told, positions, sound[None])
+        for layer_keys, layer_values in zip(found[0][0], found[1][0], strict=True):
+            yield layer_keys.transpose(0, 1), layer_values.transpose(0, 1)
+
+    def _told(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> Told:
+        """What ids and codes tell of N tokens."""
+        coded = slots < record.codes.shape[1]
+        count = self.joint.coordinates if self.code is None else len(self.code.bits)
+        prior = self._prior(record, rows, slots, count) if self.with_ids else None
+        dtype = self.model.dtype
+        c = torch.zeros(1, len(rows), count, dtype=dtype, device=rows.device) if prior is None else prior.mean.clone()
+        if self.code is not None and coded.any():
+            packed = record.codes[rows[coded], slots[coded]][None]
+            of_coded = None if prior is None else prior.tokens(coded)
+            c[:, coded] = self.code.decode(packed, of_coded, dtype=dtype)
+        return Told(c, prior, coded[None])
+
+    def _prior(self, record: TokenRecord, rows: Tensor, slots: Tensor, count: int) -> Prior:
+        first, end = max(0, int(slots.min()) - (RECENT - 1)), int(slots.max()) + 1
+        positions = record.positions[:, first:end]
+        keys, values = stored_in_lowest_layer(self.model, record.ids[:, first:end], positions)
+        lowest = self.lowest.of([keys], [values], positions)
+        near = self.joint.recent(lowest)[rows, slots - first][None]
+        return Prior(self.joint.prior_mean(near, count), lowest[rows, slots - first][None])

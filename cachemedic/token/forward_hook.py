@@ -1,0 +1,104 @@
+"""Tells a cache, before each forward pass, what it cannot see: the ids and the positions of the new tokens."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+
+class ToldCache(Cache, ABC):
+    """A cache that is told of the tokens that it gets."""
+
+    @abstractmethod
+    def begin(self, ids: Tensor, positions: Tensor) -> None:
+        """Called before each forward pass over tokens ids [B, M] at positions [B, M], -1 for padding."""
+
+    @abstractmethod
+    def known_positions(self) -> Tensor:
+        """Positions [B, T] of the tokens that are cached, -1 for padding."""
+
+    @property
+    @abstractmethod
+    def preallocated(self) -> bool:
+        """Whether layers hold places that nothing was written to yet."""
+
+    @abstractmethod
+    def unread(self) -> Tensor | None:
+        """Cached tokens [B, T] that attention must not read although they are no padding; None if there are none."""
+
+
+class Watch:
+    """Keeps the hooks on a model for as long as a cache holds this object. One a model: `Watch.of`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        modules = {model, model.base_model}  # a head calls the base model; a caller may leave the head out
+        handles = [module.register_forward_pre_hook(_announce, with_kwargs=True) for module in modules]
+        self.model = weakref.ref(model)
+        weakref.finalize(self, _remove, handles)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Watch:
+        """The one that the caches of a model share."""
+        known = _watches.get(model)
+        watch = None if known is None else known()
+        if watch is None:
+            watch = cls(model)
+            _watches[model] = weakref.ref(watch)
+        return watch
+
+
+_watches: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watch]] = weakref.WeakKeyDictionary()
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _announce(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """The forward pre-hook. Raises `ValueError` for a call that does not tell a `ToldCache` ids or positions."""
+    given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    given |= given.pop("kwargs", {})
+    cache = given.get("past_key_values")
+    if not isinstance(cache, ToldCache):
+        return None
+    if (ids := given.get("input_ids")) is None:
+        raise ValueError(f"a {type(cache).__name__} keeps token ids: pass input_ids in place of inputs_embeds")
+    past = int(cache.get_seq_length())
+    positions = _positions(cache, given, past, ids)
+    cache.begin(ids, positions)
+    unread, mask = cache.unread(), given.get("attention_mask")
+    if unread is None and not (mask is None and cache.preallocated):  # then a single query would read empty places
+        return None
+    mask = torch.ones(len(ids), past + ids.shape[1]).long().to(ids.device) if mask is None else mask.clone()
+    if unread is not None:
+        mask[:, :past] = mask[:, :past].masked_fill(unread, 0)
+    return (), given | {"attention_mask": mask, "position_ids": positions.clamp_min(0)}
+
+
+def _positions(cache: ToldCache, given: dict[str, Any], past: int, ids: Tensor) -> Tensor:
+    """Positions [B, M] of the new tokens behind `past` ones, -1 for padding."""
+    end = past + ids.shape[1]
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    name = type(cache).__name__
+    if mask is not None:
+        shape = getattr(mask, "shape", None)
+        if shape is None or len(shape) != 2 or shape[1] < end:
+            found = f"a mask {list(shape)}" if shape is not None else f"a {type(mask).__name__}"
+            raise ValueError(f"a {name} tells padding by an attention mask [{len(ids)}, {end}], not {found}")
+        valid = mask[:, past:end].bool()
+    if positions is None:
+        padded = past > 0 and bool((cache.known_positions() < 0).any())
+        if padded or not valid.all():
+            raise ValueError("with padding, models number tokens in different ways: pass position_ids")
+        positions = torch.arange(past, end, device=ids.device)[None]
+    if positions.dim() != 2:
+        raise ValueError(f"a {name} takes position_ids [B, M], not {list(positions.shape)}")
+    return torch.where(valid, positions.expand(len(ids), -1), -1)

@@ -1,0 +1,53 @@
+"""Token ids that are said to be those of a cache: their shape, and whether the cache follows from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from cachemedic.token.lowest_layer import stored_in_lowest_layer
+
+UNLIKE = 0.2  # of the size of a token's numbers in the lowest layer: rounding stays far below, another id is far above
+
+
+def tokens_given(
+    model: PreTrainedModel, cache: Cache, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, which of them are no padding, and their positions, all [B, T] on the model's device, of T cached tokens.
+
+    attention_mask: 0 for padding, None if there is none; position_ids: None: counted from the first token that is no
+    padding. Raises `ValueError` for tensors of another shape.
+    """
+    layers: list[Any] = cache.layers
+    shape = [len(layers[0].keys), int(cache.get_seq_length())]
+    given = {"ids": ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    for name, tensor in given.items():
+        if tensor is not None and list(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape}, as the cache has it, not {list(tensor.shape)}")
+    ids = ids.to(model.device)
+    valid = torch.ones_like(ids).bool() if attention_mask is None else attention_mask.to(model.device).bool()
+    positions = (valid.cumsum(1) - 1).clamp_min(0) if position_ids is None else position_ids.to(model.device)
+    return ids, valid, positions
+
+
+def check_ids(model: PreTrainedModel, lowest: Any, ids: Tensor, positions: Tensor, sound: Tensor) -> None:
+    """Raises `ValueError` if `sound` tokens [B, T] do not follow from their ids.
+
+    lowest: the lowest layer of the cache, which follows from ids and positions alone.
+    """
+    if not sound.any():
+        return
+    error = size = torch.zeros((), device=ids.device)
+    for x, stored in zip(stored_in_lowest_layer(model, ids, positions), (lowest.keys, lowest.values), strict=True):
+        error = error + (stored[:, :, : ids.shape[1]].to(x) - x).float().square().sum((1, 3))
+        size = size + x.float().square().sum((1, 3))
+    wrong = ~(error < UNLIKE**2 * size) & sound
+    if wrong.any():
+        row, slot = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"{int(wrong.sum())} tokens that are not damaged do not follow from their ids and positions, first of them "
+            f"slot {slot} of row {row}: give the ids of this cache, and mark all damage"
+        )

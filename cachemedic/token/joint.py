@@ -1,0 +1,218 @@
+"""The joint model of a token: x = mean + (c axes + rest) / scale over all layers and heads at once.
+
+The axes are the principal ones of whole tokens, standardised and weighed by what errors do to the output; c and rest
+are independent normal numbers of known variances. With the token ids, c has a linear prior from the exact vectors of
+this token and the three before in the lowest layer. One transform of all layers and heads together is that of KVTC
+(arXiv 2511.01815), a method of compression; here it serves repair, with side information from the ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cachemedic.core.files import write_atomically
+from cachemedic.models.shape import ModelShape
+from cachemedic.token.lowest_layer import lowest_layer
+
+SINKS = 4  # first positions, whose vectors are of another kind (attention sinks): a cache keeps them as they are
+RECENT = 4  # tokens whose lowest layer tells of c: this one and those before
+FORMAT = "cachemedic joint model 1"
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """What the ids tell of tokens: mean [B, T, m] of c, and lowest [B, T, W], the exact vectors of the lowest layer."""
+
+    mean: Tensor
+    lowest: Tensor
+
+    def rows(self, rows: slice | Tensor) -> Prior:
+        """The same of some rows of the batch."""
+        return Prior(self.mean[rows], self.lowest[rows])
+
+    def tokens(self, tokens: slice | Tensor) -> Prior:
+        """The same of some tokens."""
+        return Prior(self.mean[:, tokens], self.lowest[:, tokens])
+
+
+@dataclass(frozen=True, eq=False)
+class JointModel:
+    """The model of the tokens of one base: D numbers a token, m coordinates c, W numbers in the lowest layer.
+
+    of: the shape of the base; layers: those that x holds; mean, scale, rest [D] (rest: variances in units of the
+    scale); axes [m, D], orthonormal rows in bf16; variance [m]: of c; lowest_mean, lowest_scale [W] standardise the
+    lowest layer; prior_in [RECENT W, r] and prior_out [r, m] map it to the mean of c; prior_variance [m]: what the ids
+    leave of the variance of c; first [D]: the vector of the token that all calibration texts began with, None if they
+    differed.
+    """
+
+    of: ModelShape
+    layers: tuple[int, ...]
+    mean: Tensor
+    scale: Tensor
+    axes: Tensor
+    variance: Tensor
+    rest: Tensor
+    lowest_mean: Tensor
+    lowest_scale: Tensor
+    prior_in: Tensor
+    prior_out: Tensor
+    prior_variance: Tensor
+    first: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        width = 2 * self.of.num_kv_heads * self.of.head_dim
+        d, m, r = width * len(self.layers), len(self.axes), self.prior_in.shape[-1]
+        expected = {
+            "mean": (d,), "scale": (d,), "axes": (m, d), "variance": (m,), "rest": (d,), "lowest_mean": (width,),
+            "lowest_scale": (width,), "prior_in": (RECENT * width, r), "prior_out": (r, m), "prior_variance": (m,),
+        }  # fmt: skip
+        if self.first is not None:
+            expected["first"] = (d,)
+        for name, shape in expected.items():
+            found = tuple(getattr(self, name).shape)
+            if found != shape:
+                raise ValueError(f"{name} of a joint model of {d} numbers a token must be {shape}, not {found}")
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return len(self.mean)
+
+    @property
+    def coordinates(self) -> int:
+        """m."""
+        return len(self.axes)
+
+    @property
+    def sinks(self) -> int:
+        """How many first positions are kept exactly instead."""
+        return SINKS
+
+    @property
+    def lowest_is_exact(self) -> bool:
+        """Whether x holds the lowest layer, which the ids tell."""
+        return self.layers[0] == 0
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What the model takes in memory, whatever the number of tokens."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All numbers by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of what the model is."""
+        digest = hashlib.sha256(self._header().encode())
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _header(self) -> str:
+        return json.dumps({"of": asdict(self.of), "layers": list(self.layers)}, sort_keys=True)
+
+    def to(self, device: torch.device | str) -> JointModel:
+        """The same on a device."""
+        if self.mean.device == torch.device(device):
+            return self
+        return JointModel(self.of, self.layers, **{name: x.to(device) for name, x in self.tensors.items()})
+
+    def as_bytes(self) -> bytes:
+        """The model as one safetensors file that names its own sha256."""
+        tensors = {name: x.detach().cpu().contiguous() for name, x in self.tensors.items()}
+        header = {"format": FORMAT, "model": self._header(), "sha256": self.digest}
+        return safetensors.torch.save(tensors, metadata=header)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the model to a file, whole or not at all."""
+        write_atomically(Path(path), self.as_bytes())
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> JointModel:
+        """Reads what `save` or `as_bytes` wrote.
+
+        Raises `FileNotFoundError` if there is no such file, `ValueError` if it is damaged or no joint model.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no joint model at {path}")
+        try:
+            with safetensors.safe_open(str(path), framework="pt") as file:
+                header = file.metadata() or {}
+                if header.get("format") != FORMAT:
+                    raise ValueError(
+                        f"{path} is no joint model: its format is {header.get('format')!r}, not {FORMAT!r}"
+                    )
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            record = json.loads(header["model"])
+            found = cls(ModelShape(**record["of"]), tuple(record["layers"]), **tensors)
+        except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"the joint model in {path} is damaged: {error!r}") from error
+        if found.digest != header.get("sha256"):
+            raise ValueError(f"the joint model in {path} is damaged: its sha256 is not the one that it names")
+        return found
+
+    def standardise(self, x: Tensor) -> Tensor:
+        """Vectors x [..., D] in units of the scale, about the mean."""
+        return torch.addcmul((-self.mean * self.scale).to(x.dtype), x, self.scale.to(x.dtype))
+
+    def restore_scale(self, z: Tensor) -> Tensor:
+        """The inverse of `standardise`."""
+        return torch.addcdiv(self.mean.to(z.dtype), z, self.scale.to(z.dtype))
+
+    def project(self, z: Tensor, count: int | None = None) -> Tensor:
+        """The first `count` coordinates (None: all) of standardised vectors z [..., D]: [..., count]."""
+        return z @ self.axes[:count].to(z.dtype).T
+
+    def expand(self, c: Tensor) -> Tensor:
+        """Standardised vectors [..., D] of their first n coordinates c [..., n]."""
+        return c @ self.axes[: c.shape[-1]].to(c.dtype)
+
+    def reconstruct(self, c: Tensor, prior: Prior | None = None) -> Tensor:
+        """Vectors x [B, T, D] of coordinates c [B, T, n]; with a prior their lowest layer is exact."""
+        x = self.restore_scale(self.expand(c))
+        if prior is not None and self.lowest_is_exact:
+            x[..., : prior.lowest.shape[-1]] = prior.lowest
+        return x
+
+    def prior(self, model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Prior:
+        """What ids [B, T] at positions [B, T] tell of their tokens, in the precision of the model.
+
+        The RECENT - 1 first tokens of a row hear of fewer before; they are meant to be sinks or padding.
+        """
+        return self.prior_of(lowest_layer(model, ids, positions))
+
+    def prior_of(self, lowest: Tensor, count: int | None = None) -> Prior:
+        """The same from the vectors [B, T, W] of the lowest layer, for the first `count` coordinates (None: all)."""
+        return Prior(self.prior_mean(self.recent(lowest), count), lowest)
+
+    def prior_mean(self, near: Tensor, count: int | None = None) -> Tensor:
+        """Mean [..., count] of the first coordinates (None: all), from what `recent` gives [..., RECENT W]."""
+        return near @ self.prior_in.to(near.dtype) @ self.prior_out[:, :count].to(near.dtype)
+
+    def recent(self, lowest: Tensor) -> Tensor:
+        """What the prior of c is linear in: the standardised lowest layer of RECENT tokens [B, T, RECENT W]."""
+        return recent((lowest - self.lowest_mean.to(lowest)).mul_(self.lowest_scale.to(lowest)))
+
+
+def recent(z: Tensor) -> Tensor:
+    """Vectors z [B, T, W] beside those of the RECENT - 1 tokens before, zero where there is none: [B, T, RECENT W]."""
+    padded = F.pad(z, (0, 0, RECENT - 1, 0))
+    return torch.cat([padded[:, RECENT - 1 - back : padded.shape[1] - back] for back in range(RECENT)], -1)

@@ -1,0 +1,42 @@
+"""The file of a joint model: one for all operators of a base, named by its content."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from cachemedic.models.load import WEIGHTS
+from cachemedic.token.joint import JointModel
+
+
+def joint_name(digest: str) -> str:
+    """The name of the file of a joint model."""
+    return f"joint-{digest[:16]}.safetensors"
+
+
+def ships(digest: str) -> bool:
+    """Whether a joint model comes with the package, among the embedded bases."""
+    return any((place / joint_name(digest)).is_file() for place in WEIGHTS.glob("*/"))
+
+
+def find_joint(folder: Path, digest: str) -> JointModel:
+    """The joint model of this digest, from the folder of an operator, the one above it, or among the embedded bases.
+
+    Operators of one base that are read one after another share it in memory. Raises `FileNotFoundError` if it is in
+    none of them, `ValueError` if it is damaged.
+    """
+    name = joint_name(digest)
+    for place in (folder, folder.parent, *sorted(WEIGHTS.glob("*/"))):
+        if (place / name).is_file():
+            return _read(place / name, (place / name).stat().st_mtime_ns, digest)
+    raise FileNotFoundError(
+        f"the joint model {name} of the operator in {folder} is neither there nor in the folder above"
+    )
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, changed: int, digest: str) -> JointModel:
+    joint = JointModel.from_file(path)
+    if joint.digest != digest:
+        raise ValueError(f"{path} is another joint model than that of the operator")
+    return joint

@@ -1,0 +1,300 @@
+"""Families D (token-aware) and E (sketch-assisted): repair of whole cached tokens under the joint model.
+
+D stores nothing: it goes by the joint model of clean tokens, by the damaged numbers, and by the token ids if it is
+given them. E also keeps a code of each token, written when the token was, and the numbers of the first four
+positions. Both repair what is stored, not what one layer reads: calibrated, they do so before any training, which
+only teaches them whom to trust.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cachemedic.repair.config import OperatorConfig
+from cachemedic.repair.operator import STATISTICS, Attention, Gates, RepairOperator
+from cachemedic.token.code import TokenCode
+from cachemedic.token.estimate import Sight, Trust, estimate
+from cachemedic.token.joint import JointModel, Prior
+from cachemedic.token.joint_files import find_joint, joint_name, ships
+from cachemedic.token.kept import Kept, Told, hashes_of, sinks_of, with_sinks
+from cachemedic.token.parts import Knowledge
+from cachemedic.token.trust import initial_trust, judge
+from cachemedic.token.vectors import TokenVectors
+
+FROM_PRIOR, FROM_CODE = 0, 1  # kinds of knowledge
+PIECE = 128  # tokens, over all rows, that are estimated at once: their numbers stay in the processor's cache
+ALIKE = 0.5  # regression on the known first token from which on, without ids, the first token counts as that one
+
+
+class JointOperator(RepairOperator):
+    """What D and E share. `calibrate` gives it a joint model, without which it repairs nothing.
+
+    rank: how many axes an estimate moves along, as a mean over the heads of all layers.
+    Options: `with_ids`, whether token ids are used; `rounds` of the estimate; `hidden` units of the trust network.
+    """
+
+    default_options: dict[str, Any] = {"with_ids": True, "rounds": 2, "hidden": 16}
+
+    def __init__(self, config: OperatorConfig, parameters: dict[str, Tensor]) -> None:
+        super().__init__(config, parameters)
+        self.joint: JointModel | None = None
+        self.code: TokenCode | None = None
+        self.expected_kl: dict[str, float] = {}  # nats, by way of repair
+        self.alarms: dict[str, list[float]] = {}  # thresholds of `check_cache`, by rate of false alarms
+        self.known: Knowledge | None = None  # of the joint model, as an estimate takes it
+
+    @classmethod
+    def initial_parameters(cls, config: OperatorConfig, generator: torch.Generator) -> dict[str, Tensor]:
+        for name in ("rounds", "hidden"):
+            if not isinstance(config.options[name], int) or config.options[name] < 1:
+                raise ValueError(f"{name} must be a whole number from 1 upwards, not {config.options[name]!r}")
+        parts = 2 * config.model.num_kv_heads * len(config.layers)
+        return initial_trust(parts, config.options["hidden"], generator)
+
+    def attend(
+        self, layer: int, attention: Attention, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor | None, Gates]:
+        """Plain attention: D and E repair what is stored."""
+        return *attention(query, key, value), (None, None)
+
+    def set_joint(
+        self,
+        joint: JointModel,
+        expected_kl: dict[str, float] | None = None,
+        alarms: dict[str, list[float]] | None = None,
+    ) -> None:
+        """Gives the operator its joint model, E its code, and what was measured of both.
+
+        Raises `ValueError` for a joint model of other layers or shape.
+        """
+        if (joint.of, joint.layers) != (self.config.model, self.layers):
+            raise ValueError(
+                f"a joint model of {joint.of} and layers {list(joint.layers)} does not fit an operator of "
+                f"{self.config.model} and layers {list(self.layers)}"
+            )
+        self.joint = joint = joint.to(self.device)
+        self.code = self._code(joint)
+        self.expected_kl, self.alarms = dict(expected_kl or {}), dict(alarms or {})
+        with_ids = self.config.options["with_ids"]
+        left = [joint.prior_variance if with_ids else joint.variance]
+        if self.code is not None:
+            left.append(self.code.left)
+        count = min(joint.coordinates, self.rank * self.config.model.num_kv_heads * len(self.layers))
+        exact = torch.full((len(left),), with_ids, device=self.device)
+        self.known = Knowledge.of(joint, torch.stack(left), exact, count)
+
+    def _code(self, joint: JointModel) -> TokenCode | None:
+        """Hook: what E writes."""
+        return None
+
+    @property
+    def calibrated(self) -> JointModel:
+        """The joint model. Raises `ValueError` if there is none."""
+        if self.joint is None:
+            raise ValueError("this operator knows no clean tokens yet: give it to `calibrate` with a base first")
+        return self.joint
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all that it is: definition, parameters, joint model."""
+        found = hashlib.sha256(f"{self.config} {self._held()}".encode())
+        for name, p in sorted(self.named_parameters()):
+            found.update(name.encode() + p.detach().cpu().numpy().tobytes())
+        return found.hexdigest()
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of the code; 0 without. A cache keeps hashes besides."""
+        return 0 if self.code is None else self.code.bytes_per_token
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What joint model and parameters take, whatever the number of tokens."""
+        return self.calibrated.fixed_bytes + sum(p.nbytes for p in self.parameters())
+
+    def told(self, prior: Prior | None, codes: Tensor | None = None, like: Tensor | None = None) -> Told:
+        """What codes [B, T, bytes] and the prior tell; without either nothing (`like` [B, T, ...]: how many tokens)."""
+        if codes is not None and self.code is not None:
+            dtype = torch.float32 if prior is None else prior.mean.dtype
+            c = self.code.decode(codes, prior if self.code.with_ids else None, dtype=dtype)
+            return Told(c, prior, torch.ones(c.shape[:2], dtype=torch.bool, device=c.device))
+        if prior is not None:
+            return Told(
+                prior.mean, prior, torch.zeros(prior.mean.shape[:2], dtype=torch.bool, device=prior.mean.device)
+            )
+        assert like is not None  # there is nothing else that says how many tokens there are
+        c = like.new_zeros(*like.shape[:2], 1)
+        return Told(c, None, torch.zeros(c.shape[:2], dtype=torch.bool, device=c.device))
+
+    def estimate(
+        self,
+        vectors: TokenVectors,
+        keys: Tensor,
+        values: Tensor,
+        told: Told,
+        positions: Tensor,
+        sound: Tensor | None = None,
+        trust: Trust | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, L', G, T, d] of the protected layers, repaired, from those that were read.
+
+        positions [B, T]; sound [B, T, L', 2] bool: keys and values known to be as they were written. With R runs B is
+        R rows of samples, run-major. trust: judges instead of the operator's own network.
+        """
+        joint, known = self.calibrated, self.known
+        assert known is not None  # as there is a joint model
+        parts = known.parts
+        x = joint.reconstruct(told.c, told.prior)
+        angles = vectors.rotation.angles(positions.to(x.device), torch.float32)
+        stored = parts.rotate(x, angles, 1)
+        read = parts.stack(keys, values)
+        by_part = None if sound is None else sound[..., None].expand(*sound.shape, parts.heads).flatten(2)
+        kind = told.coded.long() * FROM_CODE
+        rounds = self.config.options["rounds"]
+        pieces = []
+        for piece in torch.arange(read.shape[1], device=read.device).split(max(1, PIECE // len(read))):
+            turned = None if angles is None else (angles[0][:, piece], angles[1][:, piece])
+            known_sound = None if by_part is None else by_part[:, piece]
+            of_piece = kind[:, piece], stored[:, piece], read[:, piece], turned
+            pieces.append(estimate(known, *of_piece, rounds, trust or self._judge, known_sound))
+        found = torch.cat(pieces, 1)
+        found = self._first(found, read, told.prior, positions).to(keys.dtype)
+        sides = zip("kv", parts.unstack(found), (keys, values), strict=True)
+        new_keys, new_values = (new if side in self.config.sides else old for side, new, old in sides)
+        return new_keys, new_values
+
+    def _judge(self, sight: Sight) -> Tensor:
+        return judge(dict(self.named_parameters()), sight)
+
+    def _first(self, found: Tensor, read: Tensor, prior: Prior | None, positions: Tensor) -> Tensor:
+        """With the first token as calibration knows it, where it is that one, else as it is. (It has no rotation.)"""
+        joint, at_first = self.calibrated, (positions == 0)[..., None]
+        found = torch.where(at_first, read.float().nan_to_num(), found)
+        if joint.first is None:
+            return found
+        first = joint.first.float()
+        if prior is not None and joint.lowest_is_exact:
+            lowest = first[: prior.lowest.shape[-1]]
+            off, size = prior.lowest.float() - lowest, lowest.square().sum()
+            same = off.square().sum(-1) < 1e-2 * size
+        else:
+            same = (read.float().nan_to_num() @ first) > ALIKE * first.square().sum()
+        return torch.where(same[..., None] & at_first, first, found)
+
+    def write_tokens(
+        self, model: PreTrainedModel, keys: Tensor, values: Tensor, ids: Tensor, positions: Tensor
+    ) -> Kept | None:
+        """What is kept of clean keys and values [B, L, G, T, d] of all layers; None for D.
+
+        ids and positions [B, T], positions -1 for padding.
+        """
+        if self.code is None:
+            return None
+        layers = list(self.layers)
+        x = TokenVectors(model, layers).of(keys[:, layers], values[:, layers], positions)
+        prior = self.prior(model, ids, positions)
+        return Kept(self.code.encode(x, prior), hashes_of(keys, values, layers), sinks_of(keys, values, positions))
+
+    def prior(self, model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Prior | None:
+        """What ids [B, T] at positions [B, T] tell; None for an operator that does not use them."""
+        return self.calibrated.prior(model, ids, positions) if self.config.options["with_ids"] else None
+
+    def repair(
+        self,
+        model: PreTrainedModel,
+        keys: Tensor,
+        values: Tensor,
+        ids: Tensor,
+        positions: Tensor,
+        kept: Kept | None = None,
+        way: str = "estimate",
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, L, G, T, d] of all layers, those of protected layers repaired; `way` may be "restore".
+
+        With what E kept, all that is as it was written keeps every bit.
+        """
+        prior = self.prior(model, ids, positions)
+        return self.repair_told(TokenVectors(model, self.layers), keys, values, prior, positions, kept, way)
+
+    def repair_told(
+        self,
+        vectors: TokenVectors,
+        keys: Tensor,
+        values: Tensor,
+        prior: Prior | None,
+        positions: Tensor,
+        kept: Kept | None = None,
+        way: str = "estimate",
+    ) -> tuple[Tensor, Tensor]:
+        """The same where what the ids tell is known already."""
+        layers = list(self.layers)
+        here = keys[:, layers], values[:, layers]
+        told = self.told(prior, None if kept is None else kept.codes, like=keys[:, 0, 0, :, :1])
+        sound = None if kept is None else kept.sound(keys, values, layers)
+        if way == "restore":
+            new = vectors.back(self.calibrated.reconstruct(told.c, told.prior), positions)
+        else:
+            new = self.estimate(vectors, *here, told, positions, sound)
+        repaired = []
+        for number, (whole, side, old) in enumerate(zip((keys, values), new, here, strict=True)):
+            whole, side = whole.clone(), side.to(whole.dtype)
+            if sound is not None:
+                side = torch.where(sound[..., number].permute(0, 2, 1)[:, :, None, :, None], old, side)
+            whole[:, layers] = side
+            if kept is not None:
+                whole = with_sinks(whole, kept.sinks[number].to(whole), positions)
+            repaired.append(whole)
+        return repaired[0], repaired[1]
+
+    def _like(self, config: OperatorConfig, parameters: dict[str, Tensor]) -> JointOperator:
+        other = type(self)(config, parameters)
+        if self.joint is not None:
+            other.set_joint(self.joint, self.expected_kl, self.alarms)
+        return other
+
+    def _held(self) -> object:
+        return self.joint and self.joint.digest
+
+    def _apply(self, fn: Any, recurse: bool = True) -> JointOperator:
+        super()._apply(fn, recurse)
+        if self.joint is not None:
+            self.set_joint(self.joint, self.expected_kl, self.alarms)  # to the device where the parameters are now
+        return self
+
+    def _files_beside(self) -> dict[str, bytes | None]:
+        if self.joint is None:
+            return {STATISTICS: None}
+        record = {"joint": self.joint.digest, "expected_kl": self.expected_kl, "alarms": self.alarms}
+        files: dict[str, bytes | None] = {STATISTICS: (json.dumps(record, indent=2) + "\n").encode()}
+        if not ships(self.joint.digest):
+            files[joint_name(self.joint.digest)] = self.joint.as_bytes()
+        return files
+
+    def _read_beside(self, folder: Path, named: str | None) -> None:
+        if named is None:
+            return
+        content = (folder / STATISTICS).read_bytes() if (folder / STATISTICS).is_file() else b""
+        if hashlib.sha256(content).hexdigest() != named:
+            raise ValueError(f"{folder / STATISTICS} is missing, damaged or not of this operator")
+        record = json.loads(content)
+        self.set_joint(find_joint(folder, record["joint"]), record["expected_kl"], record["alarms"])
+
+
+class TokenAware(JointOperator):
+    """Family D: nothing is stored."""
+
+
+class SketchAssisted(JointOperator):
+    """Family E: D with a code of each token. Option `share`: its bytes over those of a bf16 cache."""
+
+    default_options = JointOperator.default_options | {"share": 1 / 128}
+
+    def _code(self, joint: JointModel) -> TokenCode:
+        return TokenCode(joint, self.config.options["share"], self.config.options["with_ids"])

@@ -1,0 +1,64 @@
+"""What is known of the tokens of a cache before they are read, and what family E keeps of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cachemedic.token.hashes import Hashes, TokenHash
+from cachemedic.token.joint import SINKS, Prior
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What is known of tokens [B, T] before they are read: c [B, T, n]; their prior, None without ids; coded [B, T]
+    bool: whether c comes from a code.
+    """
+
+    c: Tensor
+    prior: Prior | None
+    coded: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What family E keeps of T tokens: codes uint8 [B, T, bytes], hashes, sinks [2, B, L, G, SINKS, d] as stored."""
+
+    codes: Tensor
+    hashes: Hashes
+    sinks: Tensor
+
+    def rows(self, rows: Tensor) -> Kept:
+        """The same of some rows of the batch."""
+        return Kept(self.codes[rows], self.hashes.rows(lambda x: x[rows]), self.sinks[:, rows])
+
+    def sound(self, keys: Tensor, values: Tensor, layers: Sequence[int]) -> Tensor:
+        """Which keys and values of tokens, bool [B, T, L', 2], are what was written; [B, L, G, T, d] of all layers."""
+        now = hashes_of(keys, values, layers)
+        parts, changed = now.parts == self.hashes.parts, now.whole != self.hashes.whole
+        unplaced = changed & parts.flatten(2).all(2)  # the short hashes of a changed part agree by chance
+        return torch.where(changed[..., None, None], parts & ~unplaced[..., None, None], True)
+
+
+def hashes_of(keys: Tensor, values: Tensor, layers: Sequence[int]) -> Hashes:
+    """The hashes of some layers of keys and values [B, L, G, T, d]."""
+    hasher = TokenHash(len(layers), keys.shape[2], keys.shape[4], keys.dtype, seed=0)
+    return hasher.of(*([side[:, layer] for layer in layers] for side in (keys, values)))
+
+
+def sinks_of(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """The numbers [2, B, L, G, SINKS, d] of the tokens at the first positions; positions [B, T], -1 for padding."""
+    at = torch.arange(SINKS, device=positions.device)
+    slots = (positions[:, None] == at[:, None]).int().argmax(-1)[:, None, None, :, None]
+    chosen = [x.gather(3, slots.expand(*x.shape[:3], SINKS, x.shape[-1])) for x in (keys, values)]
+    return torch.stack(chosen)
+
+
+def with_sinks(x: Tensor, sinks: Tensor, positions: Tensor) -> Tensor:
+    """x [B, L, G, T, d] with the numbers kept of the first positions, [B, L, G, SINKS, d]."""
+    place = positions.clamp(0, SINKS - 1)[:, None, None, :, None].expand(*x.shape[:4], x.shape[-1])
+    held = ((positions >= 0) & (positions < SINKS))[:, None, None, :, None]
+    return torch.where(held, sinks.gather(3, place), x)

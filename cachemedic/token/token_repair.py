@@ -1,0 +1,56 @@
+"""An operator of D or E as a defense, to be measured beside all others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from cachemedic.core.errors import nearest_valid
+from cachemedic.defenses.defense import CachedTokens, Defense
+from cachemedic.token.joint_operator import JointOperator
+from cachemedic.token.kept import Kept
+
+WAYS = ("restore", "estimate")
+
+
+class TokenRepair(Defense):
+    """A calibrated operator of family D or E at work on the caches of one model.
+
+    way: "estimate", from the code and from what is left of a damaged token, or "restore", from the code alone. With the
+    hashes that E keeps, tokens that are as they were written keep every bit.
+    Raises `ValueError` for an operator that was not calibrated or is made for another model, and for an unknown way.
+    """
+
+    def __init__(self, model: PreTrainedModel, operator: JointOperator, way: str = "estimate") -> None:
+        if way not in WAYS:
+            raise nearest_valid("way of repair", way, WAYS)
+        operator.check_model(model.config)
+        self.fixed = operator.fixed_bytes  # raises without a joint model
+        self.model, self.operator, self.way = model, operator, way
+
+    @property
+    def runs(self) -> int:
+        """Of the operator; batch rows are run-major."""
+        return self.operator.runs
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the code. Hashes, which every defense that checks needs, are not counted."""
+        return self.operator.bytes_per_token
+
+    @property
+    def fixed_bytes(self) -> int:
+        return self.fixed
+
+    @torch.no_grad()
+    def write(self, clean: CachedTokens) -> Kept | None:
+        """Codes, hashes and the first positions; None for D."""
+        return self.operator.write_tokens(self.model, clean.k, clean.v, clean.ids, clean.positions)
+
+    @torch.no_grad()
+    def read(self, damaged: CachedTokens, kept: Kept | None) -> CachedTokens:
+        """The repaired cache."""
+        k, v = self.operator.repair(self.model, damaged.k, damaged.v, damaged.ids, damaged.positions, kept, self.way)
+        return replace(damaged, k=k, v=v)

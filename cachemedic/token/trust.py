@@ -1,0 +1,54 @@
+"""The trained network of D and E: how much noise the parts of a token hold beyond what the algebra sees.
+
+An exchanged token, or a rotated one, deviates like a noisy one but follows another distribution: how a part deviates,
+and how the other parts of its token do, tell them apart. All parts share one small network, each
+with an embedding of its own. It ends in zeros: untrained, the algebra stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cachemedic.token.estimate import Sight
+
+FEATURES = 11
+GAIN = 8.0  # of the output: few updates take a part from believed to not believed
+SMALLEST, LARGEST = 1e-3, 1e4  # of ratios, before their logarithm
+
+
+def initial_trust(parts: int, hidden: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Parameters of one run; the output is zero."""
+    return {
+        "trust_in": torch.randn(FEATURES, hidden, generator=generator) / FEATURES**0.5,
+        "trust_part": torch.randn(parts, hidden, generator=generator) * 0.1,
+        "trust_out": torch.zeros(hidden, 1),
+        "trust_bias": torch.zeros(1),
+    }
+
+
+def judge(parameters: Mapping[str, Tensor], sight: Sight) -> Tensor:
+    """What to add [R*B, T, P] to the logarithm of the noise; parameters [R, ...] of R runs, rows run-major."""
+    x = features(sight)
+    rows = x.reshape(len(parameters["trust_in"]), -1, *x.shape[2:])
+    return said_of(parameters, rows, parameters["trust_part"][:, None]).view(x.shape[:-1])
+
+
+def said_of(parameters: Mapping[str, Tensor], x: Tensor, embedding: Tensor) -> Tensor:
+    """The network on features x [R, N, ..., FEATURES] and the embedding [R, N or 1, ..., hidden] of their parts."""
+    hidden = torch.bmm(x.flatten(1, -2), parameters["trust_in"]).view(*x.shape[:-1], -1)
+    said = torch.bmm(torch.tanh(hidden + embedding).flatten(1, -2), parameters["trust_out"])
+    return (GAIN * (said + parameters["trust_bias"][:, None])).clamp(-GAIN, GAIN).view(x.shape[:-1])
+
+
+def features(sight: Sight) -> Tensor:
+    """Of every part [B, T, P, FEATURES]: its own, the means over its token, and of the lowest layer."""
+    sized = [x.clamp(SMALLEST, LARGEST).log() / 2 for x in (sight.told, sight.found, sight.size)]
+    own = torch.stack([*sized, sight.lost, sight.alike.clamp(-2, 3)], -1)
+    inexact = (~sight.exact).float()[..., None]
+    token = (own * inexact).sum(2) / inexact.sum(2).clamp_min(1)
+    off = (sight.size - 2 * sight.alike + 1).clamp(SMALLEST, LARGEST).log() / 2  # of the deviation, over what is told
+    lowest = ((off * sight.exact).sum(2) / sight.exact.sum(2).clamp_min(1))[..., None]
+    return torch.cat([own, torch.cat([token, lowest], -1)[:, :, None].expand(-1, -1, own.shape[2], -1)], -1)

@@ -1,0 +1,130 @@
+"""A first training of the trust network, without the base: on faults of many kinds in clean caches.
+
+For each part the squared error of the estimate is a quadratic form in the share a that is believed of what was read,
+
+    (1 - a)^2 E_told + 2 a (1 - a) E_both + a^2 E_read,
+
+of the mean products of the two errors, and a follows from the noise that the network says. The network learns to make
+it small, over the size of the part, in seconds. The repair objective is what it is then trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from cachemedic.corruption.apply import corrupt
+from cachemedic.corruption.spec import CorruptionEvent, CorruptionSpec, draw_event
+from cachemedic.models.cache import stack_cache
+from cachemedic.token.estimate import Sight
+from cachemedic.token.joint import SINKS
+from cachemedic.token.joint_operator import JointOperator
+from cachemedic.token.trust import features, said_of
+from cachemedic.token.vectors import TokenVectors
+
+RANGES = {  # of parameters: from harmless to what leaves little
+    "gaussian": (0.05, 1.5),
+    "dropout_zero": (0.02, 0.8),
+    "orthogonal_rotation": (0.1, 1.0),
+    "bitflip_sparse": (3e-4, 0.02),
+    "quant_noise": (1, 4),
+    "contiguous_overwrite": (8, 128),
+}  # fmt: skip
+PREFIX, DRAWS = 128, 3  # tokens of a window; faults of each type and window
+STEPS, BATCH, RATE = 400, 8192, 1e-2
+SAMPLES = 400_000  # parts, at most
+
+
+def fit_trust(
+    operator: JointOperator, model: PreTrainedModel, ids: Tensor, types: Sequence[str] = tuple(RANGES), seed: int = 0
+) -> None:
+    """Trains the trust network of all runs on windows of text ids [N, T] under faults of these types, N at least 2."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = ids[:, :PREFIX].to(model.device)
+    truth, count = _Truth(operator, model, ids), SAMPLES // (len(types) * DRAWS)
+    found = [truth.sights(kind, count, generator) for kind in types for _ in range(DRAWS)]
+    x, part, products, noise, variance = (torch.cat(column) for column in zip(*found, strict=True))
+    parameters = dict(operator.named_parameters())
+    optimizer = torch.optim.Adam(parameters.values(), lr=RATE)
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+        rows = torch.randint(len(x), (BATCH,), generator=generator)
+        runs = x[rows].expand(operator.runs, -1, -1)
+        more = said_of(parameters, runs, parameters["trust_part"][:, part[rows]])
+        believed = variance[rows] / (variance[rows] + noise[rows] * more.exp())
+        of_told, of_both, of_read = products[rows].unbind(-1)
+        rest = 1 - believed
+        loss = (rest.square() * of_told + 2 * believed * rest * of_both + believed.square() * of_read).mean(1).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+class _Truth:
+    """Clean caches of windows ids [N, T], what is told of their tokens, and what is kept of them."""
+
+    @torch.no_grad()
+    def __init__(self, operator: JointOperator, model: PreTrainedModel, ids: Tensor) -> None:
+        assert operator.known is not None  # it is calibrated
+        self.operator, self.known, self.layers = operator, operator.known, list(operator.layers)
+        cache = DynamicCache()
+        model.base_model(ids, past_key_values=cache, use_cache=True)
+        self.keys, self.values = stack_cache(cache)
+        self.positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+        self.vectors = TokenVectors(model, operator.layers)
+        self.kept = operator.write_tokens(model, self.keys, self.values, ids, self.positions)
+        codes = None if self.kept is None else self.kept.codes
+        prior = operator.prior(model, ids, self.positions)
+        self.told = operator.told(prior, codes, like=self.keys[:, 0, 0, :, :1])
+
+    def _events(self, kind: str, generator: torch.Generator) -> list[CorruptionEvent]:
+        """A fault of this kind for each window, of any strength, half of them everywhere."""
+        low, high = RANGES[kind]
+        shape = (self.keys.shape[1], self.keys.shape[2], self.keys.shape[3])
+        events = []
+        for _ in self.keys:
+            u = torch.rand(4, generator=generator).tolist()
+            strength = low * (high / low) ** u[0]
+            strength = round(strength) if isinstance(low, int) else strength
+            strength = min(strength, shape[2]) if kind == "contiguous_overwrite" else strength
+            heads = "all" if u[1] < 0.5 else 0.25 + 0.75 * u[2]
+            share = 1.0 if u[3] < 0.5 or kind == "contiguous_overwrite" else u[3]
+            spec = CorruptionSpec(kind, parameter=strength, heads=heads, share=share)
+            events.append(draw_event(spec, shape, generator))
+        return events
+
+    @torch.no_grad()
+    def sights(self, kind: str, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Features [n, F], parts [n], error products [n, 3], noise and variance [n] of `count` parts so hit."""
+        events = self._events(kind, generator)
+        donors = self.keys.roll(1, 0), self.values.roll(1, 0)
+        bad = corrupt(self.keys, self.values, events, generator, *donors)
+        sound = None if self.kept is None else self.kept.sound(bad[0], bad[1], self.layers)
+        here = [(x[0][:, self.layers], x[1][:, self.layers]) for x in ((self.keys, self.values), bad)]
+        caught: list[Sight] = []
+
+        def catch(sight: Sight) -> Tensor:
+            caught.append(sight)
+            return torch.zeros_like(sight.told)
+
+        self.operator.estimate(self.vectors, *here[1], self.told, self.positions, sound, catch)
+        names = [field.name for field in fields(Sight)]
+        sight = Sight(**{name: torch.cat([getattr(piece, name) for piece in caught], 1) for name in names})
+        known = self.known
+        clean, read = (known.parts.stack(k, v).float() for k, v in here)
+        off = known.parts.split((read - clean).nan_to_num() * known.scale)
+        off_told = torch.where(sight.seen, off - sight.left, 0.0)
+        off = torch.where(sight.seen, off, 0.0)
+        products = torch.stack([(a * b).mean(-1) for a, b in ((off_told, off_told), (off_told, off), (off, off))], -1)
+        wanted = ~sight.exact & (self.positions >= SINKS)[..., None]
+        if sound is not None:
+            wanted &= ~sound[..., None].expand(*sound.shape, known.parts.heads).flatten(2)
+        place = torch.arange(known.parts.count).expand(wanted.shape)
+        chosen = wanted.flatten().nonzero().squeeze(1)
+        chosen = chosen[torch.randperm(len(chosen), generator=generator)[:count]]
+        columns = features(sight), place, products / known.power, sight.noise, sight.variance
+        return tuple(c.flatten(0, 2)[chosen] for c in columns)

@@ -1,0 +1,102 @@
+"""The ways to repair damaged tokens, carried out on a cache."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cachemedic.token.check import Report
+from cachemedic.token.joint import SINKS
+from cachemedic.token.policy import WAY, Policy
+from cachemedic.token.recompute import recompute_tokens
+from cachemedic.token.repair_report import RepairReport
+
+if TYPE_CHECKING:
+    from cachemedic.token.cache import SketchCache
+
+PIECE = 512  # tokens whose vectors are held at once
+ALL_OVER = 0.5  # of the keys and values of a token
+
+
+@torch.inference_mode()
+def carry_out(cache: SketchCache, report: Report, policy: Policy) -> RepairReport:
+    """Repairs the damage of a report in place. Exact tokens are computed last, behind those that were restored."""
+    start = time.perf_counter()
+    record = cache.kept
+    ways = policy.choose(report, record)
+    for way in ("restore", "estimate"):
+        for rows, slots in _pieces(ways == WAY[way]):
+            _rewrite(cache, way, rows, slots, report.parts)
+    cache.record = record = replace(record, erased=record.erased | (ways == WAY["erase"]))
+    if (damaged := ways == WAY["recompute"]).any():
+        recompute_tokens(cache.model, _layers(cache), record.ids, damaged, record.valid, record.positions.clamp_min(0))
+    changed = (ways != WAY["sound"]) & (ways != WAY["leave"]) & (ways != WAY["erase"])
+    verified = 0
+    if changed.any():
+        now = cache.hasher.of(*cache.numbers())
+        verified = int(((now.whole == record.hashes.whole) & damaged).sum())
+        cache.record = replace(record, hashes=record.hashes.replaced(changed, now))
+    taken = {way: int((ways == number).sum()) for way, number in WAY.items() if way != "sound"}
+    return RepairReport(
+        found=report,
+        way_numbers=ways,
+        verified=verified,
+        expected_kl=_expected_kl(cache, taken),
+        seconds=time.perf_counter() - start,
+        budget=policy.budget,
+        expected_share=None if policy.costs is None else policy.share(taken),
+        not_recomputed=policy.why_not.get("recompute"),
+    )
+
+
+def _pieces(tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+    rows, slots = tokens.nonzero(as_tuple=True)
+    return list(zip(rows.split(PIECE), slots.split(PIECE), strict=True)) if len(rows) else []
+
+
+def _rewrite(cache: SketchCache, way: str, rows: Tensor, slots: Tensor, parts: Tensor) -> None:
+    """Puts what the operator says in the place of damaged `parts` [B, T, L, 2] of tokens (rows[i], slots[i])."""
+    coder, record, layers = cache.coder, cache.kept, _layers(cache)
+    assert coder is not None  # the policy saw to it
+    damaged = parts[rows, slots]
+    # the short hash of a part may agree by chance: with damage all over a token, none of it is believed
+    damaged |= damaged.flatten(1).float().mean(1)[:, None, None] >= ALL_OVER
+    if way == "restore":
+        new = coder.restore(record, rows, slots)
+    else:
+        stored = cache.numbers()
+        read = [torch.stack([side[layer][rows, :, slots] for layer in coder.layers], 1) for side in stored]
+        new = coder.estimate(record, rows, slots, read[0], read[1], ~damaged[:, list(coder.layers)])
+    for layer, found in zip(coder.layers, new, strict=True):
+        for number, stored_side in enumerate((layers[layer].keys, layers[layer].values)):
+            _put(stored_side, rows, slots, damaged[:, layer, number], found[number])
+    places = record.positions[rows, slots]
+    first = places < SINKS
+    for row, slot, place in zip(rows[first].tolist(), slots[first].tolist(), places[first].tolist(), strict=True):
+        for number, layer in enumerate(layers):
+            layer.keys[row, :, slot] = record.sinks[row, place, number, 0].to(layer.keys)
+            layer.values[row, :, slot] = record.sinks[row, place, number, 1].to(layer.values)
+
+
+def _put(stored: Tensor, rows: Tensor, slots: Tensor, hit: Tensor, new: Tensor) -> None:
+    """Writes those of the tokens `new` [N, G, d] that are `hit` [N] where they belong in `stored` [B, G, T, d]."""
+    if not hit.all():
+        rows, slots, new = rows[hit], slots[hit], new[hit]
+    stored[rows.to(stored.device), :, slots.to(stored.device)] = new.to(stored)
+
+
+def _layers(cache: SketchCache) -> list[Any]:
+    return cache.layers
+
+
+def _expected_kl(cache: SketchCache, taken: dict[str, int]) -> float | None:
+    """Nats, in proportion to the tokens of each way; None where a way was not measured."""
+    known = {"recompute": 0.0} | ({} if cache.operator is None else cache.operator.expected_kl)
+    if any(count and way not in known for way, count in taken.items()):
+        return None
+    total = int((cache.kept.positions >= 0).sum())
+    return sum(known[way] * count for way, count in taken.items() if count) / total

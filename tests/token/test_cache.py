@@ -1,0 +1,295 @@
+"""The cache that knows what was written: it follows its tokens, finds damage and mends it."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from checked_caches import NEW, filled, numbers, shift, write
+from joint_operators import operator_of
+from small_models import PAD, VOCABULARY, model_of, padded_batch
+from transformers import DynamicCache, StaticCache
+
+from cachemedic.corruption.apply import corrupt_cache
+from cachemedic.corruption.spec import CorruptionSpec
+from cachemedic.token.cache import SketchCache
+from cachemedic.token.look_after import look_after
+
+MODELS = ["gpt2", "llama", "gpt_neox", "phi", "qwen3", "opt"]
+SAMPLING = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "num_return_sequences": 2},
+    "beams": {"do_sample": False, "num_beams": 3},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hashes_do_not_depend_on_how_the_tokens_come(name):
+    model = model_of(name)
+    ids, mask = padded_batch(length=12)
+    for ends in ([12], [5, 12], range(1, 13)):
+        cache = SketchCache(model)
+        write(model, cache, ids, mask, ends)
+        assert not cache.check()
+        assert (cache.report.read, str(cache.report)) == (int(mask.sum()), "all 30 tokens are as they were written")
+        assert torch.equal(cache.record.ids, ids)
+        assert torch.equal(cache.record.positions >= 0, mask.bool())
+
+
+@pytest.mark.parametrize("storage", ["dynamic", "static"])
+@pytest.mark.parametrize("mode", SAMPLING)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_generation_is_that_of_the_model(name, mode, storage):
+    model = model_of(name)
+    ids, mask = padded_batch()
+    static = StaticCache(model.config, max_cache_len=ids.shape[1] + NEW) if storage == "static" else None
+    call = {"attention_mask": mask, "max_new_tokens": NEW, **SAMPLING[mode]}
+    torch.manual_seed(3)
+    expected = model.generate(ids, **call)
+    cache = SketchCache(model, storage=static)
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **call), expected)
+    assert len(cache.record) == cache.get_seq_length() == expected.shape[1] - 1
+    assert not cache.check()
+
+
+@pytest.mark.parametrize("storage", [None, lambda config: StaticCache(config, max_cache_len=40)])
+def test_logits_without_padding_are_those_of_plain_storage(storage):
+    model = model_of("llama")
+    ids, new = torch.randint(1, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0)), torch.full((3, 1), 5)
+    plain = DynamicCache() if storage is None else storage(model.config)
+    cache = SketchCache(model, storage=None if storage is None else storage(model.config))
+    for tokens in (ids, new):
+        expected = model(tokens, past_key_values=plain).logits
+        assert torch.equal(model(tokens, past_key_values=cache).logits, expected)
+
+
+def test_prompt_lookup_crops_and_goes_on():
+    model = model_of("llama")
+    model.generation_config.eos_token_id = None
+    ids = torch.randint(1, VOCABULARY, (1, 6), generator=torch.Generator().manual_seed(0)).repeat(1, 2)
+    call = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 8, "do_sample": False}
+    cache = SketchCache(model)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **call), model.generate(ids, **call))
+    assert not cache.check()
+    static = SketchCache(model, storage=StaticCache(model.config, max_cache_len=40))
+    with pytest.raises(ValueError, match="StaticCache"):
+        model.generate(ids, past_key_values=static, **call)
+
+
+CHANGES = {
+    "crop": (lambda cache: cache.crop(-4), [0, 1, 2], 8),
+    "crop to one": (lambda cache: cache.crop(-11), [0, 1, 2], 1),
+    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([2, 2, 0])), [2, 2, 0], 12),
+    "select": (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1], 12),
+    "repeat": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2], 12),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_kept_follows_the_tokens(change):
+    act, rows, length = CHANGES[change]
+    model, cache, ids, mask = filled()
+    act(cache)
+    assert not cache.check()
+    new = torch.randint(1, VOCABULARY, (len(rows), 3), generator=torch.Generator().manual_seed(2))
+    ids, mask = torch.cat([ids[rows, :length], new], 1), torch.cat([mask[rows, :length], torch.ones_like(new)], 1)
+    write(model, cache, ids, mask, range(length + 1, length + 4))
+    assert torch.equal(cache.record.ids, ids)
+    assert not cache.check()
+    shift(cache, 0, [length + 1])
+    assert cache.check().tokens == [(0, length + 1)]
+    assert cache.repair("recompute").ways == {"recompute": 1}
+    whole = SketchCache(model)
+    write(model, whole, ids, mask, [length + 3])
+    for x, y in zip(cache.layers, whole.layers, strict=True):
+        valid = mask.bool()
+        torch.testing.assert_close(x.keys.transpose(1, 2)[valid], y.keys.transpose(1, 2)[valid], atol=1e-4, rtol=1e-4)
+
+
+def test_a_cache_that_was_reset_is_written_anew():
+    model, cache, ids, mask = filled("gpt2")
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    write(model, cache, ids, mask, [12])
+    assert not cache.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["auto", "recompute"])
+def test_damage_is_found_and_computed_again(dtype, method):
+    model, cache, ids, mask = filled(dtype=dtype)
+    before = numbers(cache)
+    shift(cache, 1, [4, 5], layers=[1])
+    cache.layers[2].values[0, 1, 7, 3] *= -1
+    report = cache.check()
+    assert report.tokens == [(0, 7), (1, 4), (1, 5)]
+    assert report.layers == [1, 2]
+    assert report.parts[0, 7].nonzero().tolist() == [[2, 1]]
+    repaired = cache.repair(method)
+    assert repaired.ways == {"recompute": 3}
+    assert repaired.way(1, 4) == "recompute"
+    assert repaired.expected_kl == 0
+    assert not cache.check()
+    assert not cache.repair().found
+    for x, y in zip(numbers(cache), before, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda c: corrupt_cache(c, CorruptionSpec("gaussian", parameter=1.0))]
+)
+def test_copies_are_of_their_own(copied):
+    model, cache, ids, mask = filled()
+    before = numbers(cache)
+    other = copied(cache)
+    longer, longer_mask = padded_batch(length=14)
+    longer[:, :12] = ids
+    if other.check():
+        other.repair()
+    write(model, other, longer, longer_mask, [14])
+    assert not other.check()
+    assert (len(cache.record), cache.get_seq_length()) == (12, 12)
+    assert not cache.check()
+    assert all(torch.equal(x, y) for x, y in zip(numbers(cache), before, strict=True))
+
+
+def test_erased_tokens_are_read_no_more():
+    model, cache, ids, mask = filled("gpt2", length=10)
+    shift(cache, 1, [4, 6], by=5.0)
+    report = cache.repair("erase")
+    assert report.ways == {"erase": 2}
+    assert report.expected_kl is None
+    assert not cache.check()
+    cache.layers[0].keys[1, :, 4] = 100.0  # nobody looks
+    new = torch.full((3, 1), 5)
+    seen = torch.cat([mask, torch.ones_like(new)], 1)
+    position_ids = mask.sum(1, keepdim=True)
+    found = model(new, attention_mask=seen, position_ids=position_ids, past_key_values=cache).logits
+    seen[1, [4, 6]] = 0
+    clean = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).past_key_values
+    expected = model(new, attention_mask=seen, position_ids=position_ids, past_key_values=clean).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_erased_tokens_of_a_text_without_mask():
+    model = model_of("llama")
+    ids = torch.randint(1, VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(0))
+    cache = SketchCache(model)
+    model(ids, past_key_values=cache)
+    clean = model(ids).past_key_values
+    shift(cache, 0, [3], by=5.0)
+    cache.repair("erase")
+    found = model(torch.tensor([[5]]), past_key_values=cache).logits
+    seen = torch.ones(1, 9).long()
+    seen[0, 3] = 0
+    expected = model(torch.tensor([[5]]), attention_mask=seen, position_ids=torch.tensor([[8]]), past_key_values=clean)
+    torch.testing.assert_close(found, expected.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_hooks_go_with_the_last_cache():
+    model = model_of("llama")
+    hooks = [module._forward_pre_hooks for module in (model, model.base_model)]
+    cache = SketchCache(model)
+    other = copy.copy(cache)
+    del cache
+    gc.collect()
+    assert [len(h) for h in hooks] == [1, 1]
+    del other
+    gc.collect()
+    assert [len(h) for h in hooks] == [0, 0]
+
+
+class _Stream:
+    """What offloading asks of a stream, for a machine without an accelerator."""
+
+    def wait_stream(self, other):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+def test_offloaded_storage(monkeypatch):
+    monkeypatch.setattr(torch, "Stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: _Stream())
+    model, cache, ids, mask = filled(storage=lambda config: DynamicCache(config=config, offloading=True))
+    assert cache.offloading
+    shift(cache, 0, [5])
+    assert cache.repair().ways == {"recompute": 1}
+    assert not cache.check()
+
+
+def test_what_cannot_be_kept_is_refused():
+    model, cache, ids, mask = filled()
+    with pytest.raises(ValueError, match="pass input_ids in place of inputs_embeds"):
+        model(inputs_embeds=model.get_input_embeddings()(ids), past_key_values=SketchCache(model))
+    with pytest.raises(ValueError, match="pass position_ids"):
+        model(ids, attention_mask=mask, past_key_values=SketchCache(model))
+    with pytest.raises(ValueError, match=r"attention mask \[3, 12\], not a mask \[3, 1, 12, 12\]"):
+        model(ids, attention_mask=mask[:, None, None].expand(-1, 1, 12, -1), past_key_values=SketchCache(model))
+    with pytest.raises(ValueError, match="with the model it was made for"):
+        model_of("llama")(ids, past_key_values=copy.copy(cache))
+    with pytest.raises(ValueError, match="12 tokens already"):
+        SketchCache(model, storage=model(ids).past_key_values)
+    with pytest.raises(ValueError, match="empty: prefill it first"):
+        SketchCache(model).check()
+    mistral = model_of("mistral")
+    with pytest.raises(ValueError, match="not in a DynamicSlidingWindowLayer"):
+        SketchCache(mistral, storage=DynamicCache(config=mistral.config))
+    with pytest.raises(TypeError, match="is not pickled: use `cache.save"):
+        pickle.dumps(cache)
+    super(SketchCache, cache).update(*(torch.zeros(3, 2, 1, 8) for _ in "kv"), 0)
+    for act in (cache.check, lambda: model(ids[:, :1], past_key_values=cache)):
+        with pytest.raises(ValueError, match="holds 13 tokens, 12 of them written"):
+            act()
+
+
+def test_a_pass_that_failed_leaves_nothing_behind():
+    model = model_of("llama")
+    cache, ids = SketchCache(model), torch.tensor([[5, 6]])
+    with pytest.raises(IndexError):
+        model(torch.tensor([[5, VOCABULARY]]), past_key_values=cache)
+    model(ids, past_key_values=cache)
+    assert torch.equal(cache.record.ids, ids)
+    assert PAD not in cache.record.ids
+    assert not cache.check()
+
+
+@pytest.mark.parametrize("storage", [DynamicCache, lambda: StaticCache(model_of("llama").config, max_cache_len=20)])
+def test_a_cache_from_elsewhere_is_looked_after(storage):
+    model, operator = model_of("llama"), operator_of("llama")
+    ids, mask = padded_batch(length=18)
+    found = storage()
+    write(model, found, ids, mask, [18])
+    expected = SketchCache(model, operator)
+    write(model, expected, ids, mask, [18])
+    cache = look_after(model, found, ids, operator, mask)
+    for name, x in cache.record.tensors.items():
+        assert torch.equal(x, expected.record.tensors[name]), name
+    shift(cache, 0, [5])
+    assert cache.repair().ways == {"recompute": 1}
+    new = torch.full((3, 1), 5)
+    call = {"attention_mask": torch.cat([mask, torch.ones_like(new)], 1), "position_ids": mask.sum(1, keepdim=True)}
+    logits = model(new, past_key_values=cache, **call).logits
+    torch.testing.assert_close(logits, model(new, past_key_values=expected, **call).logits, atol=1e-4, rtol=1e-4)
+    assert not cache.check()
+
+
+def test_a_cache_that_is_not_of_the_ids_is_not_looked_after():
+    model = model_of("llama")
+    ids, mask = padded_batch(length=9)
+    found = DynamicCache()
+    write(model, found, ids, mask, [9])
+    with pytest.raises(ValueError, match=r"ids must be \[3, 9\], as the cache has it, not \[3, 10\]"):
+        look_after(model, found, padded_batch(length=10)[0], attention_mask=mask)
+    with pytest.raises(ValueError, match="do not follow from their ids"):
+        look_after(model, found, padded_batch(length=9, seed=2)[0], attention_mask=mask)
+    with pytest.raises(ValueError, match="do not follow from their ids"):
+        look_after(model, found, ids)  # the first row is right, the padded ones are at other positions
+    with pytest.raises(ValueError, match="0 layers of this cache hold tokens"):
+        look_after(model, DynamicCache(), ids)

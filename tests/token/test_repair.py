@@ -1,0 +1,223 @@
+"""Repair by operator and by budget: what is done with each token, and how much of it comes back."""
+
+import pytest
+import torch
+from checked_caches import filled, numbers, shift, write
+from joint_operators import operator_of
+from small_models import VOCABULARY, model_of, operator_for, padded_batch
+
+from cachemedic.token import policy
+from cachemedic.token.cache import PAGE, SketchCache
+from cachemedic.token.costs import CostModel, costs_of
+from cachemedic.token.joint import SINKS
+
+LENGTH = 40
+SLOTS = [1, 3, 9, 20, 31, 35]  # of row 0: two sinks, three tokens with a code, one without (row 0 has no padding)
+
+
+def damaged(name="llama", share=0.4, slots=SLOTS, length=LENGTH, with_ids=True, **expected_kl):
+    """A model, a damaged cache with an operator, and what it stored before."""
+    operator = operator_of(name, share, with_ids, **expected_kl)
+    model, cache, ids, mask = filled(name, length=length, operator=operator)
+    before = numbers(cache)
+    shift(cache, 0, slots, by=3.0)
+    return model, cache, before
+
+
+def left(cache, before, slots):
+    """The error of some tokens of row 0, over their variance."""
+    error = sum(float((x - y)[0][:, slots].square().sum()) for x, y in zip(numbers(cache), before, strict=True))
+    return error / sum(float(y[0][:, slots].var() * y[0][:, slots].numel()) for y in before)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("method", ["restore", "estimate"])
+def test_the_operator_tells_what_was_lost(name, method):
+    model, cache, before = damaged(name)
+    worst = left(cache, before, SLOTS)
+    report = cache.repair(method)
+    assert report.ways == {method: len(SLOTS)}
+    assert not cache.check()
+    assert left(cache, before, SLOTS[:2]) == 0  # the first positions are kept as they are
+    assert left(cache, before, SLOTS[2:5]) < 0.02
+    assert left(cache, before, SLOTS[5:]) < 0.6 * worst  # from its id alone
+    sound = [slot for slot in range(LENGTH) if slot not in SLOTS]
+    assert left(cache, before, sound) == 0
+
+
+@pytest.mark.parametrize("method", ["restore", "estimate"])
+def test_sound_layers_keep_every_bit(method):
+    model, cache, before = damaged(slots=[])
+    shift(cache, 0, [9, 20], layers=[1], by=3.0)
+    worst = left(cache, before, [9, 20])
+    cache.repair(method)
+    assert left(cache, before, [9, 20]) < 1e-3 * worst
+    for layer in (0, 2):
+        assert torch.equal(cache.layers[layer].keys, before[2 * layer])
+        assert torch.equal(cache.layers[layer].values, before[2 * layer + 1])
+
+
+def test_an_operator_without_ids_repairs_by_what_is_left():
+    model, cache, before = damaged(share=None, slots=[], with_ids=False)
+    shift(cache, 0, [9, 20, 35], by=1.0)
+    worst = left(cache, before, [9, 20, 35])
+    assert cache.repair("estimate").ways == {"estimate": 3}
+    assert left(cache, before, [9, 20, 35]) < worst
+
+
+def test_codes_do_not_depend_on_how_the_tokens_come():
+    operator = operator_of("llama")
+    model = model_of("llama")
+    ids, mask = padded_batch(length=LENGTH)
+    found = []
+    for ends in ([LENGTH], [7, 21, LENGTH], range(1, LENGTH + 1)):
+        cache = SketchCache(model, operator)
+        write(model, cache, ids, mask, ends)
+        assert cache.record.codes.shape == (3, LENGTH // PAGE * PAGE, operator.code.bytes_per_token)
+        found.append(cache.record)
+    for other in found[1:]:  # rounding of keys may move a number over the edge of a cell
+        valid = (other.positions >= SINKS)[:, : other.codes.shape[1]]
+        assert (other.codes != found[0].codes)[valid].double().mean() < 0.02
+        torch.testing.assert_close(other.sinks, found[0].sinks, atol=1e-5, rtol=1e-5)
+
+
+def test_codes_follow_a_cropped_cache():
+    model, cache, _ = damaged(slots=[])
+    cache.crop(-(LENGTH - 20))
+    ids = torch.randint(1, VOCABULARY, (3, 30), generator=torch.Generator().manual_seed(2))
+    mask = torch.cat([cache.record.valid.long(), torch.ones_like(ids)], 1)
+    write(model, cache, torch.cat([cache.record.ids, ids], 1), mask, [50])
+    assert cache.record.codes.shape[1] == 36
+    before = numbers(cache)
+    shift(cache, 0, [10, 30], by=3.0)
+    cache.repair("restore")
+    assert left(cache, before, [10, 30]) < 0.05
+
+
+def test_an_operator_without_a_code_restores_from_the_ids():
+    model, cache, before = damaged(share=None)
+    worst = left(cache, before, SLOTS)
+    assert cache.record.codes.numel() == 0
+    cache.repair("restore")
+    assert left(cache, before, SLOTS) < 0.6 * worst
+
+
+def fixed_costs(cache, **by_way):
+    """A token computed again takes 1, a prefill as many as there are tokens."""
+    seconds = {way: (0.0, a_token) for way, a_token in by_way.items()}
+    return lambda model, coder, ways: CostModel(0.0, 1.0, 0.0, seconds)
+
+
+@pytest.mark.parametrize(
+    ("budget", "ways"),
+    [
+        (1.0, {"recompute": 6}),
+        (6 / 40, {"recompute": 6}),
+        (3.9 / 40, {"recompute": 3, "restore": 3}),
+        (0.7 / 40, {"restore": 6}),
+        (0.35 / 40, {"restore": 3, "erase": 3}),
+        (0.0, {"erase": 6}),
+    ],
+)
+def test_auto_takes_the_best_way_that_there_is_time_for(monkeypatch, budget, ways):
+    model, cache, before = damaged(restore=0.1, erase=2.0)
+    monkeypatch.setattr(policy, "costs_of", fixed_costs(cache, restore=0.1, estimate=9.0))
+    report = cache.repair(budget=budget)
+    assert report.ways == ways
+    assert report.expected_share <= budget
+    total = int((cache.record.positions >= 0).sum())
+    expected = (ways.get("restore", 0) * 0.1 + ways.get("erase", 0) * 2.0) / total
+    assert report.expected_kl == pytest.approx(expected)
+    assert report.way(0, 1) == next(iter(ways))  # a first position comes before all others
+    assert not cache.check()
+    if budget == 0:
+        assert "budget: 0: there was no time to repair anything" in str(report)
+
+
+def test_budget_0_leaves_what_is_hardly_damaged_and_says_so():
+    model, cache, _, _ = filled(length=LENGTH)
+    cache.layers[1].keys[0, 0, 20, 3] += 0.1
+    cache.layers[1].keys[0, 0, 21, 3] = torch.nan
+    shift(cache, 0, [30])
+    for stored in (cache.layers[0].keys, cache.layers[2].values):
+        stored[0, 0, 20, 3] += 0.0
+    cache_parts = cache.check().parts[0, 20]
+    assert cache_parts.sum() == 1
+    report = cache.repair(budget=0)
+    # one of six keys and values is more than an eighth of this small model's token
+    assert report.ways == {"erase": 3}
+    monkey = policy.MILD
+    assert monkey < 1 / 6
+
+
+def test_mildly_damaged_tokens_are_left(monkeypatch):
+    monkeypatch.setattr(policy, "MILD", 0.2)
+    model, cache, _, _ = filled(length=LENGTH)
+    cache.layers[1].keys[0, 0, 20, 3] += 0.1
+    cache.layers[1].keys[0, 0, 21, 3] = torch.nan
+    report = cache.repair(budget=0)
+    assert report.ways == {"erase": 1, "leave": 1}
+    assert report.way(0, 20) == "leave"
+    assert "left as they are" in str(report)
+    assert cache.check().tokens == [(0, 20)]  # still said
+    assert cache.repair().ways == {"recompute": 1}
+
+
+def test_costs_are_measured_once_and_make_sense():
+    model, cache, before = damaged()
+    costs = costs_of(model, cache.coder, ("recompute", "restore"))
+    assert costs_of(model, cache.coder, ("recompute", "restore")) is costs
+    assert costs.prefill(64, 64) > 0
+    assert costs.seconds("recompute", 10, 64) > 0
+    assert costs.seconds("restore", 10, 64) >= 0
+    assert costs.seconds("erase", 10, 64) == costs.seconds("recompute", 0, 64) == 0
+    assert cache.repair(budget=100.0).ways == {"recompute": len(SLOTS)}
+
+
+def test_reports_read_well():
+    model, cache, before = damaged(restore=0.1)
+    report = cache.repair("restore")
+    for text in (str(report), report._repr_html_()):
+        assert "6 tokens restored from the code" in text
+        assert "1, 3, 9, 20, 31, 35" in text
+    assert "expected KL: 0.00526 nats" in str(report)
+    assert str(cache.repair()).startswith("all 114 tokens are as they were written")
+
+
+def test_what_cannot_be_done_is_refused_before_any_work():
+    model, cache, before = damaged()
+    with pytest.raises(ValueError, match="did you mean 'restore'"):
+        cache.repair("restored")
+    with pytest.raises(ValueError, match="0 or more, not -1"):
+        cache.repair(budget=-1)
+    plain = filled(length=LENGTH)[1]
+    with pytest.raises(ValueError, match=r"make it with SketchCache\(model, operator\)"):
+        plain.repair("estimate")
+    model.train()
+    try:
+        with pytest.raises(ValueError, match="training mode"):
+            cache.repair("recompute")
+        assert cache.repair("auto").ways == {"estimate": len(SLOTS)}
+    finally:
+        model.eval()
+    uncalibrated = operator_of("llama")
+    uncalibrated.joint = None
+    with pytest.raises(TypeError, match="takes an operator of family D or E, not A"):
+        SketchCache(model, operator_for(model))
+    with pytest.raises(ValueError, match="gpt2"):
+        SketchCache(model_of("gpt2"), operator_of("llama"))
+    with pytest.raises(ValueError, match="knows no clean tokens yet"):
+        SketchCache(model, uncalibrated)
+
+
+def test_a_sliding_window_is_not_computed_again_and_the_report_says_why():
+    model, cache, _, _ = filled("mistral")
+    shift(cache, 0, [4])
+    with pytest.raises(ValueError, match="attend to the last 6 tokens only, and the cache holds 12"):
+        cache.repair("recompute")
+    report = cache.repair()
+    assert report.ways == {"erase": 1}
+    assert "recompute: not possible: MistralForCausalLM has layers that attend to the last 6 tokens only" in str(report)
+    model, cache, _, _ = filled("mistral", length=6)
+    shift(cache, 0, [4])
+    assert cache.repair().ways == {"recompute": 1}
