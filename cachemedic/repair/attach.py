@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,10 @@ class Watch:
 
 # What is called before each forward pass under an operator of a class; it takes the operator and a `Watch` as well.
 FORWARD_HOOKS: dict[type, Callable[..., None]] = {}
+
+
+class IdleOperatorWarning(UserWarning):
+    """An operator protects a model that would change nothing, because it was never trained or acts elsewhere."""
 
 
 @dataclass(eq=False)
@@ -236,6 +241,8 @@ def protect(model: PreTrainedModel, operator: AttentionRepair, record_gates: boo
 
     Families D and E repair what is stored, and take the cache that can: `past_key_values=SketchCache(model, operator)`.
 
+    Warns (`IdleOperatorWarning`) of an operator that would change nothing.
+
     Raises:
         TypeError: if `model` is no model of transformers.
         ValueError: if the model is wrapped or in training mode, does not use the attention interface or computes in
@@ -243,6 +250,8 @@ def protect(model: PreTrainedModel, operator: AttentionRepair, record_gates: boo
             model or device.
     """
     modules = _check(model, operator)
+    if why := getattr(operator, "idle_because", None):
+        warnings.warn(f"this operator changes nothing: {why}", IdleOperatorWarning, stacklevel=3)
     protection = Protection(operator, record_gates, frozenset(model.modules()))
     with _changing:
         for module in modules:

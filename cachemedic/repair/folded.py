@@ -30,6 +30,8 @@ class FoldedOperator(RepairOperator):
     """
 
     gate_in: Tensor
+    gate_out: Tensor
+    gate_out_bias: Tensor
 
     def gates(self, layer: int, query: Tensor) -> Gates:
         """The gates (a_k, a_v) of `query` [R*B, H, M, d], [R*B, H, M, r] each; None where nothing is repaired."""
@@ -40,6 +42,13 @@ class FoldedOperator(RepairOperator):
         by_side = dict(zip(self.config.sides, gates.split(self.rank, dim=-1), strict=True))
         a_k, a_v = (self._ungroup(by_side[side], query.shape) if side in by_side else None for side in "kv")
         return a_k, a_v
+
+    @property
+    def idle_because(self) -> str | None:
+        return "it was never trained, and starts as the identity" if self._is_identity() else None
+
+    def _is_identity(self) -> bool:
+        return not any(getattr(self, f"u_{side}").any() for side in self.config.sides)
 
     def factors(self, layer: int) -> dict[str, tuple[Tensor, Tensor]]:
         """The factors (W, U) of each repaired tensor, "k" and "v": [R, d, r] each, [R, H, d, r] with a set a head."""
@@ -193,6 +202,9 @@ class LearnedBasisShrinkage(FoldedOperator):
         for side in config.sides:
             parameters[f"basis_{side}"] = torch.randn(*places, config.model.head_dim, config.rank, generator=generator)
         return parameters
+
+    def _is_identity(self) -> bool:
+        return not self.gate_out.any() and bool((self.gate_out_bias == 1).all())
 
     def _factors(self, layer: int, side: str) -> tuple[Tensor, Tensor]:
         free = self._of(layer, f"basis_{side}")

@@ -155,6 +155,11 @@ class RepairOperator(nn.Module, Defense, ABC):
         """A context within which `model` reads its cache through this operator, see `protect`."""
         return protect(model, self)
 
+    @property
+    def idle_because(self) -> str | None:
+        """Why this operator would change nothing inside attention; None if it may change something."""
+        return None
+
     def num_parameters(self) -> int:
         """Trainable numbers of one run."""
         return sum(p.numel() for p in self.parameters()) // self.runs

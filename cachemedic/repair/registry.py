@@ -16,13 +16,14 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, TypeVar
 
 from cachemedic.core.errors import nearest_valid
+from cachemedic.core.registry import Registry
 
 if TYPE_CHECKING:
     from cachemedic.repair.operator import RepairOperator
 
 GROUP = "cachemedic.families"
 
-_families: dict[str, type[RepairOperator]] = {}
+_families: Registry[type[RepairOperator]] = Registry("operator family")
 Family = TypeVar("Family", bound="type[RepairOperator]")
 
 
@@ -33,10 +34,10 @@ def register_family(name: str) -> Callable[[Family], Family]:
     """
 
     def register(cls: Family) -> Family:
-        known, place = _places().get(name), _place(cls)
-        if known not in (None, place):
-            raise ValueError(f"the operator family {name!r} is {known} already: take another name")
-        _families[name] = cls
+        offered = _offered().get(name)
+        if offered is not None and offered.value != f"{cls.__module__}:{cls.__qualname__}":
+            raise ValueError(f"operator family {name!r} is {offered.value} already: choose another name")
+        _families.add(name, cls, cls)
         return cls
 
     return register
@@ -44,27 +45,17 @@ def register_family(name: str) -> Callable[[Family], Family]:
 
 def family_names() -> list[str]:
     """The names of all families."""
-    return sorted(_places())
+    return sorted({*_families, *_offered()})
 
 
 def family_class(name: str) -> type[RepairOperator]:
     """The class of a family. Raises `ValueError` for an unknown name."""
     if name not in _families:
-        offered = _offered()
-        if name not in offered:
+        if name not in _offered():
             raise nearest_valid("operator family", name, family_names())
-        _families[name] = offered[name].load()
+        _offered()[name].load()  # its decorator registers it
     return _families[name]
 
 
 def _offered() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=GROUP)}
-
-
-def _place(cls: type) -> str:
-    return f"{cls.__module__}:{cls.__qualname__}"
-
-
-def _places() -> dict[str, str]:
-    """Where each family is, as entry points write it: module:class."""
-    return {name: entry.value for name, entry in _offered().items()} | {n: _place(cls) for n, cls in _families.items()}

@@ -15,6 +15,7 @@ parts, estimate    what damaged tokens most likely held
 trust, trust_fit   the network that says how much of a damaged token to believe
 kept               what family E keeps of the tokens of a cache
 joint_operator     the families D and E
+token_repair       the same as a defense, beside all others
 joint_calibrate    makes an operator of D or E useful (`calibrate`)
 plausible          whether tokens follow from their ids (`check_cache`)
 record             what a cache remembers of its tokens

@@ -14,9 +14,10 @@ def joint_name(digest: str) -> str:
     return f"joint-{digest[:16]}.safetensors"
 
 
-def ships(digest: str) -> bool:
-    """Whether a joint model comes with the package, among the embedded bases."""
-    return any((place / joint_name(digest)).is_file() for place in WEIGHTS.glob("*/"))
+def file_of(joint: JointModel) -> dict[str, bytes | None]:
+    """What an operator's folder has to hold of its joint model: nothing, if it comes with an embedded base."""
+    name = joint_name(joint.digest)
+    return {} if any((place / name).is_file() for place in WEIGHTS.glob("*/")) else {name: joint.as_bytes()}
 
 
 def find_joint(folder: Path, digest: str) -> JointModel:

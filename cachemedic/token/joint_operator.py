@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.operator import STATISTICS, Attention, Gates, RepairOperator
+from cachemedic.repair.registry import register_family
 from cachemedic.token.code import TokenCode
 from cachemedic.token.estimate import Sight, Trust, estimate
 from cachemedic.token.joint import JointModel, Prior
-from cachemedic.token.joint_files import find_joint, joint_name, ships
+from cachemedic.token.joint_files import file_of, find_joint
 from cachemedic.token.kept import Kept, Told, hashes_of, sinks_of, with_sinks
 from cachemedic.token.parts import Knowledge
 from cachemedic.token.trust import initial_trust, judge
@@ -95,6 +96,10 @@ class JointOperator(RepairOperator):
         return None
 
     @property
+    def idle_because(self) -> str:
+        return "D and E repair what is stored: give the model past_key_values=SketchCache(model, operator) instead"
+
+    @property
     def calibrated(self) -> JointModel:
         """The joint model. Raises `ValueError` if there is none."""
         if self.joint is None:
@@ -123,15 +128,13 @@ class JointOperator(RepairOperator):
         """What codes [B, T, bytes] and the prior tell; without either nothing (`like` [B, T, ...]: how many tokens)."""
         if codes is not None and self.code is not None:
             dtype = torch.float32 if prior is None else prior.mean.dtype
-            c = self.code.decode(codes, prior if self.code.with_ids else None, dtype=dtype)
-            return Told(c, prior, torch.ones(c.shape[:2], dtype=torch.bool, device=c.device))
-        if prior is not None:
-            return Told(
-                prior.mean, prior, torch.zeros(prior.mean.shape[:2], dtype=torch.bool, device=prior.mean.device)
-            )
-        assert like is not None  # there is nothing else that says how many tokens there are
-        c = like.new_zeros(*like.shape[:2], 1)
-        return Told(c, None, torch.zeros(c.shape[:2], dtype=torch.bool, device=c.device))
+            c, coded = self.code.decode(codes, prior if self.code.with_ids else None, dtype=dtype), True
+        elif prior is not None:
+            c, coded = prior.mean, False
+        else:
+            assert like is not None  # there is nothing else that says how many tokens there are
+            c, coded = like.new_zeros(*like.shape[:2], 1), False
+        return Told(c, prior, torch.full(c.shape[:2], coded, device=c.device))
 
     def estimate(
         self,
@@ -264,18 +267,15 @@ class JointOperator(RepairOperator):
 
     def _apply(self, fn: Any, recurse: bool = True) -> JointOperator:
         super()._apply(fn, recurse)
-        if self.joint is not None:
-            self.set_joint(self.joint, self.expected_kl, self.alarms)  # to the device where the parameters are now
+        if self.joint is not None:  # to the device where the parameters are now
+            self.set_joint(self.joint, self.expected_kl, self.alarms)
         return self
 
     def _files_beside(self) -> dict[str, bytes | None]:
         if self.joint is None:
             return {STATISTICS: None}
         record = {"joint": self.joint.digest, "expected_kl": self.expected_kl, "alarms": self.alarms}
-        files: dict[str, bytes | None] = {STATISTICS: (json.dumps(record, indent=2) + "\n").encode()}
-        if not ships(self.joint.digest):
-            files[joint_name(self.joint.digest)] = self.joint.as_bytes()
-        return files
+        return {STATISTICS: (json.dumps(record, indent=2) + "\n").encode()} | file_of(self.joint)
 
     def _read_beside(self, folder: Path, named: str | None) -> None:
         if named is None:
@@ -287,10 +287,12 @@ class JointOperator(RepairOperator):
         self.set_joint(find_joint(folder, record["joint"]), record["expected_kl"], record["alarms"])
 
 
+@register_family("D")
 class TokenAware(JointOperator):
     """Family D: nothing is stored."""
 
 
+@register_family("E")
 class SketchAssisted(JointOperator):
     """Family E: D with a code of each token. Option `share`: its bytes over those of a bf16 cache."""
 

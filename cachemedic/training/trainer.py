@@ -7,6 +7,7 @@ different seeds share none.
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cachemedic.core.tensors import flattened, read_tensors, tensor_bytes, unfla
 from cachemedic.corruption.severity import shipped_map
 from cachemedic.models.attention import attention_modules
 from cachemedic.models.load import Base
+from cachemedic.repair.attach import IdleOperatorWarning
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.token.joint import JointModel
 from cachemedic.token.joint_calibration import fit_joint_model
@@ -222,6 +224,7 @@ class Trainer:
         self.resume()
         what = f"train {self.config.family} x {self.config.runs} runs on {self.base.name}"
         with (
+            warnings.catch_warnings(action="ignore", category=IdleOperatorWarning),  # training begins with the identity
             open(self.folder / "log.jsonl", "a", encoding="utf-8") as log,
             tqdm(total=self.config.steps, initial=self.step, desc=what) as bar,
         ):

@@ -3,6 +3,7 @@
 import copy
 import io
 import threading
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import transformers as hf
 from small_models import GROUPED, PAD, SIZES, VOCABULARY, model_of, operator_for, padded_batch, shaken
 from torch import nn
 
-from cachemedic.repair.attach import protect
+from cachemedic.repair.attach import IdleOperatorWarning, protect
 from cachemedic.repair.operator import RepairOperator
 
 ONE_IN_TWO = {"attn_layer_period": 2, "attn_layer_offset": 1}
@@ -197,3 +198,20 @@ def test_decoders_of_unusual_build_are_repaired(name):
         torch.testing.assert_close(model(ids).logits, plain, atol=1e-4, rtol=1e-4)
     with torch.no_grad(), protect(model, operator_for(model, layers=[0, 1])):
         assert not torch.allclose(model(ids).logits, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["A", "B", "C"])
+def test_an_operator_that_was_never_trained_is_told(family):
+    model = model_of("llama")
+    untrained = RepairOperator.create(family, model.config, [0, 1], 3)
+    with pytest.warns(IdleOperatorWarning, match="changes nothing: it was never trained"), protect(model, untrained):
+        pass
+    with warnings.catch_warnings(action="error"), protect(model, operator_for(model, family)):
+        pass
+
+
+def test_an_operator_that_repairs_what_is_stored_is_told():
+    model = model_of("llama")
+    operator = RepairOperator.create("E", model.config, "all")
+    with pytest.warns(IdleOperatorWarning, match="past_key_values=SketchCache"), protect(model, operator):
+        pass

@@ -43,7 +43,7 @@ def test_a_cell_that_is_run_again_replaces_its_class():
 
 
 def test_the_name_of_another_class_is_refused():
-    with pytest.raises(ValueError, match="'A' is cachemedic.repair.folded:QueryGatedAdditive already"):
+    with pytest.raises(ValueError, match="operator family 'A' is cachemedic.repair.folded:QueryGatedAdditive already"):
         register_family("A")(FoldedOperator)
 
 

@@ -108,6 +108,10 @@ class TokenAware(RepairOperator):
             other.hold(self.transform, self.code)
         return other
 
+    @property
+    def idle_because(self) -> str | None:
+        return "it knows no clean tokens yet: calibrate it" if self.transform is None else None
+
     def _held(self) -> object:
         return self.transform and self.transform.digest, self.code and self.code.digest
 
