@@ -29,6 +29,7 @@ from cachemedic.token.parts import Knowledge
 from cachemedic.token.trust import initial_trust, judge
 from cachemedic.token.vectors import TokenVectors
 
+Alarms = dict[str, list[float]]  # thresholds of `check_cache`, by rate of false alarms
 FROM_PRIOR, FROM_CODE = 0, 1  # kinds of knowledge
 PIECE = 128  # tokens, over all rows, that are estimated at once: their numbers stay in the processor's cache
 ALIKE = 0.5  # regression on the known first token from which on, without ids, the first token counts as that one
@@ -48,7 +49,7 @@ class JointOperator(RepairOperator):
         self.joint: JointModel | None = None
         self.code: TokenCode | None = None
         self.expected_kl: dict[str, float] = {}  # nats, by way of repair
-        self.alarms: dict[str, list[float]] = {}  # thresholds of `check_cache`, by rate of false alarms
+        self.alarms: Alarms = {}
         self.known: Knowledge | None = None  # of the joint model, as an estimate takes it
 
     @classmethod
@@ -66,10 +67,7 @@ class JointOperator(RepairOperator):
         return *attention(query, key, value), (None, None)
 
     def set_joint(
-        self,
-        joint: JointModel,
-        expected_kl: dict[str, float] | None = None,
-        alarms: dict[str, list[float]] | None = None,
+        self, joint: JointModel, expected_kl: dict[str, float] | None = None, alarms: Alarms | None = None
     ) -> None:
         """Gives the operator its joint model, E its code, and what was measured of both.
 

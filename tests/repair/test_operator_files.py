@@ -95,6 +95,7 @@ def test_damaged_or_foreign_checkpoints_are_refused(tmp_path):
         ({"gate_hidden": 0}, "gate_hidden must be 1 or more, not 0"),
         ({"runs": 0}, "runs must be 1 or more"),
         ({"seed": [1, 2]}, "2 numbers for 1 runs"),
+        ({"layers": "01"}, "layers must be layer numbers or 'all'"),
     ],
 )
 def test_bad_input_gives_one_clear_error(arguments, message):
@@ -107,7 +108,6 @@ def test_bad_input_gives_one_clear_error(arguments, message):
     ("arguments", "message"),
     [
         ({"layers": 2}, r"layers must be a list of whole numbers, such as \[0, 1\], not 2"),
-        ({"layers": "01"}, "layers must be layer numbers or 'all'"),
         ({"seed": 0.5}, "seed must be a whole number"),
         (
             {"model_config": LlamaForCausalLM(LLAMA)},
