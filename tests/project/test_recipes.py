@@ -13,6 +13,7 @@ from cachemedic.data.tasks import perplexity_task
 from cachemedic.defenses.registry import DEFENSES
 from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.models.cache import unstack_cache
+from cachemedic.repair.operator import RepairOperator
 
 TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
 
@@ -33,11 +34,18 @@ def names():
     # continuations in which the model is right, so that its context is worth something
     task = replace(task, target_ids=clean_pass(base.model, task).logits.argmax(-1))
     clean = clean_pass(base.model, task)
-    known = set(CORRUPTIONS), set(DEFENSES)
     yield {"__name__": "notebook", "base": base, "task": task, "cache": unstack_cache(clean.k, clean.v)}
-    for registry, names in zip((CORRUPTIONS, DEFENSES), known, strict=True):
-        for name in set(registry) - names:
+    for registry, name in ((CORRUPTIONS, "constant_offset"), (DEFENSES, "mean_value")):
+        if name in registry:
             registry.remove(name)
+
+
+@pytest.mark.filterwarnings("ignore::cachemedic.repair.attach.IdleOperatorWarning")
+def test_a_family_of_ones_own_is_created_by_name(names, tmp_path):
+    for block in 2 * blocks("Add an operator family"):
+        exec(block, names)
+    names["operator"].save_pretrained(tmp_path)
+    assert type(RepairOperator.from_pretrained(tmp_path)) is names["HalfOpen"]
 
 
 def test_a_corruption_of_ones_own_is_used_and_calibrated(names):
