@@ -6,9 +6,15 @@ import difflib
 from collections.abc import Iterable
 
 
-def nearest_valid(kind: str, value: object, allowed: Iterable[str]) -> ValueError:
-    """The error for an unknown name: the value, the nearest valid one and all that are allowed."""
+def nearest(value: object, names: Iterable[str], likeness: float = 0.4) -> str | None:
+    """The name that is spelt most like the value; None if none is as alike as `likeness`, from 0 to 1."""
+    return next(iter(difflib.get_close_matches(str(value), sorted(names), n=1, cutoff=likeness)), None)
+
+
+def nearest_valid(kind: str, value: object, allowed: Iterable[str], besides: str = "") -> ValueError:
+    """The error for an unknown name: the value, the nearest valid one and all that are allowed, `besides` in words."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return ValueError(f"unknown {kind} {value!r}: {hint}allowed: {', '.join(map(repr, names)) or 'none'}")
+    near = nearest(value, names)
+    hint = f"did you mean {near!r}? " if near else ""
+    listed = [*map(repr, names), *([besides] if besides else [])]
+    return ValueError(f"unknown {kind} {value!r}: {hint}allowed: {', '.join(listed) or 'none'}")

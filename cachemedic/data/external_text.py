@@ -6,12 +6,12 @@ A folder holds one file per split: `train`, `valid` (or `validation`, `dev`) and
 from __future__ import annotations
 
 import csv
-import difflib
 import lzma
 import re
 from pathlib import Path
 from typing import Any, TextIO
 
+from cachemedic.core.errors import nearest_valid
 from cachemedic.data.text import END_OF_TEXT
 
 HUB = {"wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"), "sst2": ("stanfordnlp/sst2", "default")}
@@ -88,11 +88,8 @@ def _hub(source: str | Path, split: str) -> Any:
     """The rows of a hub data set, by a name of `HUB` or a full name `owner/name`."""
     _check_split(split)
     if source not in HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        near = difflib.get_close_matches(str(source), HUB, n=1)
-        raise ValueError(
-            f"unknown text {str(source)!r}{f' (did you mean {near[0]!r}?)' if near else ''}; allowed: "
-            f"{', '.join(HUB)}, the `owner/name` of a Hugging Face data set, or an existing local folder"
-        )
+        besides = "the `owner/name` of a Hugging Face data set, or an existing local folder"
+        raise nearest_valid("text", str(source), HUB, besides)
     import datasets  # on use: slow to import, and needed online only
 
     return datasets.load_dataset(*HUB.get(str(source), (str(source),)), split=split)

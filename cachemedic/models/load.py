@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from cachemedic.core.errors import nearest, nearest_valid
 from cachemedic.core.severity_map import SeverityMap
 from cachemedic.models import smollm2
 from cachemedic.models.base_files import check_base_files
@@ -75,7 +75,7 @@ def load_base(
     """
     check_format(dtype)
     name = source = str(name)
-    near = difflib.get_close_matches(name, NAMED, n=1, cutoff=0.8)
+    near = nearest(name, NAMED, likeness=0.8)
     if name in EMBEDDED:
         folder = WEIGHTS / name
         check_base_files(folder, remedy="restore it with `git checkout`, or train anew with `make base-models`")
@@ -83,10 +83,7 @@ def load_base(
     elif name == smollm2.NAME:
         source = str(smollm2.smollm2_folder())
     elif not Path(name).exists() and (near or name.startswith("embedded-") or "\\" in name or name.count("/") > 1):
-        raise ValueError(
-            f"unknown base {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; allowed: "
-            f"{', '.join(NAMED)}, the name of a Hugging Face causal LM, or an existing local folder"
-        )
+        raise nearest_valid("base", name, NAMED, "the name of a Hugging Face causal LM, or an existing local folder")
     elif not Path(name).exists():
         _check_within_reach(name)
     try:
