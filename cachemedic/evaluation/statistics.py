@@ -27,6 +27,10 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
+    def columns(self, name: str) -> dict[str, float]:
+        """The three columns of a table that hold it: `name`, `name`_low and `name`_high."""
+        return {name: self.estimate, f"{name}_low": self.low, f"{name}_high": self.high}
+
 
 def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     """The mean of independent `values` [S], one per seed, with Student's t interval.

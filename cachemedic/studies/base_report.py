@@ -220,7 +220,6 @@ def nll_by_position(base: Base, documents: Sequence[str], n: int, window: int) -
             short = token_nll(base, torch.cat([start, text[:, (block - 1) * BLOCK : (block + 1) * BLOCK]], 1))
             nll_short = short[:, -BLOCK:].mean(1).numpy()
             saved = paired_interval(nll_short.tolist(), nll.tolist())
-            row |= {"nll_short": float(nll_short.mean()), "saved": saved.estimate}
-            row |= {"saved_low": saved.low, "saved_high": saved.high}
+            row |= {"nll_short": float(nll_short.mean()), **saved.columns("saved")}
         rows.append(row)
     return pd.DataFrame(rows)

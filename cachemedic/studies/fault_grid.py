@@ -76,6 +76,6 @@ def fault_summary(grid: pd.DataFrame) -> pd.DataFrame:
         for name, values in (("kl", part["kl"]), ("excess_nll", part["nll"] - part["nll_clean"])):
             finite = values.dropna()
             interval = stats.t_interval(finite) if len(finite) else stats.Interval(np.nan, np.nan, np.nan)
-            row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+            row |= interval.columns(name)
         rows.append(row | {"n_seeds": part["seed"].nunique(), "n_examples": int(part["n_examples"].sum())})
     return pd.DataFrame(rows)

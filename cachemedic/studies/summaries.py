@@ -45,7 +45,7 @@ def intervals(grid: pd.DataFrame) -> pd.DataFrame:
         row = dict(zip(CONDITION, key, strict=True))
         for name in ("score", "nll", "kl"):
             interval = stats.t_interval(group[name])
-            row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+            row |= interval.columns(name)
         row |= {"parameter": group["parameter"].mean(), "share": group["share"].mean()}
         row |= {"n_seeds": group["seed"].nunique(), "n_examples": int(group["n_examples"].sum())}
         rows.append(row)
@@ -75,7 +75,7 @@ def summary(grid: pd.DataFrame) -> pd.DataFrame:
         named = {"auc": stats.t_interval(auc.loc[task, reader]), "auc_gain": gain}
         named |= {"recovery": recovered, "kl_recovery": spared, "clean_regression": regression}
         for name, interval in named.items():
-            row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+            row |= interval.columns(name)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -114,7 +114,7 @@ def recovery_by_severity(grid: pd.DataFrame) -> pd.DataFrame:
             spared = _share_of(undefended["kl"] - own["kl"], undefended["kl"])
             row = {"task": task, "type": kind, "severity": severity, "reader": reader}
             for name, interval in (("recovery", recovered), ("kl_recovery", spared)):
-                row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+                row |= interval.columns(name)
             rows.append(row | {"n_seeds": len(own), "n_examples": int(own["n_examples"].sum())})
     return pd.DataFrame(rows)
 
@@ -158,7 +158,7 @@ def advantage(grid: pd.DataFrame, reference: str) -> pd.DataFrame:
         }
         row = {"task": task, "reader": reader, "n_seeds": len(own)}
         for name, interval in named.items():
-            row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+            row |= interval.columns(name)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -171,6 +171,6 @@ def means_over_seeds(rows: pd.DataFrame, keys: Sequence[str], columns: Sequence[
         row = dict(zip(keys, key, strict=True))
         for name in columns:
             interval = stats.t_interval(of_seeds[name])
-            row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+            row |= interval.columns(name)
         result.append(row | {"n_seeds": len(of_seeds)})
     return pd.DataFrame(result)

@@ -76,14 +76,12 @@ def bits_table(scores: pd.DataFrame) -> pd.DataFrame:
             "bits": part["bits"].iloc[0],
             "bytes_per_token": part["bytes_per_token"].iloc[0],
             "perplexity": float(np.exp(part["nll"]).mean()),
-            "lost": lost.estimate,
-            "lost_low": lost.low,
-            "lost_high": lost.high,
+            **lost.columns("lost"),
         }
         nearest = f"{reader.partition(',')[0]}, {NEAREST}"
         if nearest in nll and nearest != reader:
             gain = stats.paired_interval(nll[nearest], nll[reader])
-            row |= {"gain": gain.estimate, "gain_low": gain.low, "gain_high": gain.high}
+            row |= gain.columns("gain")
         rows.append(row | {"n_seeds": len(part)})
     return pd.DataFrame(rows)
 

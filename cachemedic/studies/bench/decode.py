@@ -98,9 +98,7 @@ def overhead(
                 "family": family,
                 "milliseconds": 1e3 * times[name].median(),
                 "plain_milliseconds": 1e3 * times["plain"].median(),
-                "ratio": ratio.estimate,
-                "ratio_low": ratio.low,
-                "ratio_high": ratio.high,
+                **ratio.columns("ratio"),
                 "rounds": rounds,
             })  # fmt: skip
     return pd.DataFrame(rows)

@@ -152,9 +152,7 @@ def reading_cost(
                 "positions": length,
                 "reader": name,
                 "milliseconds": 1e3 * times[name].median(),
-                "ratio": ratio.estimate,
-                "ratio_low": ratio.low,
-                "ratio_high": ratio.high,
+                **ratio.columns("ratio"),
                 "rounds": rounds,
                 "peak_mebibytes": step.peak() / 2**20,
             })  # fmt: skip

@@ -117,12 +117,8 @@ def ladder(base: Base, bank: Bank, config: TrainConfig, rounds: int = ROUNDS, se
             "runs": config.runs if rung.run_axis else 1,
             "batch": rung.batch,
             "samples_per_second": 1 / times[rung.name].median(),
-            "gain": gain.estimate,
-            "gain_low": gain.low,
-            "gain_high": gain.high,
-            "total": total.estimate,
-            "total_low": total.low,
-            "total_high": total.high,
+            **gain.columns("gain"),
+            **total.columns("total"),
             "rounds": rounds,
         })  # fmt: skip
     return pd.DataFrame(rows)
