@@ -61,8 +61,7 @@ class SketchCache(ToldCache):
         self.shape = dense_shape(model)
         self.model, self.operator, self.seed = model, operator, seed
         self.coder = None if operator is None else Coder(model, operator)
-        # the layers, how new ones are made, and how they are offloaded
-        self.__dict__.update(vars(DynamicCache() if storage is None else _empty(storage)))
+        self._store_in(DynamicCache() if storage is None else _empty(storage))
         self.record: TokenRecord | None = None
         self.report: Report | None = None  # of the last check
         self._watch = Watch.of(model)
@@ -121,7 +120,7 @@ class SketchCache(ToldCache):
 
         ids and positions [B, T] of its tokens, positions -1 for padding.
         """
-        self.__dict__.update(vars(cache))
+        self._store_in(cache)
         layers: list[Any] = self.layers
         sides = [[getattr(layer, side)[:, :, : ids.shape[1]] for layer in layers] for side in ("keys", "values")]
         self._remember(sides[0], sides[1], ids, positions)
@@ -262,16 +261,24 @@ class SketchCache(ToldCache):
         if self.record is not None:
             self.record = self.record.rows(choose)
 
+    def _store_in(self, cache: Cache) -> None:
+        """Takes over the layers of a cache, how it makes new ones, and how it offloads them."""
+        resident = getattr(cache, "only_non_sliding", True)
+        super().__init__(layers=cache.layers, offloading=cache.offloading, offload_only_non_sliding=resident)
+        self.layer_class_to_replicate = cache.layer_class_to_replicate
+
     def __copy__(self) -> SketchCache:
-        return self._like({"layers": [copy.copy(layer) for layer in self.layers]})
+        return self._like([copy.copy(layer) for layer in self.layers])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SketchCache:
-        return self._like({"layers": copy.deepcopy(self.layers, memo)})
+        return self._like(copy.deepcopy(self.layers, memo))
 
-    def _like(self, own: dict[str, Any]) -> SketchCache:
+    def _like(self, layers: list[Any]) -> SketchCache:
         """Another cache between forward passes, with layers of its own; the record is never changed in place."""
-        result = object.__new__(type(self))
-        result.__dict__.update(vars(self) | own | {"_new": None, "_written": ([], [])})
+        result = SketchCache(self.model, self.operator, seed=self.seed)
+        result._store_in(self)
+        result.layers = layers
+        result.record, result.report = self.record, self.report
         return result
 
     def __reduce__(self) -> Any:
