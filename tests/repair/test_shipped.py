@@ -3,7 +3,7 @@
 import pytest
 
 from cachemedic import RepairOperator, load_base
-from cachemedic.repair.shipped import shipped_operators
+from cachemedic.repair.shipped import made_folder, shipped_operators
 
 
 @pytest.mark.parametrize("name", shipped_operators())
@@ -28,3 +28,12 @@ def test_an_unknown_name_is_told_with_the_nearest_one():
 def test_a_path_that_does_not_exist_is_told_as_such(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         RepairOperator.from_pretrained(tmp_path / "nowhere")
+
+
+def test_an_operator_that_this_machine_has_not_made_says_how(tmp_path, monkeypatch):
+    monkeypatch.setenv("CACHEMEDIC_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="ship_operators smollm2-135m"):
+        RepairOperator.from_pretrained("E/smollm2-135m")
+    made = RepairOperator.create("A", load_base("embedded-gpt2").model.config, layers=[0])
+    made.save_pretrained(made_folder("E/smollm2-135m"))
+    assert RepairOperator.from_pretrained("E/smollm2-135m").family == "A"
