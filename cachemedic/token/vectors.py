@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachemedic.models.shape import ModelShape
+from cachemedic.token.dense import LENGTH_DEPENDENT
 
-LENGTH_DEPENDENT = ("dynamic", "longrope")  # rope types whose angles depend on the longest position of a call
 Angles = tuple[Tensor, Tensor]
 
 
@@ -29,7 +30,7 @@ class KeyRotation:
 
     def __init__(self, model: PreTrainedModel) -> None:
         found = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1].startswith("rotary_emb")]
-        moving = sorted({str(getattr(module, "rope_type", "")) for module in found} & set(LENGTH_DEPENDENT))
+        moving = sorted({kind for module in found for kind in _rope_types(module)} & set(LENGTH_DEPENDENT))
         if moving:
             raise ValueError(
                 f"the rotary embedding of {type(model).__name__} is {moving[0]!r}: its angles depend on the length of "
@@ -45,6 +46,7 @@ class KeyRotation:
                 "models with one rotary embedding, or none"
             )
         self.embedding = found[0] if found else None
+        self.layer_type = layer_types[:1] if by_type else []  # what an embedding for several kinds of layers asks for
         angles = self.angles(torch.ones(1, 1, dtype=torch.long, device=model.device), torch.float32, whole=True)
         if angles is not None and not all(torch.equal(*a.chunk(2, dim=-1)) for a in angles):
             raise ValueError(
@@ -61,10 +63,17 @@ class KeyRotation:
             return None
         like = torch.zeros(1, dtype=torch.float32, device=positions.device)
         with torch.no_grad():
-            cos, sin = self.embedding(like, positions.clamp_min(0))
-        scaling = getattr(self.embedding, "attention_scaling", 1.0)  # of long contexts: it is left in the keys
+            cos, sin = self.embedding(like, positions.clamp_min(0), *self.layer_type)
+        name = "_".join([*self.layer_type, "attention_scaling"])
+        scaling = getattr(self.embedding, name, 1.0)  # of long contexts: it is left in the keys
         pairs = cos.shape[-1] if whole else cos.shape[-1] // 2
         return (cos[..., :pairs] / scaling).to(dtype), (sin[..., :pairs] / scaling).to(dtype)
+
+
+def _rope_types(embedding: Any) -> list[str]:
+    """The rope types of an embedding, one a kind of layers."""
+    found = getattr(embedding, "rope_type", "")
+    return [str(kind) for kind in (found.values() if isinstance(found, dict) else [found])]
 
 
 def turn(keys: Tensor, angles: Angles | None, direction: int) -> Tensor:
