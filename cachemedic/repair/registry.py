@@ -13,18 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 from cachemedic.core.errors import nearest_valid
 from cachemedic.core.registry import Registry
 
-if TYPE_CHECKING:
-    from cachemedic.repair.operator import RepairOperator
-
 GROUP = "cachemedic.families"
 
-_families: Registry[type[RepairOperator]] = Registry("operator family")
-Family = TypeVar("Family", bound="type[RepairOperator]")
+_families: Registry[type[Any]] = Registry("operator family")
+Family = TypeVar("Family", bound=type)
 
 
 def register_family(name: str) -> Callable[[Family], Family]:
@@ -48,8 +45,8 @@ def family_names() -> list[str]:
     return sorted({*_families, *_offered()})
 
 
-def family_class(name: str) -> type[RepairOperator]:
-    """The class of a family. Raises `ValueError` for an unknown name."""
+def family_class(name: str) -> type[Any]:
+    """The class of a family, a `RepairOperator`. Raises `ValueError` for an unknown name."""
     if name not in _families:
         if name not in _offered():
             raise nearest_valid("operator family", name, family_names())

@@ -73,11 +73,10 @@ def test_copies_made_within_are_plain_models(implementation):
         torch.save(model, file)
         assert torch.equal(twin(ids).logits, plain)  # also within
         assert not torch.allclose(model(ids).logits, plain)
-    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
-    for other in (twin, saved):
-        assert torch.equal(other(ids).logits, plain)
-        assert other.config._attn_implementation == implementation
-        assert not any(module._forward_pre_hooks or module._forward_hooks for module in other.modules())
+    assert b"cachemedic" not in file.getvalue()  # what was saved knows nothing of the protection
+    assert torch.equal(twin(ids).logits, plain)
+    assert twin.config._attn_implementation == implementation
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in twin.modules())
 
 
 def test_each_thread_has_its_own_protection_and_no_thread_sees_that_of_another():

@@ -46,11 +46,6 @@ class SketchCache(Cache):
     (`copy.copy`, `copy.deepcopy`, `corrupt_cache`) counts as loaded, because what happened to it is not known; call
     `mark_loaded` where tensors were changed or restored in other ways.
 
-    A file (`torch.save`, `pickle`) holds the tensors and the record, neither model nor operator. The cache that comes
-    back counts as loaded, and needs both again:
-
-        cache = torch.load(path, weights_only=False).attach(model, operator)
-
     Args:
         model: whose cache it is.
         operator: calibrated, of one run.
@@ -66,7 +61,7 @@ class SketchCache(Cache):
     def __init__(
         self, model: PreTrainedModel, operator: TokenAware, scrub: str | int = "load", cache: Cache | None = None
     ) -> None:
-        self._scrubber: Scrubber | None = _scrubber(model, operator)
+        self.scrubber = _scrubber(model, operator)
         self.interval = _interval(scrub)
         self.depth = model.config.get_text_config(decoder=True).num_hidden_layers
         # the storage: its layers, how new ones are made, and how they are offloaded
@@ -77,17 +72,6 @@ class SketchCache(Cache):
         self._watch = Watch(active=False)  # of the protection that began it
         self._loaded = False
         self._age = 0  # forward passes since the last scrub
-        self._written_by: tuple[object, ...] = ()  # in a file: `_identity` of the scrubber
-
-    @property
-    def scrubber(self) -> Scrubber:
-        """Raises `ValueError` for a cache from a file that nothing was attached to."""
-        if self._scrubber is None:
-            raise ValueError(
-                "this SketchCache comes from a file, which holds neither model nor operator: call "
-                "`cache.attach(model, operator)` first"
-            )
-        return self._scrubber
 
     @property
     def operator(self) -> TokenAware:
@@ -110,20 +94,6 @@ class SketchCache(Cache):
     def mark_loaded(self) -> None:
         """Have all that is stored scrubbed before the next forward pass."""
         self._loaded = True
-
-    def attach(self, model: PreTrainedModel, operator: TokenAware) -> SketchCache:
-        """Gives a cache from a file its model and the operator that it was written with; returns the cache.
-
-        Raises `ValueError` for an operator of another definition or calibration, which would misread the sketch.
-        """
-        scrubber = _scrubber(model, operator)
-        if _identity(scrubber) != (self._written_by if self._scrubber is None else _identity(self._scrubber)):
-            raise ValueError(
-                "this SketchCache was written with an operator of another definition or calibration, and this one "
-                "would misread its sketch: attach the one it was written with"
-            )
-        self._scrubber = scrubber
-        return self
 
     def begin(self, ids: Tensor, positions: Tensor, watch: Watch) -> None:
         """Called before each forward pass over tokens ids [B, M] at positions [B, M], -1 for padding.
@@ -218,17 +188,11 @@ class SketchCache(Cache):
         return self._like(vars(self) | {"layers": [copy.copy(layer) for layer in self.layers]})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SketchCache:
-        own = vars(self) | {"_scrubber": None, "_writer": None}  # the model is not part of its cache
-        return self._like(copy.deepcopy(own, memo) | {"_scrubber": self._scrubber})
+        own = vars(self) | {"scrubber": None, "_writer": None}  # the model is not part of its cache
+        return self._like(copy.deepcopy(own, memo) | {"scrubber": self.scrubber})
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = vars(self) | {"_scrubber": None, "_writer": None}
-        if self._scrubber is not None:
-            state["_written_by"] = _identity(self._scrubber)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _loaded=True)
+    def __reduce__(self) -> Any:
+        raise TypeError("a SketchCache is not pickled: keep a cache of `cachemedic.SketchCache`, which has `save`")
 
     def _like(self, state: dict[str, Any]) -> SketchCache:
         """Another cache in this state, between forward passes, that counts as loaded."""
@@ -242,12 +206,6 @@ def _scrubber(model: PreTrainedModel, operator: TokenAware) -> Scrubber:
     if operator.runs != 1:
         raise ValueError(f"a SketchCache takes an operator of one run, not {operator.runs}: `select` one")
     return Scrubber(model, operator)
-
-
-def _identity(scrubber: Scrubber) -> tuple[object, ...]:
-    """What has to agree for a sketch to be understood: all of an operator but its trained parameters."""
-    code = scrubber.operator.code
-    return scrubber.operator.config, scrubber.transform.digest, code and code.digest
 
 
 def _interval(scrub: str | int) -> int | None:
