@@ -20,6 +20,7 @@ joint_calibrate    makes an operator of D or E useful (`calibrate`)
 plausible          whether tokens follow from their ids (`check_cache`)
 record             what a cache remembers of its tokens
 damage_kinds, check, repair_report  the reports
+recorded_cache     a cache with a record of its tokens
 coder, costs, policy, ways  how damaged tokens are repaired, and by which way
 forward_hook, cache, cache_files, given, look_after  `SketchCache`, its files, and caches from elsewhere
 layerwise/         the first edition's code, layer by layer, which the notebooks still measure

@@ -15,21 +15,19 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from cachemedic.token.cache_files import load_cache, save_cache
 from cachemedic.token.check import Report, check
-from cachemedic.token.coder import Coder
-from cachemedic.token.dense import dense_shape
-from cachemedic.token.forward_hook import ToldCache, Watch
-from cachemedic.token.hashes import TokenHash
+from cachemedic.token.forward_hook import Watch
 from cachemedic.token.joint import SINKS
 from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.policy import Policy
 from cachemedic.token.record import TokenRecord, sinks_of
+from cachemedic.token.recorded_cache import RecordedCache
 from cachemedic.token.repair_report import RepairReport
 from cachemedic.token.ways import carry_out
 
 PAGE = 16  # tokens that are coded at once: a step of one token would read all of the transform for it
 
 
-class SketchCache(ToldCache):
+class SketchCache(RecordedCache):
     """The cache to give to a model, or to `generate`, as `past_key_values`: it knows what was written.
 
         cache = SketchCache(model, operator)
@@ -58,40 +56,12 @@ class SketchCache(ToldCache):
     def __init__(
         self, model: PreTrainedModel, operator: JointOperator | None = None, storage: Cache | None = None, seed: int = 0
     ) -> None:
-        self.shape = dense_shape(model)
-        self.model, self.operator, self.seed = model, operator, seed
-        self.coder = None if operator is None else Coder(model, operator)
+        self.know(model, operator, seed)
         self._store_in(DynamicCache() if storage is None else _empty(storage))
-        self.record: TokenRecord | None = None
         self.report: Report | None = None  # of the last check
         self._watch = Watch.of(model)
         self._new: tuple[Tensor, Tensor] | None = None  # ids and positions, during a forward pass
         self._written: tuple[list[Tensor], list[Tensor]] = [], []  # keys and values of its layers so far
-        self._hasher: TokenHash | None = None
-
-    @property
-    def hasher(self) -> TokenHash:
-        """The hash of this cache's format. Raises `ValueError` while the cache is empty."""
-        if self._hasher is None:
-            layers: list[Any] = self.layers
-            if not layers or not layers[0].is_initialized:
-                raise ValueError("this SketchCache is empty: prefill it first")
-            shape = self.shape
-            self._hasher = TokenHash(shape.num_layers, shape.num_kv_heads, shape.head_dim, layers[0].dtype, self.seed)
-        return self._hasher
-
-    @property
-    def kept(self) -> TokenRecord:
-        """The record of the tokens. Raises `ValueError` while the cache is empty, and where tokens came unannounced."""
-        recorded = 0 if self.record is None else len(self.record)
-        if (stored := int(self.get_seq_length())) != recorded:
-            raise ValueError(
-                f"this SketchCache holds {stored} tokens, {recorded} of them written by complete forward passes of its "
-                "model: call `reset` and prefill it again"
-            )
-        if self.record is None:
-            raise ValueError("this SketchCache is empty: prefill it first")
-        return self.record
 
     @property
     def bytes_per_token(self) -> float:
@@ -171,16 +141,6 @@ class SketchCache(ToldCache):
             return
         codes = self.coder.encode(*self.numbers(), record.positions, slice(start, start + count * PAGE))
         self.record = replace(record, codes=torch.cat([record.codes, codes], 1))
-
-    def numbers(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The stored keys and the values [B, G, T, d] by layer, where the record is."""
-        record = self.kept
-        if self.offloading:  # the next layer may be on its way back
-            torch.cuda.default_stream(record.ids.device).wait_stream(self.prefetch_stream)
-        layers: list[Any] = self.layers
-        length, device = len(record), record.ids.device
-        keys = [layer.keys[:, :, :length].to(device) for layer in layers]
-        return keys, [layer.values[:, :, :length].to(device) for layer in layers]
 
     @torch.inference_mode()
     def check(self, others: Iterable[SketchCache] = ()) -> Report:

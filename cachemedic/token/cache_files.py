@@ -13,7 +13,7 @@ import hashlib
 import json
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -24,15 +24,13 @@ from transformers.cache_utils import DynamicLayer
 
 from cachemedic.core.files import replace_together
 from cachemedic.token.record import TokenRecord
-
-if TYPE_CHECKING:
-    from cachemedic.token.cache import SketchCache
+from cachemedic.token.recorded_cache import RecordedCache
 
 NUMBERS, RECORD, DESCRIPTION = "numbers.safetensors", "record.safetensors", "cache.json"
 FORMAT = "cachemedic cache 1"
 
 
-def save_cache(cache: SketchCache, folder: Path) -> None:
+def save_cache(cache: RecordedCache, folder: Path) -> None:
     """Writes the files of a cache, as one. Raises `ValueError` for an empty cache."""
     record = cache.kept
     keys, values = cache.numbers()
@@ -56,7 +54,7 @@ def save_cache(cache: SketchCache, folder: Path) -> None:
     replace_together(folder, files, last=DESCRIPTION)
 
 
-def load_cache(cache: SketchCache, folder: Path) -> None:
+def load_cache(cache: RecordedCache, folder: Path) -> None:
     """Fills an empty cache with what `save_cache` wrote. See `SketchCache.load`."""
     for name in (DESCRIPTION, RECORD, NUMBERS):
         if not (folder / name).is_file():
@@ -87,7 +85,7 @@ def load_cache(cache: SketchCache, folder: Path) -> None:
     cache.record = record.to(cache.model.device)
 
 
-def _fill(cache: SketchCache, record: TokenRecord, path: Path, dtype: str) -> None:
+def _fill(cache: RecordedCache, record: TokenRecord, path: Path, dtype: str) -> None:
     """Puts the numbers of the file into the layers of a cache."""
     try:
         numbers = safetensors.torch.load(path.read_bytes())

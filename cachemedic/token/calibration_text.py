@@ -56,8 +56,10 @@ def held_out(texts: Texts, one_in: int = 8) -> tuple[dict[str, Sequence[str]], d
 def by_kind(texts: Texts) -> Mapping[str, Sequence[str]]:
     """Texts as lists by kind. Raises `TypeError` for texts that are no strings."""
     kinds = texts if isinstance(texts, Mapping) else {"text": texts}
-    if isinstance(texts, str) or not all(isinstance(t, str) for kind in kinds.values() for t in kind):
-        raise TypeError("texts must be a list of strings, or a dictionary of such lists by kind")
+    for kind in kinds.values():
+        if isinstance(kind, str) or not isinstance(kind, Sequence) or not all(isinstance(t, str) for t in kind):
+            found = type(kind).__name__
+            raise TypeError(f"texts must be a list of strings, or a dictionary of such lists by kind, not a {found}")
     return kinds
 
 

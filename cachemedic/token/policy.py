@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -14,9 +12,7 @@ from cachemedic.token.damage_kinds import NUMBER
 from cachemedic.token.dense import check_can_recompute
 from cachemedic.token.joint import SINKS
 from cachemedic.token.record import TokenRecord
-
-if TYPE_CHECKING:
-    from cachemedic.token.cache import SketchCache
+from cachemedic.token.recorded_cache import RecordedCache
 
 WAYS = ("sound", "recompute", "estimate", "restore", "erase", "leave")  # by what they leave, least first
 WAY = {way: number for number, way in enumerate(WAYS)}
@@ -31,7 +27,7 @@ class Policy:
     budget.
     """
 
-    def __init__(self, cache: SketchCache, method: str, budget: float | None) -> None:
+    def __init__(self, cache: RecordedCache, method: str, budget: float | None) -> None:
         if method not in METHODS:
             raise nearest_valid("method of repair", method, METHODS)
         if budget is not None and not budget >= 0:
@@ -45,7 +41,7 @@ class Policy:
         if budget is not None:
             self.costs = costs_of(cache.model, cache.coder, self.ways)
 
-    def _open_to(self, cache: SketchCache) -> tuple[str, ...]:
+    def _open_to(self, cache: RecordedCache) -> tuple[str, ...]:
         """The ways that can be taken."""
         self.why_not: dict[str, str] = {}
         try:

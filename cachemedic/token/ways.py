@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,17 +13,15 @@ from cachemedic.token.check import Report
 from cachemedic.token.joint import SINKS
 from cachemedic.token.policy import WAY, Policy
 from cachemedic.token.recompute import recompute_tokens
+from cachemedic.token.recorded_cache import RecordedCache
 from cachemedic.token.repair_report import RepairReport
-
-if TYPE_CHECKING:
-    from cachemedic.token.cache import SketchCache
 
 PIECE = 512  # tokens whose vectors are held at once
 ALL_OVER = 0.5  # of the keys and values of a token
 
 
 @torch.inference_mode()
-def carry_out(cache: SketchCache, report: Report, policy: Policy) -> RepairReport:
+def carry_out(cache: RecordedCache, report: Report, policy: Policy) -> RepairReport:
     """Repairs the damage of a report in place. Exact tokens are computed last, behind those that were restored."""
     start = time.perf_counter()
     record = cache.kept
@@ -58,7 +56,7 @@ def _pieces(tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
     return list(zip(rows.split(PIECE), slots.split(PIECE), strict=True)) if len(rows) else []
 
 
-def _rewrite(cache: SketchCache, way: str, rows: Tensor, slots: Tensor, parts: Tensor) -> None:
+def _rewrite(cache: RecordedCache, way: str, rows: Tensor, slots: Tensor, parts: Tensor) -> None:
     """Puts what the operator says in the place of damaged `parts` [B, T, L, 2] of tokens (rows[i], slots[i])."""
     coder, record, layers = cache.coder, cache.kept, _layers(cache)
     assert coder is not None  # the policy saw to it
@@ -89,11 +87,11 @@ def _put(stored: Tensor, rows: Tensor, slots: Tensor, hit: Tensor, new: Tensor) 
     stored[rows.to(stored.device), :, slots.to(stored.device)] = new.to(stored)
 
 
-def _layers(cache: SketchCache) -> list[Any]:
+def _layers(cache: RecordedCache) -> list[Any]:
     return cache.layers
 
 
-def _expected_kl(cache: SketchCache, taken: dict[str, int]) -> float | None:
+def _expected_kl(cache: RecordedCache, taken: dict[str, int]) -> float | None:
     """Nats, in proportion to the tokens of each way; None where a way was not measured."""
     known = {"recompute": 0.0} | ({} if cache.operator is None else cache.operator.expected_kl)
     if any(count and way not in known for way, count in taken.items()):

@@ -1,0 +1,64 @@
+"""A cache with a record of its tokens: what checking, repairing and saving ask of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cachemedic.token.coder import Coder
+from cachemedic.token.dense import dense_shape
+from cachemedic.token.forward_hook import ToldCache
+from cachemedic.token.hashes import TokenHash
+from cachemedic.token.joint_operator import JointOperator
+from cachemedic.token.record import TokenRecord
+
+
+class RecordedCache(ToldCache):
+    """What `cachemedic.token.cache.SketchCache` is to those who look at its tokens."""
+
+    record: TokenRecord | None
+
+    def know(self, model: PreTrainedModel, operator: JointOperator | None, seed: int) -> None:
+        """Whose cache this is, and who repairs it; its record is empty. Raises what `SketchCache` raises."""
+        self.shape = dense_shape(model)
+        self.model, self.operator, self.seed = model, operator, seed
+        self.coder = None if operator is None else Coder(model, operator)
+        self.record = None
+        self._hasher: TokenHash | None = None
+
+    @property
+    def hasher(self) -> TokenHash:
+        """The hash of this cache's format. Raises `ValueError` while the cache is empty."""
+        if self._hasher is None:
+            layers: list[Any] = self.layers
+            if not layers or not layers[0].is_initialized:
+                raise ValueError("this SketchCache is empty: prefill it first")
+            shape = self.shape
+            self._hasher = TokenHash(shape.num_layers, shape.num_kv_heads, shape.head_dim, layers[0].dtype, self.seed)
+        return self._hasher
+
+    @property
+    def kept(self) -> TokenRecord:
+        """The record of the tokens. Raises `ValueError` while the cache is empty, and where tokens came unannounced."""
+        recorded = 0 if self.record is None else len(self.record)
+        if (stored := int(self.get_seq_length())) != recorded:
+            raise ValueError(
+                f"this SketchCache holds {stored} tokens, {recorded} of them written by complete forward passes of its "
+                "model: call `reset` and prefill it again"
+            )
+        if self.record is None:
+            raise ValueError("this SketchCache is empty: prefill it first")
+        return self.record
+
+    def numbers(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The stored keys and the values [B, G, T, d] by layer, where the record is."""
+        record = self.kept
+        if self.offloading:  # the next layer may be on its way back
+            torch.cuda.default_stream(record.ids.device).wait_stream(self.prefetch_stream)
+        layers: list[Any] = self.layers
+        length, device = len(record), record.ids.device
+        keys = [layer.keys[:, :, :length].to(device) for layer in layers]
+        return keys, [layer.values[:, :, :length].to(device) for layer in layers]
