@@ -22,7 +22,7 @@ class CachedTokens:
     ids. positions [B, T]: the position of each token in its text, -1 for padding. readable, bool [B, T]: the tokens
     that attention may read (None: all but the padding). damaged, bool [B, T]: the tokens that are known to be damaged,
     by a checksum of the memory or in an experiment by an oracle (None: nothing is known; a defense that needs to know
-    finds it out from what it kept). suspicion [B, T]: how damaged a defense that has read the tokens took them to be.
+    finds it out from what it kept).
     """
 
     k: Tensor
@@ -31,7 +31,6 @@ class CachedTokens:
     positions: Tensor
     readable: Tensor | None = None
     damaged: Tensor | None = None
-    suspicion: Tensor | None = None
 
     @classmethod
     def behind_padding(cls, k: Tensor, v: Tensor, ids: Tensor, valid: Tensor) -> CachedTokens:
@@ -69,6 +68,11 @@ class Defense:
         return 0.0
 
     @property
+    def cache_bytes(self) -> int:
+        """What is kept of each row of a cache beside that, whatever its length, in bytes."""
+        return 0
+
+    @property
     def fixed_bytes(self) -> int:
         """What is kept once, for all caches of a model, in bytes."""
         return 0
@@ -102,6 +106,10 @@ class Around(Defense):
     @property
     def bytes_per_token(self) -> float:
         return self.inner.bytes_per_token
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.inner.cache_bytes
 
     @property
     def fixed_bytes(self) -> int:

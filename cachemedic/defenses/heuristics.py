@@ -165,7 +165,7 @@ class OnDamaged(Defense):
         return replace(damaged, k=k, v=v, readable=readable)
 
 
-@register_defense("recompute")
+@register_defense("prefill")
 class Prefill(Defense):
     """Prefills the whole text again: reads the clean cache, at the price of a prefill."""
 
@@ -200,7 +200,7 @@ def _range_restriction_oracle(calibration: Calibration) -> Defense:
     return OnDamaged(RangeRestriction(calibration.statistics))
 
 
-ORACLES = ("recompute", "erase_damaged", "smoothing_oracle", "clip_renormalise_oracle", "range_restriction_oracle")
+ORACLES = ("prefill", "erase_damaged", "smoothing_oracle", "clip_renormalise_oracle", "range_restriction_oracle")
 
 
 def oracles(calibration: Calibration) -> dict[str, Defense]:

@@ -146,11 +146,6 @@ def _checksum_erase(calibration: Calibration) -> Defense:
     return ChecksumErase(calibration.shape)
 
 
-@register_defense("checksum_recompute")
-def _checksum_recompute(calibration: Calibration) -> Defense:
-    return ChecksumRecompute(calibration.shape, calibration.shape.num_layers - 1)
-
-
 @register_defense(FEW_LAYERS := f"checksum_recompute_{RECOMPUTED_LAYERS}")
 def _checksum_recompute_few(calibration: Calibration) -> Defense:
     return ChecksumRecompute(calibration.shape, RECOMPUTED_LAYERS)
@@ -182,7 +177,7 @@ def storage_defenses(calibration: Calibration) -> dict[str, Defense]:
     layers of a model that has not more.
     """
     shape = calibration.shape
-    names = ["secded_ecc", "secded_ecc_in_page", "secded_ecc_restricted", "checksum_erase", "checksum_recompute"]
+    names = ["secded_ecc", "secded_ecc_in_page", "secded_ecc_restricted", "checksum_erase"]
     names += [FEW_LAYERS] if shape.num_layers - 1 > RECOMPUTED_LAYERS else []
     names += SHADOWS
     names += [name for name, share in LOW_RANK_SHARES.items() if directions(shape, share) > 0]

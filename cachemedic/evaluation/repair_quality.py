@@ -1,4 +1,4 @@
-"""What a defense does to the cache itself: the error that it leaves, and whether it knows which tokens are damaged."""
+"""What a defense does to the cache itself: the error that it leaves in it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from cachemedic.core.divergence import EPS
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.data.task_data import TaskData
 from cachemedic.defenses.defense import Defense
-from cachemedic.defenses.heuristics import damaged_vectors
 from cachemedic.evaluation.decoding import CleanBank, decode_logits, tokens_of
-from cachemedic.evaluation.detection import detection_auroc
 from cachemedic.evaluation.evaluate import corrupt_examples
 from cachemedic.repair.folded import QueryGatedAdditive
 from cachemedic.repair.operator import RepairOperator
@@ -52,30 +50,25 @@ def repair_quality(
     """The error that defenses leave in the caches of a task, one row per defense and seed.
 
     rho, rho_k, rho_v: norms left over norms found, means over examples and layers (layers without damage left out);
-    score_error: the same for the attention scores q k of the continuation's queries; auroc: of the suspicion of
-    tokens, for a defense that has one and where part of them is damaged (else NaN). Examples of several runs are
+    score_error: the same for the attention scores q k of the continuation's queries. Examples of several runs are
     run-major.
     """
     k, v, _ = corrupt_examples(clean, task, spec, np.arange(len(task)))
-    written, found_damaged, valid = clean.tokens(task), tokens_of(task, k, v), task.prefix_mask
+    written, found_damaged = clean.tokens(task), tokens_of(task, k, v)
     queries = queries_of(model, clean, task)
-    damaged = damaged_vectors(written, found_damaged).any(2).any(1)  # [B, T]
     rows = []
     for name, defense in defenses.items():
         read = defense.read(found_damaged, defense.write(written))
-        new_k, new_v, suspicion = read.k, read.v, read.suspicion
         errors = {
-            "k": (_size(new_k - clean.k), _size(torch.nan_to_num(k) - clean.k)),
-            "v": (_size(new_v - clean.v), _size(torch.nan_to_num(v) - clean.v)),
-            "s": (_scores(queries, new_k - clean.k), _scores(queries, torch.nan_to_num(k) - clean.k)),
+            "k": (_size(read.k - clean.k), _size(torch.nan_to_num(k) - clean.k)),
+            "v": (_size(read.v - clean.v), _size(torch.nan_to_num(v) - clean.v)),
+            "s": (_scores(queries, read.k - clean.k), _scores(queries, torch.nan_to_num(k) - clean.k)),
         }
         left, found = (errors["k"][i] + errors["v"][i] for i in (0, 1))
         ratios = {"rho": _ratio(left, found), "rho_k": _ratio(*errors["k"]), "rho_v": _ratio(*errors["v"])}
         frame = pd.DataFrame({**ratios, "score_error": _ratio(*errors["s"])}).groupby(task.seeds.numpy()).mean()
         for seed, means in frame.iterrows():
-            mine = (task.seeds == seed)[:, None] & valid
-            auroc = float("nan") if suspicion is None else detection_auroc(suspicion[mine], damaged[mine])
-            rows.append({"reader": name, "seed": seed, **means.to_dict(), "auroc": auroc})
+            rows.append({"reader": name, "seed": seed, **means.to_dict()})
     return pd.DataFrame(rows)
 
 

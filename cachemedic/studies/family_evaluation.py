@@ -16,14 +16,19 @@ from cachemedic.defenses.defense import Around, CachedTokens, Defense, cache_byt
 from cachemedic.defenses.heuristics import blind_defenses
 from cachemedic.defenses.storage_defenses import storage_defenses
 from cachemedic.evaluation.experiments import calibration_of
+from cachemedic.models.cache import stack_cache
 from cachemedic.models.load import Base
 from cachemedic.models.shape import ModelShape
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.family_study import folded
 from cachemedic.studies.run import Run
-from cachemedic.token.layerwise.calibration import vectors_of
-from cachemedic.token.layerwise.operator import TokenAware
-from cachemedic.token.layerwise.scrub import Scrubber
+from cachemedic.token.joint import SINKS
+from cachemedic.token.joint_calibration import clean_caches
+from cachemedic.token.joint_operator import JointOperator
+from cachemedic.token.kept import Kept
+from cachemedic.token.token_recompute import TokenRecompute
+from cachemedic.token.token_repair import TokenRepair
+from cachemedic.token.vectors import TokenVectors
 from cachemedic.training.config import TrainConfig
 from cachemedic.training.trainer import load_or_train
 
@@ -33,10 +38,11 @@ HEURISTICS = ("none", "clip_renormalise", "range_restriction")
 
 
 def comparison_defenses(base: Base, examples: int = 64) -> tuple[dict[str, Defense], dict[str, Defense]]:
-    """The heuristics, and the defenses with protected storage, that operators are compared with, by name."""
+    """The heuristics, and the defenses that keep something, that operators are compared with, by name."""
     calibration = calibration_of(base, examples)
     heuristics = blind_defenses(calibration)
-    return {name: heuristics[name] for name in HEURISTICS}, storage_defenses(calibration)
+    keeping = {"recompute": TokenRecompute(base.model), **storage_defenses(calibration)}
+    return {name: heuristics[name] for name in HEURISTICS}, keeping
 
 
 def trained(
@@ -49,10 +55,26 @@ def trained(
     }
 
 
-def scrubbers(base: Base, configs: Mapping[Name, TrainConfig], run: Run, retrain: bool = False) -> dict[Name, Scrubber]:
+def token_repairs(
+    base: Base, configs: Mapping[Name, TrainConfig], run: Run, retrain: bool = False
+) -> dict[Name, TokenRepair]:
     """What reads a damaged cache with each of the `trained` operators of families D and E."""
     operators = trained(base, configs, run, retrain).items()
-    return {name: Scrubber(base.model, cast(TokenAware, operator)) for name, operator in operators}
+    return {name: TokenRepair(base.model, cast(JointOperator, operator)) for name, operator in operators}
+
+
+def code_alone(repair: TokenRepair) -> TokenRepair:
+    """The same operator, where every changed token is replaced by what its code says."""
+    return TokenRepair(repair.model, repair.operator, "restore")
+
+
+def without_trust(repair: TokenRepair) -> TokenRepair:
+    """The same operator with a trust network that says nothing: the noise is as the algebra has it."""
+    operator = RepairOperator.stack([repair.operator.select(run) for run in range(repair.runs)])
+    for name, p in operator.named_parameters():
+        if name in ("trust_out", "trust_bias"):
+            p.data.zero_()
+    return TokenRepair(repair.model, cast(JointOperator, operator))
 
 
 def linear_operators(base: Base, seeds: Sequence[int], run: Run, smoke: bool) -> dict[str, RepairOperator]:
@@ -68,10 +90,18 @@ def linear_operators(base: Base, seeds: Sequence[int], run: Run, smoke: bool) ->
 
 
 def bytes_per_token(base: Base, defenses: Mapping[str, Defense]) -> pd.DataFrame:
-    """Columns reader, bits_per_token, share: what a defense keeps, in bits and over a bf16 cache."""
+    """Columns reader; bits_per_token, share: what a defense keeps of a token, in bits and over a bf16 cache;
+    cache_bytes, fixed_bytes: what it keeps of a cache besides, and once; prefill_share: the time of a read over that of
+    a prefill of the damaged tokens.
+    """
     whole = cache_bytes_per_token(ModelShape.of(base.model.config))
-    rows = [(name, 8 * defense.bytes_per_token, defense.bytes_per_token / whole) for name, defense in defenses.items()]
-    return pd.DataFrame(rows, columns=["reader", "bits_per_token", "share"])
+    rows = [
+        (name, 8 * d.bytes_per_token, d.bytes_per_token / whole, d.cache_bytes, d.fixed_bytes, d.prefill_share)
+        for name, d in defenses.items()
+    ]
+    return pd.DataFrame(
+        rows, columns=["reader", "bits_per_token", "share", "cache_bytes", "fixed_bytes", "prefill_share"]
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,49 +114,45 @@ class OneSide(Around):
         return replace(damaged, **{self.side: getattr(self.inner.read(damaged, kept), self.side)})
 
 
-class SketchSwapped(Around):
-    """An attacker who can write the sketch: what is kept of every example is that of the next one of the batch."""
+class CodeSwapped(Around):
+    """An attacker who can write what is kept: that of every example is that of the next one of the batch."""
 
-    def write(self, clean: CachedTokens) -> Any:
-        kept = self.inner.write(clean)
-        return None if kept is None else [codes.roll(-1, 0) for codes in kept]
+    def write(self, clean: CachedTokens) -> Kept:
+        return self.inner.write(clean).rows(torch.arange(len(clean.ids)).roll(-1))
 
 
 @torch.inference_mode()
-def rate_distortion(base: Base, codes: Mapping[str, Scrubber], samples: int = 24) -> pd.DataFrame:
+def rate_distortion(base: Base, codes: Mapping[str, TokenRepair], samples: int = 24) -> pd.DataFrame:
     """Error of codes beside the Gaussian rate-distortion curves, on clean text that nothing was fitted to.
 
     Columns kind, share (of a bf16 cache), distortion: mean squared error over the variance of clean token vectors,
-    in units of the transform's scale, for a token that is lost entirely. "joint" and "by layer" are the curves of
+    in units of the joint model's scale, for a token that is lost entirely. "joint" and "by layer" are the curves of
     reverse water-filling (Cover and Thomas, section 10.3.3) on the covariance over all layers, or of each alone,
-    without what token ids tell; a name of `codes` is that operator's sketch.
+    without what token ids tell; a name of `codes` is that operator's code.
     """
-    windows = vectors_of(base, sample_windows(base, documentation("validation"), samples, 288, seed=9))
-    any_code = next(iter(codes.values()))
-    transform = any_code.transform
-    z = transform.standardise(windows.x)
-    is_first = windows.positions == 0
-    inner = z[:, :, 1:].transpose(1, 2).flatten(0, 1)  # [tokens, P, D]
-    centred = inner - inner.mean(0)
-    total = centred.square().mean(0).sum()
-    whole = 16 * centred[0].numel()
-    flat = centred.flatten(1).double()
-    joint = torch.linalg.eigvalsh(flat.T @ flat / len(flat)).clamp_min(0)
-    layers = centred.double().transpose(0, 1)
+    ids = sample_windows(base, documentation("validation"), samples, 288, seed=9)
+    positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
+    ((_, cache),) = clean_caches(base, ids, len(ids))
+    keys, values = stack_cache(cache)
+    vectors, joint = TokenVectors(base.model), next(iter(codes.values())).operator.calibrated
+    x = vectors.of(keys, values, positions)
+    centred = joint.standardise(x)[:, SINKS:].flatten(0, 1)
+    centred = (centred - centred.mean(0)).double()
+    total, whole = centred.square().mean(0).sum(), 16 * joint.dim
+    over_all = torch.linalg.eigvalsh(centred.T @ centred / len(centred)).clamp_min(0)
+    layers = centred.unflatten(1, (len(joint.layers), -1)).transpose(0, 1)
     alone = torch.linalg.eigvalsh(layers.mT @ layers / layers.shape[1]).clamp_min(0).flatten()
     rows = []
-    for kind, spectrum in (("joint", joint), ("by layer", alone)):
+    for kind, spectrum in (("joint", over_all), ("by layer", alone)):
         for share in (1 / 1024, 1 / 512, 1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8):
             rows.append((kind, share, float(_water_filling(spectrum, share * whole) / total)))
-    for name, scrubber in codes.items():
-        code = scrubber.operator.code
-        assert code is not None  # only family E has something to draw here
-        known = z[:, : scrubber.operator.known_layers]
-        sketch = code.understand(code.write(z, is_first, known), is_first, known)
-        coded = range(known.shape[1], z.shape[1])
-        decoded = torch.cat([known, torch.stack([code.reconstruct(layer, sketch)[1] for layer in coded], 1)], 1)
-        error = (decoded - z)[:, :, 1:].square().mean((0, 2)).sum()
-        rows.append((name, code.bits_per_token / whole, float(error / total)))
+    for name, repair in codes.items():
+        operator = repair.operator
+        assert operator.code is not None  # only family E has something to draw here
+        prior = operator.prior(base.model, ids, positions)
+        told = joint.reconstruct(operator.code.decode(operator.code.encode(x, prior), prior), prior)
+        error = ((told - x) * joint.scale)[:, SINKS:].square().mean((0, 1)).sum()
+        rows.append((name, 8 * operator.bytes_per_token / whole, float(error / total)))
     return pd.DataFrame(rows, columns=["kind", "share", "distortion"])
 
 

@@ -1,7 +1,8 @@
-"""What is trained to compare the operator families, by name: notebooks 03, 08 and 14 share these conditions.
+"""What is trained to compare the operator families, by name: notebooks 03, 08, 13, 14 and 15 share these conditions.
 
-D and E train alike: few steps at a high learning rate that falls to nothing, mild faults drawn more often than severe
-ones, which dominate the loss, and a contraction term without a threshold, which their kind can follow.
+D and E begin with a trust network that was fitted to known faults, then train alike: few steps at a high learning rate
+that falls to nothing, mild faults drawn more often than severe ones, which dominate the loss, and a contraction term
+without a threshold, which their kind can follow. Validation decides which of a run's parameters are kept.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from cachemedic.training.config import TrainConfig
 from cachemedic.training.objective import RepairObjective
 
 SEVERITIES = (0.1, 0.1, 0.1, 0.25, 0.25, 0.5, 1.0)
-STEPS = {"layerwise-D": 250, "layerwise-E": 80}
-HELD_OUT_STEPS = 80
-SHARES = (1 / 16, 1 / 64, 1 / 128, 1 / 256)
-COORDINATES = (1, 2, 4, 8)
+STEPS = {"D": 200, "E": 80}
+LEARNING_RATE = 1e-2
+SHARES = (1 / 512, 1 / 256, 1 / 64, 1 / 32)  # beside 1/128, the default
+SMALL = 1 / 256  # the share that is ablated: there is something to lose
 
 
 def token_aware_config(
@@ -35,12 +36,17 @@ def token_aware_config(
         seeds=tuple(seeds),
         mixture=Mixture(severities=SEVERITIES),
         bank=bank,
-        steps=6 if smoke else STEPS[family],
+        steps=2 if smoke else STEPS[family],
         batch=4,
-        lr=1e-2,
+        lr=LEARNING_RATE,
         options=options,
         schedule="linear",
     )
+
+
+def untrained(config: TrainConfig) -> TrainConfig:
+    """The same with the trust network as it was fitted to known faults, before the objective."""
+    return replace(config, steps=0)
 
 
 def folded(base: Base, seeds: Sequence[int], smoke: bool = False) -> dict[str, TrainConfig]:
@@ -66,45 +72,45 @@ def folded(base: Base, seeds: Sequence[int], smoke: bool = False) -> dict[str, T
 
 
 def headline(base: Base, seeds: Sequence[int], smoke: bool = False) -> dict[str, TrainConfig]:
-    """D without and with the prior from token ids, and E at 1/32 of the bytes of the cache."""
+    """D without and with the token ids, and E at 1/128 of the bytes of the cache."""
     return {
-        "D, no prior": token_aware_config(base, "layerwise-D", seeds, smoke, known_layers=0),
-        "D": token_aware_config(base, "layerwise-D", seeds, smoke),
-        "E": token_aware_config(base, "layerwise-E", seeds, smoke),
+        "D, no ids": token_aware_config(base, "D", seeds, smoke, with_ids=False),
+        "D": token_aware_config(base, "D", seeds, smoke),
+        "E": token_aware_config(base, "E", seeds, smoke),
     }
+
+
+def before_training(base: Base, seeds: Sequence[int], smoke: bool = False) -> dict[str, TrainConfig]:
+    """D and E before they are trained by the objective."""
+    trained = headline(base, seeds, smoke)
+    return {f"{name}, untrained": untrained(trained[name]) for name in ("D", "E")}
 
 
 def shares(base: Base, seeds: Sequence[int], smoke: bool = False) -> dict[str, TrainConfig]:
-    """E at other sizes of the sketch."""
-    return {
-        f"E, 1/{1 / share:.0f}": token_aware_config(base, "layerwise-E", seeds, smoke, share=share) for share in SHARES
-    }
+    """E with other lengths of the code, before training."""
+    configs = {share: token_aware_config(base, "E", seeds, smoke, share=share) for share in SHARES}
+    return {f"E, 1/{1 / share:.0f}": untrained(config) for share, config in configs.items()}
 
 
 def held_out(base: Base, seeds: Sequence[int], smoke: bool = False) -> dict[tuple[str, str], TrainConfig]:
-    """The headline conditions, each with one corruption type left out of a shorter training."""
+    """D and E, fitted to the faults of all types but one."""
     return {
-        (name, kind): replace(config, mixture=config.mixture.without(kind), steps=min(config.steps, HELD_OUT_STEPS))
-        for name, config in headline(base, seeds, smoke).items()
+        (name, kind): replace(config, mixture=config.mixture.without(kind))
+        for name, config in before_training(base, seeds, smoke).items()
         for kind in MIXTURE_WEIGHTS
     }
 
 
 def ablations(base: Base, seeds: Sequence[int], smoke: bool = False) -> dict[str, TrainConfig]:
-    """E with one thing changed; at 1/64 of the bytes, where there is something to lose."""
+    """E with one thing changed, at `SMALL` of the bytes, before training."""
 
     def changed(**options: Any) -> TrainConfig:
-        return token_aware_config(base, "layerwise-E", seeds, smoke, **{"share": 1 / 64, **options})
+        return untrained(token_aware_config(base, "E", seeds, smoke, **{"share": SMALL, **options}))
 
-    named = {f"m = {m}": changed(coordinates=m) for m in COORDINATES}
-    named |= {f"{bits} bits each": changed(bits=bits) for bits in (8, 4, 2)}
-    named |= {f"{projection} axes": changed(projection=projection) for projection in ("random", "learned")}
-    named |= {
-        "no prior": changed(known_layers=0),
-        "one layer recomputed": changed(known_layers=2),
-        "a network a layer": changed(per_layer=True),
-        "code alone": changed(rounds=0),
-        "with logit bias": changed(bias=True),
-        "bias only": changed(bias=True, correction=False),
-    }
-    return named
+    def of_rank(rank: int) -> TrainConfig:
+        return replace(changed(), rank=rank)
+
+    named = {"no ids": changed(with_ids=False)}
+    named |= {f"{n} round{'s' * (n > 1)}": changed(rounds=n) for n in (1, 4)}
+    named |= {f"rank {rank}": of_rank(rank) for rank in (2, 16)}
+    return named | {f"{n} hidden units": changed(hidden=n) for n in (4, 64)}

@@ -69,9 +69,9 @@ def measure(
 ) -> MainResult:
     """Every reader of the main results on one base, test split; `folder` as in `run_grid`.
 
-    `linear` holds operator A by setting, `token_aware` D and E by the names to report. Language modelling, standard
-    setting: all severities, all readers. Sentiment and needles: from severity 0.25 on, no defence, the best heuristic,
-    the operators. Oracles, and the protected block, on language modelling.
+    `linear` holds operator A by setting, `token_aware` D, E and the repairs of tokens beside them, by the names to
+    report. Language modelling, standard setting: all severities, all readers. Sentiment and needles: from severity 0.25
+    on, no defence, the best heuristic, the operators. Oracles, and the protected block, on language modelling.
     """
     examples = SMOKE_EXAMPLES if smoke else EXAMPLES
     severities = (0.5,) if smoke else GRID

@@ -13,8 +13,8 @@ from cachemedic.repair.folded import FoldedOperator
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.repair.registry import family_class
 from cachemedic.studies.family_study import token_aware_config
-from cachemedic.token.layerwise.operator import TokenAware
-from cachemedic.token.layerwise.scrub import Scrubber
+from cachemedic.token.joint_operator import JointOperator
+from cachemedic.token.token_repair import TokenRepair
 from cachemedic.training.bank import WITH_REVIEWS, BankConfig
 from cachemedic.training.config import TrainConfig
 from cachemedic.training.objective import RepairObjective
@@ -85,8 +85,8 @@ def rank_sweep(standard: TrainConfig, ranks: Sequence[int]) -> dict[str, TrainCo
 
 
 def defense_of(base: Base, operator: RepairOperator) -> Defense:
-    """What reads a damaged cache with an operator: D and E scrub it, A to C act inside attention."""
-    return Scrubber(base.model, operator) if isinstance(operator, TokenAware) else operator
+    """What reads a damaged cache with an operator: D and E repair what is stored, A to C act inside attention."""
+    return TokenRepair(base.model, operator) if isinstance(operator, JointOperator) else operator
 
 
 def defenses_of(base: Base, operators: Mapping[str, RepairOperator]) -> dict[str, Defense]:

@@ -15,7 +15,7 @@ parts, estimate    what damaged tokens most likely held
 trust, trust_fit   the network that says how much of a damaged token to believe
 kept               what family E keeps of the tokens of a cache
 joint_operator     the families D and E
-token_repair       the same as a defense, beside all others
+token_repair, token_recompute  the same, and recomputation, as defenses beside all others
 joint_calibrate    makes an operator of D or E useful (`calibrate`)
 plausible          whether tokens follow from their ids (`check_cache`)
 record             what a cache remembers of its tokens
@@ -23,5 +23,4 @@ damage_kinds, check, repair_report  the reports
 recorded_cache     a cache with a record of its tokens
 coder, costs, policy, ways  how damaged tokens are repaired, and by which way
 forward_hook, cache, cache_files, given, look_after  `SketchCache`, its files, and caches from elsewhere
-layerwise/         the first edition's code, layer by layer, which the notebooks still measure
 """

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from cachemedic.token.cache_files import load_cache, save_cache
 from cachemedic.token.check import Report, check
 from cachemedic.token.forward_hook import Watch
+from cachemedic.token.hashes import HASH_BYTES, PART_BYTES
 from cachemedic.token.joint import SINKS
 from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.policy import Policy
@@ -66,7 +67,7 @@ class SketchCache(RecordedCache):
     @property
     def bytes_per_token(self) -> float:
         """What is kept beside a token: id, position, hash and code; the first positions apart."""
-        hashes = 8 + 4 * self.shape.num_layers
+        hashes = HASH_BYTES + PART_BYTES * self.shape.num_layers
         return 17 + hashes + (0 if self.coder is None else self.coder.bytes_per_token)
 
     @property

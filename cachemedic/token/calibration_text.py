@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cachemedic.data.text import LABELS, documentation, sentiment_prompt, sentiment_review, source_code
+from cachemedic.data.text_source import TextSource
 from cachemedic.models.load import Base
 
 REVIEWS = 2000
@@ -34,6 +35,16 @@ def default_texts(base: Base, seed: int = 0) -> dict[str, tuple[str, ...]]:
         found["dialogue"] = tuple(
             _turns(base, question, answer) for question, answer in zip(asked, answers, strict=True)
         )
+    return found
+
+
+def source_texts(base: Base, source: TextSource) -> dict[str, Sequence[str]]:
+    """The default texts of a base, with documents and reviews from the source where it has some."""
+    found: dict[str, Sequence[str]] = dict(default_texts(base))
+    if source.documents:
+        found = {"prose": source.documents_of("calibration"), "reviews": found["reviews"]}
+    if (reviews := source.reviews_of("calibration")) is not None:
+        found["reviews"] = [f"{sentiment_prompt(text)} {LABELS[label]}" for text, label in reviews]
     return found
 
 

@@ -124,7 +124,8 @@ def estimate(
     believed = usable * (variance / (variance + noise[..., None]))
     if sound is not None:
         believed = believed.masked_fill(sound[..., None], 1.0)
-    start = torch.where(seen.flatten(-2), read.float(), told.float())
+    d = d.masked_fill(exact[..., None], 0.0)  # what is told exactly stays as it is told
+    start = torch.where((seen & ~exact[..., None]).flatten(-2), read.float(), told.float())
     return start - ((1 - believed) * d).flatten(-2) / scale
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 EXACT_BITS, WORD_BITS = 53, 15  # of a double; of the magnitude of a signed 16-bit number
+HASH_BYTES, PART_BYTES = 8, 4  # of a token; of its keys and values in one layer
 GROUP = 256  # tokens, over rows and layers, that are hashed in one product: many layers of few tokens, or one of many
 
 

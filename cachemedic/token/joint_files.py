@@ -5,13 +5,19 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from cachemedic.models.load import WEIGHTS
+from cachemedic.models.load import EMBEDDED, WEIGHTS
 from cachemedic.token.joint import JointModel
 
 
 def joint_name(digest: str) -> str:
     """The name of the file of a joint model."""
     return f"joint-{digest[:16]}.safetensors"
+
+
+def shipped_joint(base: str) -> JointModel | None:
+    """The joint model of all layers that comes with an embedded base; None where none does."""
+    found = list((WEIGHTS / base).glob("joint-*.safetensors")) if base in EMBEDDED else []
+    return _read(found[0], found[0].stat().st_mtime_ns) if found else None
 
 
 def file_of(joint: JointModel) -> dict[str, bytes | None]:
@@ -29,15 +35,15 @@ def find_joint(folder: Path, digest: str) -> JointModel:
     name = joint_name(digest)
     for place in (folder, folder.parent, *sorted(WEIGHTS.glob("*/"))):
         if (place / name).is_file():
-            return _read(place / name, (place / name).stat().st_mtime_ns, digest)
+            joint = _read(place / name, (place / name).stat().st_mtime_ns)
+            if joint.digest != digest:
+                raise ValueError(f"{place / name} is another joint model than that of the operator")
+            return joint
     raise FileNotFoundError(
         f"the joint model {name} of the operator in {folder} is neither there nor in the folder above"
     )
 
 
 @lru_cache(maxsize=4)
-def _read(path: Path, changed: int, digest: str) -> JointModel:
-    joint = JointModel.from_file(path)
-    if joint.digest != digest:
-        raise ValueError(f"{path} is another joint model than that of the operator")
-    return joint
+def _read(path: Path, changed: int) -> JointModel:
+    return JointModel.from_file(path)

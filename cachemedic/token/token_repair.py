@@ -8,7 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from cachemedic.core.errors import nearest_valid
-from cachemedic.defenses.defense import CachedTokens, Defense
+from cachemedic.defenses.defense import CachedTokens, Defense, cache_bytes_per_token
+from cachemedic.token.hashes import HASH_BYTES, PART_BYTES
+from cachemedic.token.joint import SINKS
 from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.kept import Kept
 
@@ -37,8 +39,15 @@ class TokenRepair(Defense):
 
     @property
     def bytes_per_token(self) -> float:
-        """Of the code. Hashes, which every defense that checks needs, are not counted."""
-        return self.operator.bytes_per_token
+        """Of code and hashes."""
+        hashes = HASH_BYTES + PART_BYTES * len(self.operator.layers)
+        return self.operator.bytes_per_token + hashes if self.operator.code is not None else 0
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the first positions, which are kept as they are."""
+        whole = cache_bytes_per_token(self.operator.config.model)
+        return SINKS * whole if self.operator.code is not None else 0
 
     @property
     def fixed_bytes(self) -> int:

@@ -9,7 +9,6 @@ config        what defines a training
 draws         the samples and faults of a step
 gram          identity loss and contraction ratio from Gram matrices
 student       the student's forward pass from the first corrupted layer on
-repair_terms  the same two terms for the layerwise families
 joint_terms   the same two terms for the families D and E
 keep_best     the best parameters of each run by validation
 forward       one training step

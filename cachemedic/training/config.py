@@ -16,8 +16,9 @@ from cachemedic.corruption.apply import Mixture
 from cachemedic.corruption.severity import shipped_map
 from cachemedic.models.load import Base
 from cachemedic.models.shape import ModelShape
-from cachemedic.token.layerwise import LAYERWISE
-from cachemedic.token.layerwise.statistics_files import shipped_transform
+from cachemedic.repair.registry import family_class
+from cachemedic.token.joint_files import shipped_joint
+from cachemedic.token.joint_operator import JointOperator
 from cachemedic.training.bank import BankConfig, weights_digest
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.step_data import StepOutputs
@@ -46,7 +47,7 @@ class TrainConfig:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     mixture: Mixture = field(default_factory=Mixture)
     bank: BankConfig = BankConfig()
-    steps: int = 300
+    steps: int = 300  # 0: the operators as they are before training
     batch: int = 16  # samples per run and step
     lr: float = 3e-3
     clip: float = 1.0  # gradient norm per run
@@ -69,9 +70,9 @@ class TrainConfig:
             raise ValueError(f"seeds must be distinct and at least one, not {self.seeds}")
         if not self.objectives:
             raise ValueError("objectives must hold at least one condition")
-        for name in ("steps", "batch", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, least in (("steps", 0), ("batch", 1), ("checkpoint_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
@@ -121,19 +122,18 @@ class TrainConfig:
         # what is not used is left out: sweeps without it keep the keys that they had before it existed
         unused = {name for name in ("quantiser", "gate", "options") if not getattr(self, name)}
         unused |= {"schedule"} if self.schedule == "constant" else set()
-        family = self.family.removeprefix(LAYERWISE)  # operators that ship keep the names that they had
-        fields = asdict(self) | {"bank": self.bank.defined(), "family": family}
+        fields = asdict(self) | {"bank": self.bank.defined()}
         defined: list[object] = [{k: v for k, v in fields.items() if k not in unused}]
         defined += [base.name, weights_digest(base)]
         defined += [head_digest(base)] if self.needs_valence else []
-        transform = shipped_transform(base.name) if self.family.startswith(LAYERWISE) else None
-        defined += [] if transform is None else [transform.digest]
+        joint = shipped_joint(base.name) if issubclass(family_class(self.family), JointOperator) else None
+        defined += [] if joint is None else [joint.digest]
         shape = ModelShape.of(base.model.config)
         calibrated, cache_shape = base.severity_map or shipped_map(), (shape.num_layers, shape.num_kv_heads, 0)
         recalibrated = calibrated.digest_beside(shipped_map(), self.mixture.weights, self.mixture.base, cache_shape)
         defined += [recalibrated] if recalibrated else []
         text = json.dumps(defined, sort_keys=True, default=str)
-        return f"{Path(base.name).name}-{family}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        return f"{Path(base.name).name}-{self.family}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def stack_objectives(objectives: tuple[RepairObjective, ...], seeds: int) -> RepairObjective:

@@ -17,13 +17,11 @@ from cachemedic.repair.attach import Protection, protect
 from cachemedic.repair.folded import FoldedOperator
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.token.joint_operator import JointOperator
-from cachemedic.token.layerwise.operator import TokenAware
-from cachemedic.training import joint_terms
 from cachemedic.training.bank import Bank
 from cachemedic.training.config import TrainConfig
 from cachemedic.training.draws import Draw
 from cachemedic.training.gram import Gram, layer_terms
-from cachemedic.training.repair_terms import measure_repair, repair_read
+from cachemedic.training.joint_terms import measure_repair, repair_read
 from cachemedic.training.step_data import StepOutputs
 from cachemedic.training.student import shared_prefix, starting_at
 from cachemedic.training.valence.head import Valence
@@ -57,15 +55,13 @@ def forward(students: Students, draw: Draw) -> StepOutputs:
     positions = torch.arange(bank.prefix, bank.ids.shape[1], device=model.device).expand(len(ids), -1)
     hidden = bank.hidden[runs.flatten(), first].to(model.device, model.dtype)
     with (
-        shared_prefix(model, read.keys.to(model.dtype), read.values.to(model.dtype), first, read.conditions, read.bias),
+        shared_prefix(model, read.keys.to(model.dtype), read.values.to(model.dtype), first, read.conditions),
         starting_at(model, first, hidden),
         protect(model, students.operator, record_gates=True) as protection,
         observing(model) if config.observes_valence else nullcontext(Observation()) as seen,
     ):
         logits = model(ids, position_ids=positions, use_cache=False).logits
     if isinstance(students.operator, JointOperator):
-        terms = joint_terms.measure_repair(bank, config.layers, draw, found, read)
-    elif isinstance(students.operator, TokenAware):
         terms = measure_repair(bank, config.layers, draw, found, read)
     else:
         terms = _measure(students, draw, read, protection)
@@ -109,8 +105,6 @@ def read_cache(students: Students, draw: Draw) -> Read:
 def repaired(students: Students, draw: Draw, found: Read) -> Read:
     """The caches that the students attend to: those of D and E are repaired before, others inside attention."""
     if isinstance(students.operator, JointOperator):
-        return joint_terms.repair_read(students.base, students.bank, students.operator, draw, found)
-    if isinstance(students.operator, TokenAware):
         return repair_read(students.base, students.bank, students.operator, draw, found)
     return found
 

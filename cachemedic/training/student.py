@@ -32,11 +32,10 @@ def attend_shared_prefix(
 
     The queries are those of the last M of these N tokens.
 
-    The prefix of the layer, [S, B, G, T, d], and what is added to its logits, [S, B, G, T] or None, are on the module,
-    put there by `shared_prefix`. Returns ([S*C*B, M, H, d], None). Raises `ValueError` for attention with a soft cap,
-    sinks or a window that cuts the prefix.
+    The prefix of the layer, [S, B, G, T, d], is on the module, put there by `shared_prefix`. Returns
+    ([S*C*B, M, H, d], None). Raises `ValueError` for attention with a soft cap, sinks or a window that cuts the prefix.
     """
-    past_key, past_value, bias, conditions = module.shared_prefix
+    past_key, past_value, conditions = module.shared_prefix
     rows, heads, queries, dim = query.shape
     samples, groups, length, _ = past_key.shape[-4:]
     limits = {name: options[name] for name in ("softcap", "s_aux") if options.get(name) is not None}
@@ -57,10 +56,7 @@ def attend_shared_prefix(
         x = x.view(seeds, samples, groups, conditions, heads // groups, queries, -1)
         return x.permute(0, 3, 1, 2, 4, 5, 6).reshape(rows, heads, queries, -1)
 
-    past = by_prefix(query) @ past_key.reshape(-1, length, dim).mT
-    if bias is not None:
-        past = past + bias.reshape(-1, 1, length) / scaling
-    scores = by_row(past)
+    scores = by_row(by_prefix(query) @ past_key.reshape(-1, length, dim).mT)
     own_key, own_value = (x.repeat_interleave(heads // groups, 1) for x in (key, value))
     own = query @ own_key.mT
     if queries > 1:
@@ -77,12 +73,8 @@ def shared_prefix(
     values: torch.Tensor,
     first_layer: int,
     conditions: int,
-    bias: torch.Tensor | None = None,
 ) -> Iterator[None]:
-    """Within, `model` attends to the prefix `keys`, `values` [S, B, L', G, T, d] of the layers `first_layer` and up.
-
-    bias [S, B, L', G, T] is added to the logits of the prefix.
-    """
+    """Within, `model` attends to the prefix `keys`, `values` [S, B, L', G, T, d] of the layers `first_layer` and up."""
     AttentionInterface.register(SHARED_PREFIX, attend_shared_prefix)
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
     attention = attention_modules(model, range(first_layer, depth))
@@ -90,8 +82,7 @@ def shared_prefix(
     model.config._attn_implementation = SHARED_PREFIX
     try:
         for i, module in enumerate(attention):
-            added = None if bias is None else bias[:, :, i]
-            module.shared_prefix = (keys[:, :, i], values[:, :, i], added, conditions)
+            module.shared_prefix = (keys[:, :, i], values[:, :, i], conditions)
         yield
     finally:
         model.config._attn_implementation = before

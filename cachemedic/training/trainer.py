@@ -23,11 +23,11 @@ from cachemedic.models.attention import attention_modules
 from cachemedic.models.load import Base
 from cachemedic.repair.attach import IdleOperatorWarning
 from cachemedic.repair.operator import RepairOperator
+from cachemedic.token.calibration_text import source_texts
 from cachemedic.token.joint import JointModel
 from cachemedic.token.joint_calibration import fit_joint_model
+from cachemedic.token.joint_files import shipped_joint
 from cachemedic.token.joint_operator import JointOperator
-from cachemedic.token.layerwise.calibration import calibrate
-from cachemedic.token.layerwise.operator import TokenAware
 from cachemedic.token.trust_fit import fit_trust
 from cachemedic.training.bank import WITH_REVIEWS, Bank, open_bank
 from cachemedic.training.config import TrainConfig, sweep_objective
@@ -53,8 +53,8 @@ class Trainer:
     """Trains the operators of one `TrainConfig`; `folder` receives checkpoint and log, and is resumed from.
 
     `valence` is the head that a valence objective or a mercy gate needs, from last hidden states [..., width] to
-    [0, 1]^m (None: the one that comes with the base). `joint` is the joint model of families D and E (None: measured on
-    the default texts); they are validated as they train, and every run returns its best parameters.
+    [0, 1]^m (None: the one that comes with the base). `joint` is the joint model of families D and E (None: `joint_of`
+    the configuration); they are validated as they train, and every run returns its best parameters.
     Raises `ValueError` for a configuration that does not fit the base, before the bank is computed.
     """
 
@@ -82,11 +82,9 @@ class Trainer:
         self.objective = sweep_objective(config.objectives, len(config.seeds))
         self.valence = shipped_valence(base) if valence is None and config.needs_valence else valence
         self.bank = open_bank(base, config.bank) if bank is None else bank
-        if isinstance(self.operator, TokenAware):
-            calibrate(self.operator, base, source=config.bank.source)
         self.best: KeepBest | None = None
         if isinstance(self.operator, JointOperator):
-            self.operator.set_joint(fit_joint_model(base, layers=config.layers) if joint is None else joint)
+            self.operator.set_joint(joint_of(base, config) if joint is None else joint)
             fit_trust(self.operator, base.model, self.bank.ids[:FITTED], tuple(config.mixture.weights))
             self.best = KeepBest(self.operator, config.runs)
         self.first = config.first_layer
@@ -228,7 +226,7 @@ class Trainer:
             open(self.folder / "log.jsonl", "a", encoding="utf-8") as log,
             tqdm(total=self.config.steps, initial=self.step, desc=what) as bar,
         ):
-            if self.best is not None and self.step == 0:
+            if self.best is not None and self.step == 0 < self.config.steps:
                 self.best.update(self.validate())
             while self.step < self.config.steps:
                 records = self.train_step()
@@ -243,6 +241,14 @@ class Trainer:
         if self.best is not None:
             self.best.restore()
         return self.operator
+
+
+def joint_of(base: Base, config: TrainConfig) -> JointModel:
+    """The joint model of the protected layers: the one that comes with the base, else measured on the bank's text."""
+    source, shipped = config.bank.source, shipped_joint(base.name)
+    if shipped is not None and shipped.layers == config.layers and not source:
+        return shipped
+    return fit_joint_model(base, source_texts(base, source), config.layers)
 
 
 def load_or_train(base: Base, config: TrainConfig, trained: Path, work: Path, retrain: bool = False) -> RepairOperator:
@@ -271,4 +277,4 @@ def _train(base: Base, config: TrainConfig, folder: Path, work: Path) -> None:
     if trainer.keeper is not None:
         write_atomically(folder / GATE_LOG, gate_lines(trainer.folder / "log.jsonl"))
     operator.save_pretrained(folder)
-    (trainer.folder / CHECKPOINT).unlink()  # the log stays
+    (trainer.folder / CHECKPOINT).unlink(missing_ok=True)  # the log stays

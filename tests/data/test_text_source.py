@@ -16,7 +16,7 @@ from cachemedic.data.external_text import leading_documents
 from cachemedic.data.text_source import TextSource
 from cachemedic.data.windows import sample_windows
 from cachemedic.evaluation.experiments import standard_tasks
-from cachemedic.token.layerwise import calibration
+from cachemedic.token.calibration_text import source_texts
 from cachemedic.training.bank import BankConfig, open_bank
 
 REVIEWS = [(f"the boats {word} and wait", label) for label, word in enumerate(["sink", "float"] * 3)]
@@ -93,15 +93,14 @@ def test_a_bank_holds_windows_of_the_text(source, tmp_path, split):
     assert torch.equal(bank.ids, sample_windows(base, documents, 6, 11, 0))
 
 
-def test_calibration_reads_documents_and_prompted_reviews(source, monkeypatch):
-    for name, value in {"DOCUMENTATION_SAMPLES": 4, "REVIEW_SAMPLES": 2, "CALIBRATION_LENGTH": 40}.items():
-        monkeypatch.setattr(calibration, name, value)
-    base = tiny_base()
-    windows = calibration.calibration_windows(base, source=source)
-    documents, reviews = base.tokenizer.batch_decode(windows[:4, 1:]), base.tokenizer.batch_decode(windows[4:, 1:])
-    assert windows.shape == (6, 40)
-    assert all("boats" in window and "Review" not in window for window in documents)
-    assert all("Review: train the boats" in window.replace("<|endoftext|>", "") for window in reviews)
+def test_calibration_reads_documents_and_prompted_reviews(source):
+    texts = source_texts(tiny_base(), source)
+    assert list(texts) == ["prose", "reviews"]
+    assert texts["prose"] == tuple(f"train: {document}" for document in DOCUMENTS)
+    assert texts["reviews"][0] == "Review: train the boats sink and wait\nSentiment: negative"
+    reviews_alone = source_texts(tiny_base(), TextSource(reviews=source.reviews))
+    assert list(reviews_alone) == ["prose", "code", "reviews"], "what is not from outside is the embedded text"
+    assert reviews_alone["reviews"] == texts["reviews"]
 
 
 def test_tasks_are_those_of_the_text(tmp_path):

@@ -152,7 +152,7 @@ def test_oracles_touch_damaged_entries_only() -> None:
 
 
 def test_references_read_the_clean_cache() -> None:
-    recomputed = through(oracles(CALIBRATION)["recompute"])
+    recomputed = through(oracles(CALIBRATION)["prefill"])
     assert torch.equal(recomputed.k, CLEAN.k)
     assert torch.equal(recomputed.v, CLEAN.v)
     erased = through(oracles(CALIBRATION)["erase_damaged"])

@@ -242,7 +242,6 @@ def test_bytes_are_counted() -> None:
             "secded_ecc_in_page": 1 / 8,
             "secded_ecc_restricted": 1 / 8,
             "checksum_erase": checksum,
-            "checksum_recompute": checksum,
             "checksum_recompute_2": checksum,
             "shadow_1bit": 2 / 16 + checksum,
             "shadow_2bit": 3 / 16 + checksum,

@@ -17,7 +17,7 @@ from cachemedic.evaluation.decoding import clean_pass, tokens_of
 from cachemedic.models.cache import unstack_cache
 from cachemedic.repair.attach import protect
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.token.layerwise.scrub import Scrubber
+from cachemedic.token.token_repair import TokenRepair
 
 TOP = 50
 
@@ -33,8 +33,8 @@ def case(request):
     task = perplexity_task(tokenizer, tiny.DOCUMENTS, (3, 7), n=2, prefix=10, scored=3)
     task.prefix_mask[1, :4] = False  # one example with padding on the left
     operator = shaken(RepairOperator.create("A", model.config, layers=(1, 2), rank=3, runs=2))
-    sketch = Scrubber(model, calibrated(request.param, "layerwise-E", runs=2))
-    readers = {"none": NoDefense(), "smoothing": Smoothing(), "A": operator, "layerwise-E": sketch}
+    repair = TokenRepair(model, calibrated(request.param, "E", runs=2))
+    readers = {"none": NoDefense(), "smoothing": Smoothing(), "A": operator, "E": repair}
     return model, task, clean_pass(model, task), readers
 
 
@@ -45,7 +45,7 @@ def slow_logits(model, task, clean, example, k, v, reader):
     if isinstance(reader, RepairOperator):
         context = protect(model, reader.select(run))
     else:
-        alone = Scrubber(model, reader.operator.select(run)) if isinstance(reader, Scrubber) else reader
+        alone = TokenRepair(model, reader.operator.select(run)) if isinstance(reader, TokenRepair) else reader
         kept = alone.write(clean.tokens(task, slice(example, example + 1)))
         read = alone.read(tokens_of(row, k, v), kept)
         k, v = read.k, read.v
@@ -129,12 +129,12 @@ def test_amplification_is_that_of_the_slow_loop(case):
                 assert fast[name, layer, head, seed] == pytest.approx(expected, rel=2e-3, abs=1e-5)
 
 
-def test_a_sketch_of_the_clean_cache_brings_noisy_logits_back(case):
+def test_a_code_of_the_clean_cache_brings_noisy_logits_back(case):
     model, task, clean, readers = case
     rows = stability.sensitivity(model, task, clean, readers, levels=(1.0,)).groupby("reader").mean()
-    assert rows.loc["layerwise-E", "distance"] < rows.loc["none", "distance"]
+    assert rows.loc["E", "distance"] < rows.loc["none", "distance"]
     # at rest it is the identity
-    assert rows.loc["layerwise-E", "sensitivity"] == pytest.approx(rows.loc["layerwise-E", "distance"], rel=1e-3)
+    assert rows.loc["E", "sensitivity"] == pytest.approx(rows.loc["E", "distance"], rel=1e-3)
 
 
 def test_without_noise_nothing_moves_but_a_repair_may_differ_from_the_clean_model(case):

@@ -13,7 +13,7 @@ from tiny_training import CONFIG, linear_map, parameters, tiny_bank, tiny_base
 from cachemedic.core.severity_map import SeverityMap
 from cachemedic.studies import sweeps
 from cachemedic.studies.family_study import token_aware_config
-from cachemedic.token.layerwise.scrub import Scrubber
+from cachemedic.token.token_repair import TokenRepair
 from cachemedic.training import trainer as train
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.trainer import Trainer
@@ -77,8 +77,8 @@ def test_a_standard_config_takes_family_and_objective():
     valence = sweeps.standard_config(base, "A", (0, 1), smoke=False, steps=7, objective="valence")
     assert valence.objectives == (ValenceObjective(),)
     assert valence.bank.split == "operator_train+reviews"
-    sketch = sweeps.standard_config(base, "layerwise-E", (0, 1), smoke=False, steps=7)
-    assert sketch == token_aware_config(base, "layerwise-E", (0, 1))
+    sketch = sweeps.standard_config(base, "E", (0, 1), smoke=False, steps=7)
+    assert sketch == token_aware_config(base, "E", (0, 1))
     with pytest.raises(ValueError, match="did you mean 'valence'"):
         sweeps.standard_config(base, "A", (0, 1), smoke=True, objective="valance")
     with pytest.raises(ValueError, match="unknown operator family 'F'"):
@@ -91,8 +91,8 @@ def test_sweeps_over_what_a_condition_lacks_are_refused():
     assert sweeps.with_and_without_contraction(valence) == {"valence": valence}
     with pytest.raises(ValueError, match="objective must be 'canonical'"):
         sweeps.contraction_sweep(valence)
-    with pytest.raises(ValueError, match="family layerwise-D has no rank; allowed are A, B, C"):
-        sweeps.rank_sweep(sweeps.standard_config(base, "layerwise-D", (0,), smoke=True), [4])
+    with pytest.raises(ValueError, match="family D has no rank; allowed are A, B, C"):
+        sweeps.rank_sweep(sweeps.standard_config(base, "D", (0,), smoke=True), [4])
 
 
 def test_the_contraction_term_on_and_off_and_ranks():
@@ -104,15 +104,15 @@ def test_the_contraction_term_on_and_off_and_ranks():
     assert ranks == {"rank 2": 2, "rank 3": 3}
 
 
-def test_operators_of_d_and_e_scrub_before_the_cache_is_read():
+def test_operators_of_d_and_e_repair_before_the_cache_is_read():
     base = base_of("gpt2")
     operators = {
         "A": operator_for(base.model),
-        "D": calibrated(family="layerwise-D"),
-        "E": calibrated(family="layerwise-E"),
+        "D": calibrated(family="D"),
+        "E": calibrated(family="E"),
     }
     found = sweeps.defenses_of(base, operators)
     assert found["A"] is operators["A"]
     for name in ("D", "E"):
-        assert isinstance(found[name], Scrubber)
+        assert isinstance(found[name], TokenRepair)
         assert found[name].operator is operators[name]

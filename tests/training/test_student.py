@@ -1,7 +1,5 @@
 """The student over shared prefixes, from a middle layer on, against plain forward passes over whole caches."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import transformers as hf
@@ -11,7 +9,7 @@ from transformers import DynamicCache
 from cachemedic.models.cache import stack_cache, unstack_cache
 from cachemedic.models.load import decoder_layers
 from cachemedic.repair.attach import protect
-from cachemedic.training.student import attend_shared_prefix, shared_prefix, starting_at
+from cachemedic.training.student import shared_prefix, starting_at
 
 SEEDS, CONDITIONS, SAMPLES, LENGTH = 2, 2, 3, 7
 
@@ -106,28 +104,3 @@ def test_a_window_that_cuts_the_prefix_is_refused(name):
     ids, k, v, _ = caches(model, 1, 0)
     with shared_prefix(model, k, v, 0, 1), pytest.raises(ValueError, match=r"7 \+ 1 tokens with sliding_window=6"):
         model(ids.flatten(0, 1)[:, LENGTH:], use_cache=False)
-
-
-def test_a_bias_is_added_to_the_logits_of_the_prefix():
-    generator = torch.Generator().manual_seed(4)
-    runs, samples, groups, heads, length, queries, dim = 2, 3, 2, 4, 5, 2, 8
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator)
-
-    k, v = draw(runs, samples, groups, length, dim), draw(runs, samples, groups, length, dim)
-    bias = draw(runs, samples, groups, length)
-    query = draw(runs * samples, heads, queries, dim)
-    key, value = draw(runs * samples, groups, queries, dim), draw(runs * samples, groups, queries, dim)
-    module = SimpleNamespace(shared_prefix=(k, v, bias, 1))
-    found, _ = attend_shared_prefix(module, query, key, value, None, scaling=0.4)
-    for row in range(runs * samples):
-        run, sample = divmod(row, samples)
-        for head in range(heads):
-            group = head // (heads // groups)
-            for m in range(queries):
-                q, own = query[row, head, m], slice(m + 1)
-                past = 0.4 * k[run, sample, group] @ q + bias[run, sample, group]
-                weights = torch.cat([past, 0.4 * key[row, group, own] @ q]).softmax(0)
-                expected = weights @ torch.cat([v[run, sample, group], value[row, group, own]])
-                torch.testing.assert_close(found[row, m, head], expected, rtol=1e-5, atol=1e-5)

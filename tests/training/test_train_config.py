@@ -61,7 +61,7 @@ def test_conditions_are_stacked_seed_major():
         ({"seeds": (1, 1)}, "seeds must be distinct"),
         ({"seeds": ()}, "at least one"),
         ({"objectives": ()}, "at least one condition"),
-        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"steps": -1}, "steps must be at least 0, not -1"),
         ({"lr": 0.0}, "lr must be positive, not 0.0"),
         ({"clip": -1.0}, "clip must be positive"),
         ({"batch": 13}, "bank of 24 samples is too small for 2 seeds with batches of 13"),

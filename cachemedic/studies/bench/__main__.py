@@ -1,4 +1,4 @@
-"""Benchmarks on the CPU, into results/bench_*.csv: `python -m cachemedic.studies.bench`, or some: `... token_aware`.
+"""Benchmarks on the CPU, into results/bench_*.csv: `python -m cachemedic.studies.bench`, or some: `... repair`.
 
 About three quarters of an hour for all of them on an idle machine of two cores.
 """
@@ -14,7 +14,7 @@ import torch
 from cachemedic.core.errors import nearest_valid
 from cachemedic.models.load import load_base
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.studies.bench import augmented, decode, scrub, training, whole_tokens
+from cachemedic.studies.bench import decode, training, whole_tokens
 from cachemedic.studies.run import ROOT, Run
 from cachemedic.token.joint_operator import JointOperator
 from cachemedic.training.bank import open_bank
@@ -23,12 +23,6 @@ from cachemedic.training.bank import open_bank
 def decoding() -> dict[str, pd.DataFrame]:
     """A step through folded operators."""
     return {"bench_decode": decode.overhead(decode.gpt2_medium(max(decode.POSITIONS) + 1))}
-
-
-def token_aware() -> dict[str, pd.DataFrame]:
-    """What families D and E do to a prefill, a stored cache and a step."""
-    medium = decode.gpt2_medium(max(decode.POSITIONS) + 1)
-    return {"bench_token_aware": pd.concat([scrub.scrub_cost(medium), augmented.augmented_cost(medium)])}
 
 
 def repair() -> dict[str, pd.DataFrame]:
@@ -58,7 +52,6 @@ def train() -> dict[str, pd.DataFrame]:
 
 PARTS: dict[str, Callable[[], dict[str, pd.DataFrame]]] = {
     "decode": decoding,
-    "token_aware": token_aware,
     "repair": repair,
     "training": train,
 }

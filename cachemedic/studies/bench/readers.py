@@ -1,8 +1,8 @@
 """What every reader of a cache costs a decoding step, in time and in memory: blind defenses and operator families.
 
 A fault may have struck since the last step, so a blind defense treats the whole cache at every read, as a folded
-operator does. D and E are read in two ways: "write-back", behind a cache that was scrubbed when it was loaded, where E
-writes the sketch of each new token, and "augmented", of a repair that is kept beside the cache.
+operator does. D and E repair a cache when it is loaded; after that a step costs what a `SketchCache` does with the new
+token: its hash, and for E one code of a page in 16 steps.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -24,20 +26,36 @@ from cachemedic.repair.attach import protect
 from cachemedic.repair.folded import FoldedOperator
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.repair.registry import family_class
-from cachemedic.studies.bench.augmented import random_repair, wide_cache
 from cachemedic.studies.bench.decode import RANK, decode, random_cache
-from cachemedic.studies.bench.materialised import RepeatableLayer
+from cachemedic.studies.bench.materialised import PresetLayer, RepeatableLayer
 from cachemedic.studies.bench.memory import peak_bytes
-from cachemedic.studies.bench.scrub import uncalibrated
+from cachemedic.studies.bench.random_operator import random_operator
 from cachemedic.studies.bench.timing import interleave, median_ratio
-from cachemedic.token.layerwise import LAYERWISE
-from cachemedic.token.layerwise.augmented import AugmentedRead
-from cachemedic.token.layerwise.sketch_cache import SketchCache
-from cachemedic.token.layerwise.token_record import TokenRecord
+from cachemedic.token.cache import PAGE, SketchCache
 
 PLAIN = "none"
-OPERATOR = "operator "  # and the name of the family, and how D and E are read
-WRITE_BACK, AUGMENTED = ", write-back", ", augmented"
+OPERATOR = "operator "  # and the name of the family
+
+
+class RoomyLayer(PresetLayer):
+    """A cache layer whose last places [B, G, T + room, d] are free: nothing is copied as it fills up."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, filled: int) -> None:
+        super().__init__(keys, values)
+        self.filled = filled
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes the token [B, G, 1, d] into the next place; returns all that is filled."""
+        self.keys[:, :, self.filled : self.filled + 1] = key_states
+        self.values[:, :, self.filled : self.filled + 1] = value_states
+        self.filled += 1
+        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+
+    def get_seq_length(self) -> int:
+        """Places that are filled."""
+        return self.filled
 
 
 def _tokens(k: torch.Tensor, v: torch.Tensor) -> CachedTokens:
@@ -56,22 +74,23 @@ def _through(model: PreTrainedModel, cache: CachedTokens, defense: Defense) -> t
 @dataclass(frozen=True, eq=False)
 class _Step:
     """A decoding step of one reader, again and again: `work`, after `prepare`, with an operator attached if there is
-    one; kept: the bytes that the reader keeps of the tokens beside their cache.
+    one; steps: how many `work` takes; kept: the bytes that the reader keeps of the tokens beside their cache.
     """
 
     model: PreTrainedModel
-    work: Callable[[], torch.Tensor]
-    operator: RepairOperator | AugmentedRead | None = None
+    work: Callable[[], object]
+    operator: RepairOperator | None = None
     prepare: Callable[[], None] = lambda: None
+    steps: int = 1
     kept: int = 0
 
     def seconds(self) -> float:
-        """How long it takes; attaching the operator, done once for many steps, is left out."""
+        """How long a step takes; attaching the operator, done once for many steps, is left out."""
         self.prepare()
         with self.attached():
             start = time.perf_counter()
             self.work()
-            return time.perf_counter() - start
+            return (time.perf_counter() - start) / self.steps
 
     def peak(self) -> int:
         """The most bytes of tensors that it makes, and what is kept."""
@@ -100,34 +119,29 @@ def _steps(
             operator = RepairOperator.create(family, model.config, layers=layers, rank=rank)
             steps[OPERATOR + family] = _Step(model, through(defenses[PLAIN]), operator)
         else:
-            name = OPERATOR + family.removeprefix(LAYERWISE)
-            steps[name + WRITE_BACK] = _written_back(model, k, v, family)
-            steps[name + AUGMENTED] = _augmented(model, k, v, family, rank)
+            steps[OPERATOR + family] = _looked_after(model, k, v, family)
     return steps
 
 
-def _written_back(model: PreTrainedModel, k: torch.Tensor, v: torch.Tensor, family: str) -> _Step:
-    """A step on a cache that keeps the record of its tokens, and E the sketch, of which that of the new one is made."""
-    operator, length = uncalibrated(model, family), k.shape[3] - 1
-    cache = SketchCache(model, operator)
-    cache.layers = [RepeatableLayer(k[:, i], v[:, i]) for i in range(k.shape[1])]
-    positions = torch.arange(length)[None]
-    sketch = torch.zeros(1, length, cache.bytes_per_token, dtype=torch.uint8)
-    last = None if operator.code is None else torch.zeros(len(operator.layers), 1, 1, operator.code.chain.shape[-1])
-    record = TokenRecord(torch.zeros_like(positions), positions, sketch, last)
+def _looked_after(model: PreTrainedModel, k: torch.Tensor, v: torch.Tensor, family: str) -> _Step:
+    """Steps that fill a page of a cache which keeps ids, hashes, and with family E codes of its tokens."""
+    length = k.shape[3] - 1
+    cache = SketchCache(model, random_operator(model, family))
+    roomy = [F.pad(x[..., :length, :], (0, 0, 0, PAGE)) for x in (k, v)]
+    layers = [RoomyLayer(roomy[0][:, i], roomy[1][:, i], length) for i in range(k.shape[1])]
+    cache.adopt(Cache(layers), torch.zeros(1, length, dtype=torch.long), torch.arange(length)[None])
+    record = cache.kept
 
-    def forget_the_last_step() -> None:
+    def forget_the_last_steps() -> None:
         cache.record = record
+        for layer in layers:
+            layer.filled = length
 
-    kept = sum(x.nbytes for x in (record.ids, positions, sketch))
-    return _Step(model, lambda: decode(model, cache), operator, forget_the_last_step, kept)
+    def fill_a_page() -> None:
+        for _ in range(PAGE):
+            decode(model, cache)
 
-
-def _augmented(model: PreTrainedModel, k: torch.Tensor, v: torch.Tensor, family: str, rank: int) -> _Step:
-    """A step that reads a repair beside the cache, which is laid out in wide heads."""
-    read = random_repair(model, range(k.shape[1]), rank, k.shape[3] - 1, family)
-    cache = wide_cache(read, k, v)
-    return _Step(model, lambda: decode(model, cache), read, kept=sum(tail.nbytes for tail in read.tails))
+    return _Step(model, fill_a_page, prepare=forget_the_last_steps, steps=PAGE, kept=record.nbytes)
 
 
 @torch.inference_mode()

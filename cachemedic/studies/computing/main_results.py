@@ -10,11 +10,11 @@ from cachemedic.models.load import Base
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies import main_study, summaries
 from cachemedic.studies.contraction import measure_contraction
-from cachemedic.studies.family_evaluation import trained
+from cachemedic.studies.family_evaluation import code_alone, token_repairs, trained
 from cachemedic.studies.family_study import headline
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import bases_of, unseen_bank
-from cachemedic.studies.sweeps import defenses_of
+from cachemedic.token.token_recompute import TokenRecompute
 from cachemedic.training.bank import open_bank
 from cachemedic.training.config import TrainConfig
 
@@ -48,8 +48,9 @@ def results(run: Run) -> dict[str, pd.DataFrame]:
     operators = {name: trained(base, linear(run, base), run, run.smoke) for name, base in bases.items()}
     measured = {}
     for name, base in bases.items():
-        found = defenses_of(base, trained(base, token_aware(run, base), run, run.smoke))
-        measured[name] = main_study.measure(base, operators[name], found, seeds, run.partial, run.smoke)
+        found = token_repairs(base, token_aware(run, base), run, run.smoke)
+        rivals = {"operator E, code alone": code_alone(found["operator E"]), "recompute": TokenRecompute(base.model)}
+        measured[name] = main_study.measure(base, operators[name], found | rivals, seeds, run.partial, run.smoke)
     grid = pd.concat([m.grid.assign(base=name) for name, m in measured.items()], ignore_index=True)
     grid = grid[[*GROUPS, *grid.columns.drop(GROUPS)]]
     kept = pd.concat([m.kept.assign(base=name) for name, m in measured.items()])

@@ -12,21 +12,30 @@ from cachemedic.evaluation.experiments import TYPES, run_grid, standard_tasks
 from cachemedic.models.load import Base
 from cachemedic.studies.family_evaluation import (
     bytes_per_token,
+    code_alone,
     comparison_defenses,
     linear_operators,
-    scrubbers,
+    token_repairs,
     trained,
 )
-from cachemedic.studies.family_study import headline, held_out
+from cachemedic.studies.family_study import before_training, headline, held_out
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import bases_of, severities_of, text_grid
 from cachemedic.studies.summaries import by_group, recovery_by_severity, summary
 from cachemedic.studies.sweeps import defenses_of
-from cachemedic.token.layerwise.prior_alone import PriorAlone
 
 # Defenses of notebook 14, which measures them under the faults that they are made for.
-ELSEWHERE = ("secded_ecc", "secded_ecc_in_page", "secded_ecc_restricted", "checksum_recompute", "shadow_4bit")
-HEADLINE = ("none", "clip_renormalise", "A", "D, no prior", "D", "E")  # readers of the other tasks
+ELSEWHERE = ("secded_ecc", "secded_ecc_in_page", "secded_ecc_restricted", "shadow_4bit")
+HEADLINE = (
+    "none",
+    "clip_renormalise",
+    "A",
+    "D, no ids",
+    "D",
+    "E, code alone",
+    "E",
+    "recompute",
+)  # readers of the other tasks
 FEW = 3  # seeds of the operators that never saw a type
 
 
@@ -39,10 +48,11 @@ def readers_on(run: Run, base: Base) -> dict[str, Defense]:
     """Every reader of a base, by name."""
     seeds = run.parameters["seeds"]
     heuristics, storage = comparison_defenses(base, 8 if run.smoke else 64)
-    found = scrubbers(base, headline(base, seeds, run.smoke), run, run.smoke)
+    configs = {**headline(base, seeds, run.smoke), **before_training(base, seeds, run.smoke)}
+    found = token_repairs(base, configs, run, run.smoke)
     storage = {name: defense for name, defense in storage.items() if name not in ELSEWHERE}
     linear = linear_operators(base, seeds, run, run.smoke)
-    return {**heuristics, **linear, "prior alone": PriorAlone(found["D"]), **found, **storage}
+    return {**heuristics, **linear, "E, code alone": code_alone(found["E"]), **found, **storage}
 
 
 def grid(run: Run, base: Base, readers: Mapping[str, Defense]) -> pd.DataFrame:
@@ -56,13 +66,13 @@ def grid(run: Run, base: Base, readers: Mapping[str, Defense]) -> pd.DataFrame:
 
 
 def held_out_grid(run: Run, base: Base) -> pd.DataFrame:
-    """Each type, read through operators that never saw it."""
+    """Each type, read through D and E fitted to faults of all others."""
     few = run.parameters["seeds"][:FEW]
     operators = trained(base, held_out(base, few, run.smoke), run, run.smoke)
     task = standard_tasks(base, "test", few, {"perplexity": examples(run)})
     parts = []
     for kind in TYPES:
-        own = {reader: operators[reader, kind] for reader in headline(base, few, run.smoke)}
+        own = {name.removesuffix(", untrained"): operators[name, of] for name, of in operators if of == kind}
         readers = {"none": NoDefense(), **defenses_of(base, own)}
         folder, severities = run.partial / "held_out", severities_of(run)
         parts.append(run_grid(base, task, readers, folder, types=[kind], severities=severities))

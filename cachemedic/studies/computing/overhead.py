@@ -14,7 +14,6 @@ from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of, train
 from cachemedic.studies.summaries import means_over_seeds
 from cachemedic.studies.sweeps import defenses_of, standard_config
-from cachemedic.token.layerwise import LAYERWISE
 
 CONTEXTS, ROUNDS = (128, 512, 2048), 13
 SMOKE_CONTEXTS, SMOKE_ROUNDS = (32, 64), 7
@@ -32,10 +31,7 @@ def cost(run: Run, base: Base) -> pd.DataFrame:
 def regression(run: Run, base: Base) -> pd.DataFrame:
     """The clean cost of every reader."""
     seeds, families = run.parameters["seeds"], run.parameters["families"]
-    configs = {
-        OPERATOR + family.removeprefix(LAYERWISE): standard_config(base, family, seeds, run.smoke)
-        for family in families
-    }
+    configs = {OPERATOR + family: standard_config(base, family, seeds, run.smoke) for family in families}
     readers = {**blind_defenses(calibration_of(base)), **defenses_of(base, train(run, base, configs))}
     task = standard_tasks(base, "test", seeds, {"perplexity": 3 if run.smoke else 20})
     grid = run_grid(base, task, readers, run.partial, types=())
@@ -48,11 +44,9 @@ def regression(run: Run, base: Base) -> pd.DataFrame:
 def results(run: Run) -> dict[str, pd.DataFrame]:
     base = base_of(run)
     rows = cost(run, base)
-    longest = rows[rows.positions == rows.positions.max()].copy()
-    longest["operator"] = longest.reader.str.partition(",")[0]
-    clean = regression(run, base).rename(columns={"reader": "operator"})
+    longest, clean = rows[rows.positions == rows.positions.max()], regression(run, base)
     main = run.read_csv("main_results")
     main = main[(main.base == run.parameters["base"]) & (main.setting == "standard") & (main.task == "perplexity")]
-    recovered = main.rename(columns={"reader": "operator"})[["operator", "recovery", "recovery_low", "recovery_high"]]
-    front = longest.merge(clean, on="operator").merge(recovered, on="operator", how="left")
-    return {"overhead": rows, "overhead_pareto": front.drop(columns="operator")}
+    recovered = main[["reader", "recovery", "recovery_low", "recovery_high"]]
+    front = longest.merge(clean, on="reader").merge(recovered, on="reader", how="left")
+    return {"overhead": rows, "overhead_pareto": front}

@@ -11,12 +11,11 @@ from cachemedic.defenses.defense import Defense
 from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.evaluation.experiments import standard_tasks
 from cachemedic.models.load import Base, load_base
-from cachemedic.studies.family_evaluation import bytes_per_token, comparison_defenses, scrubbers
+from cachemedic.studies.family_evaluation import bytes_per_token, code_alone, comparison_defenses, token_repairs
 from cachemedic.studies.family_study import headline
 from cachemedic.studies.fault_grid import Guarded, fault_summary, run_faults
 from cachemedic.studies.run import Run
 from cachemedic.studies.summaries import by_group
-from cachemedic.token.layerwise.prior_alone import PriorAlone
 
 FAULTS: Mapping[str, Sequence[float]] = {
     **{name: FAULT_GRID[name] for name in ("bitflip_bf16", "kivi_quant")},
@@ -25,7 +24,14 @@ FAULTS: Mapping[str, Sequence[float]] = {
     **{f"bitflip_{kind}": (1e-3,) for kind in ("bf16_exponent", "fp16", "fp32", "int8")},
 }
 STORAGE_DEFENSES = (
-    *("secded_ecc_in_page", "secded_ecc_restricted", "checksum_erase", "checksum_recompute_2", "shadow_1bit"),
+    *(
+        "recompute",
+        "secded_ecc_in_page",
+        "secded_ecc_restricted",
+        "checksum_erase",
+        "checksum_recompute_2",
+        "shadow_1bit",
+    ),
     "low_rank_shadow_3pct",
 )
 
@@ -33,11 +39,11 @@ STORAGE_DEFENSES = (
 def readers_on(run: Run, base: Base) -> dict[str, Defense]:
     """Every reader of a base, by name."""
     heuristics, storage = comparison_defenses(base, 8 if run.smoke else 64)
-    found = scrubbers(base, headline(base, run.parameters["seeds"], run.smoke), run, run.smoke)
+    found = token_repairs(base, headline(base, run.parameters["seeds"], run.smoke), run, run.smoke)
     blind: dict[str, Defense] = {"none": NoDefense(), "guard": Guarded(NoDefense())}
     blind["range_restriction"] = Guarded(heuristics["range_restriction"])
     storage = {name: storage[name] for name in STORAGE_DEFENSES}
-    return {**blind, **storage, "prior alone": PriorAlone(found["D"]), **found}
+    return {**blind, **storage, "E, code alone": code_alone(found["E"]), **found}
 
 
 def grid(run: Run, base: Base, readers: Mapping[str, Defense]) -> pd.DataFrame:

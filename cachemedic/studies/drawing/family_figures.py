@@ -74,7 +74,9 @@ def rate_distortion(rows: pd.DataFrame) -> Figure:
             part = own[own["kind"] == kind]
             ax.plot(part["share"], part["distortion"], dashes, color="0.4", label=label)
         part = own[~own["kind"].isin(curves)].sort_values("share")
-        ax.plot(part["share"], part["distortion"], color=COLOURS[1], marker=MARKERS[1], label="E, with its prior")
+        ax.plot(
+            part["share"], part["distortion"], color=COLOURS[1], marker=MARKERS[1], label="code of E, with its prior"
+        )
         ax.set(xscale="log", yscale="log", title=base.removeprefix("embedded-"), xlabel="bytes, share of a bf16 cache")
     axes[0, 0].set_ylabel("error of a lost token\n(share of variance)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)

@@ -57,7 +57,6 @@ def quality(rows: pd.DataFrame) -> pd.DataFrame:
             "type": _names(rows["type"]),
             "rho": brackets(rows, "rho", 2),
             "score error": brackets(rows, "score_error", 2),
-            "AUROC": brackets(rows, "auroc"),
         }
     )
 

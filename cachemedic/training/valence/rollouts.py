@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from cachemedic.models.load import decoder_layers
 from cachemedic.repair.attach import protect
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.token.layerwise.operator import TokenAware
+from cachemedic.token.joint_operator import JointOperator
 from cachemedic.training.bank import Bank
 from cachemedic.training.student import shared_prefix
 
@@ -26,7 +26,6 @@ class Read:
     values: torch.Tensor
     conditions: int  # runs that read one cache: those of a seed (N = S), or 1 where each has its own (N = R)
     first: int
-    bias: torch.Tensor | None = None  # [N, B, L', G, T], for the attention logits
 
     @classmethod
     def clean(cls, bank: Bank, rows: torch.Tensor, device: torch.device, conditions: int = 1) -> Read:
@@ -76,8 +75,8 @@ def reading(model: PreTrainedModel, read: Read, operator: RepairOperator | None)
     """
     keys, values = read.keys.to(model.dtype), read.values.to(model.dtype)
     with (
-        shared_prefix(model, keys, values, read.first, read.conditions, read.bias),
-        nullcontext() if operator is None or isinstance(operator, TokenAware) else protect(model, operator),
+        shared_prefix(model, keys, values, read.first, read.conditions),
+        nullcontext() if operator is None or isinstance(operator, JointOperator) else protect(model, operator),
     ):
         yield
 

@@ -8,7 +8,7 @@ import torch
 from small_models import shaken
 from test_valence_training import VALENCE, feeling
 from tiny import DOCUMENTS, tiny_tokenizer
-from tiny_repair import random_ids
+from tiny_repair import joint_of
 from tiny_training import CONFIG, log_lines, parameters
 
 from cachemedic.data.task_data import score
@@ -17,38 +17,29 @@ from cachemedic.defenses.defense import CachedTokens
 from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.models.cache import unstack_cache
 from cachemedic.studies.quantised_evaluation import quantised_scores
-from cachemedic.token.layerwise.calibration import calibrate, vectors_of
-from cachemedic.token.layerwise.scrub import Scrubber
-from cachemedic.training import trainer as train
+from cachemedic.token.token_repair import TokenRepair
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.trainer import Trainer
 from cachemedic.training.valence.gate import MercyGate
 from cachemedic.training.valence.projection import project
 from cachemedic.training.valence.quantiser import KVQuantiser, QuantiserConfig
 
-OPTIONS = {"layerwise-D": {"coordinates": 4}, "layerwise-E": {"coordinates": 4, "share": 0.1}}
-pytestmark = [pytest.mark.usefixtures("_calibrated"), pytest.mark.parametrize("family", ["layerwise-D", "layerwise-E"])]
-
-
-@pytest.fixture(autouse=True)
-def _little_text(monkeypatch):
-    few = lambda operator, base, **_: calibrate(operator, base, vectors_of(base, random_ids(12, 48)))  # noqa: E731
-    monkeypatch.setattr(train, "calibrate", few)
+OPTIONS = {"D": {}, "E": {"share": 1 / 16}}
+pytestmark = [pytest.mark.usefixtures("_calibrated"), pytest.mark.parametrize("family", ["D", "E"])]
 
 
 def trainer_of(family, base, bank, folder, *objectives, **changes) -> Trainer:
     config = replace(CONFIG, family=family, options=OPTIONS[family], objectives=objectives, lr=2e-2, **changes)
-    return Trainer(base, config, folder, bank, feeling)
+    return Trainer(base, config, folder, bank, feeling, joint_of("gpt2"))
 
 
 def at_work(trainer: Trainer) -> Trainer:
-    """With operators that differ and are no identity."""
+    """With operators that differ."""
     shaken(trainer.operator, 0.1)
-    trainer.operator.strength.data.copy_(torch.linspace(0.4, 1.0, trainer.operator.runs)[:, None] / 32)
     return trainer
 
 
-def test_it_sees_the_states_of_a_student_behind_the_scrubbed_cache(family, base, bank, tmp_path):
+def test_it_sees_the_states_of_a_student_behind_the_repaired_cache(family, base, bank, tmp_path):
     trainer = at_work(trainer_of(family, base, bank, tmp_path, VALENCE, RepairObjective()))
     draw = trainer.draw(2)
     with torch.no_grad():
@@ -56,9 +47,9 @@ def test_it_sees_the_states_of_a_student_behind_the_scrubbed_cache(family, base,
         for run in (0, 3):
             rows, hit = draw.rows[run // 2], (draw.keys[run // 2], draw.values[run // 2])
             ids, valid = bank.ids[rows, : bank.prefix], torch.ones(CONFIG.batch, bank.prefix, dtype=torch.bool)
-            scrubber = Scrubber(base.model, trainer.operator.select(run))
-            kept = scrubber.write(CachedTokens.behind_padding(bank.keys[rows], bank.values[rows], ids, valid))
-            read = scrubber.read(CachedTokens.behind_padding(*hit, ids, valid), kept)
+            repair = TokenRepair(base.model, trainer.operator.select(run))
+            kept = repair.write(CachedTokens.behind_padding(bank.keys[rows], bank.values[rows], ids, valid))
+            read = repair.read(CachedTokens.behind_padding(*hit, ids, valid), kept)
             output = base.model(
                 bank.ids[rows, bank.prefix :],
                 past_key_values=unstack_cache(read.k, read.v),
@@ -101,21 +92,21 @@ def test_the_gate_projects_behind_the_repaired_cache(family, base, bank, tmp_pat
     assert not torch.allclose(repaired, unrepaired)
 
 
-def test_a_quantised_cache_is_scrubbed_and_its_sketch_counted(family, base, bank, tmp_path):
+def test_a_quantised_cache_is_repaired_and_its_code_counted(family, base, bank, tmp_path):
     trainer = at_work(trainer_of(family, base, bank, tmp_path, RepairObjective()))
     task = perplexity_task(tiny_tokenizer(), DOCUMENTS, CONFIG.seeds, n=2, prefix=10, scored=3)
     clean = clean_pass(base.model, task)
     quantiser = KVQuantiser.calibrated(QuantiserConfig(2), clean.k, clean.v)
     readers = {"steps": (quantiser, None), "steps + repair": (quantiser, trainer.operator)}
     rows = quantised_scores(base, task, clean, readers).set_index(["reader", "seed"])
-    scrubber = Scrubber(base.model, trainer.operator)
-    kept = scrubber.write(CachedTokens.behind_padding(clean.k, clean.v, task.prefix_ids, task.prefix_mask))
+    repair = TokenRepair(base.model, trainer.operator)
+    kept = repair.write(CachedTokens.behind_padding(clean.k, clean.v, task.prefix_ids, task.prefix_mask))
     k, v = (x.flatten(0, 1) for x in quantiser(clean.k[None], clean.v[None]))
-    read = scrubber.read(CachedTokens.behind_padding(k, v, task.prefix_ids, task.prefix_mask), kept)
+    read = repair.read(CachedTokens.behind_padding(k, v, task.prefix_ids, task.prefix_mask), kept)
     assert not torch.equal(read.k, k)
     with torch.no_grad():
         output = base.model(task.continuation_ids, past_key_values=unstack_cache(read.k, read.v))
     nll = pd.Series(score(task, output.logits)["nll"]).groupby(task.seeds.numpy()).mean()
     assert rows.loc["steps + repair", "nll"].tolist() == pytest.approx(nll.tolist(), rel=1e-4)
     more = rows.loc["steps + repair", "bytes_per_token"] - rows.loc["steps", "bytes_per_token"]
-    assert more.tolist() == [scrubber.bytes_per_token] * 2
+    assert more.tolist() == [repair.bytes_per_token] * 2
