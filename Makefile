@@ -110,7 +110,7 @@ lab: $(READY)  ## JupyterLab in notebooks/
 
 .PHONY: bench
 bench: $(READY)  ## Benchmarks into results/bench_*.csv
-	$(RUN) -m cachemedic.studies.bench
+	$(RUN) -m cachemedic bench
 
 .PHONY: base-models
 base-models: $(READY)  ## Train the base models anew (hours; goes on after an interrupt; TEXT_FOLDER=... for one on real text)
