@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 DAMAGED, WRONG, INTERRUPTED = 1, 2, 130
 CONTEXT = (
     "Merge two tables by the values of a column.{}\n\n"
-    "The rows of the result are those whose values are in both tables. Rows that have no partner in the other table are "
-    "left out unless the argument says that they should be kept."
+    "The rows of the result are those whose values are in both tables. Rows that have no partner in the other table "
+    "are left out unless the argument says that they should be kept."
 )
 NAME, VALUE = "falcon", "copper lantern"  # what the context of the demonstration pairs
 
