@@ -59,9 +59,15 @@ reproduce: $(NOTEBOOKS)  ## Results, figures, tables and the paper's numbers (PR
 
 # Always asked, seldom run: tools/run_notebook.py compares contents and leaves what is up to date alone.
 .PHONY: $(NOTEBOOKS)
-$(NOTEBOOKS): $(READY)
+$(NOTEBOOKS): $(READY) | parameters
 	@$(RUN) tools/run_notebook.py $@ --profile $(PROFILE) $(OPTIONS) \
 		--goals $(foreach goal,$(MAKECMDGOALS),$(call quote,$(goal)))
+
+# Once, before the first notebook: a wrong value is told at once, not after an hour.
+VALUES := $(foreach name,BASE SEEDS DEVICE TEXT REVIEWS,$(if $(value $(name)),$(name)))
+.PHONY: parameters
+parameters: $(READY)
+	@$(if $(VALUES),$(RUN) tools/parameters.py $(foreach name,$(VALUES),$(name)=$(call given,$(name))))
 
 figures/% results/% paper/tables/%:
 	@$(call given,PYTHON) tools/graph.py explain $(call quote,$@)
