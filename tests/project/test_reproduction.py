@@ -69,6 +69,12 @@ def test_everything_is_published_and_recorded(made: Project) -> None:
     assert not list((made.root / "build/staging/paper").iterdir())
 
 
+def test_what_make_made_is_compared_with_what_is_committed(made: Project) -> None:
+    assert made.make("reproduce").splitlines()[-1] == "compared: --brief"
+    assert made.make("results/apart.csv").splitlines()[-1] == "compared: --brief apart"
+    assert "compared" not in made.make("30_apart")
+
+
 def test_touching_files_reruns_nothing(made: Project) -> None:
     for path in [*made.root.glob("notebooks/*"), *made.root.glob("cachemedic/*"), *made.root.glob("tools/*.py")]:
         path.touch()
@@ -204,7 +210,8 @@ def test_smoke_and_other_parameters_are_published_apart(fresh: Project) -> None:
     fresh.notebook("10_map", "import cachemedic\ncachemedic.write('results/map.csv')", 'profile = "paper"\nbase = "a"')
     fresh.write("some/model/config.json", "{}")
     assert fresh.ran("10_map", "PROFILE=smoke", "BASE=some/model") == {"10_map"}
-    assert fresh.ran("reproduce", "PROFILE=smoke") == {"10_map", "20_figure", "30_apart"}
+    assert "compared" not in fresh.make("results/map.csv", "PROFILE=smoke"), "nothing of it is committed"
+    assert fresh.ran("reproduce", "PROFILE=smoke") == {"20_figure", "30_apart"}
     assert (fresh.root / "build/smoke,base=some_model/results/map.csv").is_file()
     assert not (fresh.root / "results").exists()
     assert not (fresh.root / "paper").exists()
