@@ -39,6 +39,10 @@ $(foreach sign,; ' " & | < > `,$(if $(findstring $(sign),$(VENV)),$(error VENV=$
 $(if $(value TEXT)$(value REVIEWS),$(if $(filter reproduce 13_second_model,$(MAKECMDGOALS)),,$(error TEXT and REVIEWS are parameters of \
 	13_second_model: no other target takes them)))
 
+# Only the paper profile with parameters of its own makes what is committed, and can be compared with it.
+COMMITTED := $(if $(filter paper,$(PROFILE)),$(if $(value BASE)$(value SEEDS)$(value TEXT)$(value REVIEWS),,yes))
+COMPARE = $(if $(COMMITTED),$(RUN) -m cachemedic.studies.compare --brief $(1) || true)
+
 # Which notebook makes what: notebooks/graph.toml as rules (defines NOTEBOOKS).
 build/rules.mk: notebooks/graph.toml tools/graph.py tools/imports.py
 	@mkdir -p build
@@ -55,13 +59,20 @@ help:  ## This list
 
 .PHONY: reproduce
 reproduce: $(NOTEBOOKS)  ## Results, figures, tables and the paper's numbers (PROFILE=smoke: minutes, into build/smoke)
-	@$(if $(filter paper,$(PROFILE)),$(if $(value BASE)$(value SEEDS)$(value TEXT)$(value REVIEWS),,$(RUN) -m cachemedic.studies.paper_numbers))
+	@$(if $(COMMITTED),$(RUN) -m cachemedic.studies.paper_numbers)
+	@$(COMPARE)
 
 # Always asked, seldom run: tools/run_notebook.py compares contents and leaves what is up to date alone.
 .PHONY: $(NOTEBOOKS)
-$(NOTEBOOKS): $(READY)
+$(NOTEBOOKS): $(READY) | parameters
 	@$(RUN) tools/run_notebook.py $@ --profile $(PROFILE) $(OPTIONS) \
 		--goals $(foreach goal,$(MAKECMDGOALS),$(call quote,$(goal)))
+
+# Once, before the first notebook: a wrong value is told at once, not after an hour.
+VALUES := $(foreach name,BASE SEEDS DEVICE TEXT REVIEWS,$(if $(value $(name)),$(name)))
+.PHONY: parameters
+parameters: $(READY)
+	@$(if $(VALUES),$(RUN) tools/parameters.py $(foreach name,$(VALUES),$(name)=$(call given,$(name))))
 
 figures/% results/% paper/tables/%:
 	@$(call given,PYTHON) tools/graph.py explain $(call quote,$@)
@@ -73,6 +84,10 @@ test: $(READY)  ## Tests
 .PHONY: verify
 verify: $(READY)  ## Check the hashes of results, compute a sample of their rows again and compare (about 3 minutes)
 	@TQDM_DISABLE=1 $(RUN) -m cachemedic.studies.verify
+
+.PHONY: compare
+compare: $(READY)  ## Compare results of now with those of the last commit, column by column
+	@$(RUN) -m cachemedic.studies.compare
 
 # Without TeX nothing of this would succeed: say so before an environment is set up.
 ifneq ($(filter paper,$(MAKECMDGOALS)),)
@@ -104,13 +119,20 @@ lint: $(READY)  ## Style, types, and what may import what
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+# All that JupyterLab and its kernels keep beside notebooks: settings, checkpoints, history.
+JUPYTER := $(call quote,$(CURDIR)/build/jupyter)
 .PHONY: lab
-lab: $(READY)  ## JupyterLab in notebooks/
-	$(VENV)/bin/jupyter lab --notebook-dir=notebooks
+lab: $(READY)  ## JupyterLab with the notebooks open (CONTAINER=1: as root, reachable from outside, no browser)
+	@mkdir -p build/jupyter
+	JUPYTER_DATA_DIR=$(JUPYTER)/data JUPYTER_RUNTIME_DIR=$(JUPYTER)/runtime IPYTHONDIR=$(JUPYTER)/ipython \
+		JUPYTERLAB_SETTINGS_DIR=$(JUPYTER)/settings JUPYTERLAB_WORKSPACES_DIR=$(JUPYTER)/workspaces \
+		$(RUN) -m jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks \
+		--FileCheckpoints.checkpoint_dir=$(JUPYTER)/checkpoints \
+		$(if $(value CONTAINER),--allow-root --ip=0.0.0.0 --no-browser)
 
 .PHONY: bench
 bench: $(READY)  ## Benchmarks into results/bench_*.csv
-	$(RUN) -m cachemedic.studies.bench
+	$(RUN) -m cachemedic bench
 
 .PHONY: base-models
 base-models: $(READY)  ## Train the base models anew (hours; goes on after an interrupt; TEXT_FOLDER=... for one on real text)

@@ -42,6 +42,7 @@ def write(*names):
             path.with_suffix(".json").write_text(json.dumps(known))
 '''
 NUMBERS = "import pathlib\npathlib.Path('paper').mkdir(exist_ok=True)\npathlib.Path('paper/numbers.tex').touch()"
+COMPARED = "import sys\nprint('compared:', *sys.argv[1:])"
 # What a surrounding make, or a notebook that runs the tests, would hand down.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "CACHEMEDIC_RUN"}}
 
@@ -68,6 +69,7 @@ class Project:
         self.write("cachemedic/toy.py", TOY)
         self.write("cachemedic/unused.py", "")
         self.write("cachemedic/studies/paper_numbers.py", NUMBERS)
+        self.write("cachemedic/studies/compare.py", COMPARED)
         self.write("data/text.txt", "words")
         self.notebook("10_map", "from cachemedic import write\nwrite('results/map.csv')")
         self.notebook("20_figure", FIGURE)

@@ -218,7 +218,8 @@ def rules(graph: Graph) -> str:
     lines = [f"NOTEBOOKS := {' '.join(graph.notebooks)}"]
     for name, notebook in graph.notebooks.items():
         lines += [f"{name}: {' '.join(notebook.needs)}"] if notebook.needs else []
-        lines += [f"{' '.join(notebook.outputs)}: {name} ;"] if notebook.outputs else []
+        compare = f"@$(call COMPARE,{' '.join(notebook.csv)})" if notebook.csv else ""
+        lines += [f"{' '.join(notebook.outputs)}: {name} ; {compare}"] if notebook.outputs else []
     return "\n".join(lines)
 
 

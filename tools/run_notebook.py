@@ -95,6 +95,7 @@ def execute(variant: Variant, name: str, parameters: dict[str, Any], threads: in
         papermill.execute_notebook(
             variant.graph.path(name), copy, parameters=parameters, kernel_name="python3", language="python", cwd=root,
             log_output=True, progress_bar=False, start_timeout=300,
+            extra_arguments=["--log-level=CRITICAL"],  # of the kernel: what fails in a cell is told below
         )  # fmt: skip
     except papermill.PapermillExecutionError as error:
         # papermill adds cells: count in the notebook as it is
@@ -213,3 +214,5 @@ if __name__ == "__main__":
         main()
     except (GraphError, NotebookFailed) as failure:
         sys.exit(f"error: {failure}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: what is finished is kept, the same command goes on from there")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import lzma
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,7 +17,7 @@ from cachemedic.data.text import END_OF_TEXT
 
 HUB = {"wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"), "sst2": ("stanfordnlp/sst2", "default")}
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
-TEXT_ENDINGS = (".txt", ".txt.xz")
+TEXT_ENDINGS, REVIEW_ENDINGS = (".txt", ".txt.xz"), (".tsv",)
 ARTICLE = re.compile(r"^(?= = [^=\n]+ = ?$)", re.MULTILINE)  # the heading of a WikiText article
 
 
@@ -53,7 +54,7 @@ def load_reviews(source: str | Path, split: str = "validation") -> list[tuple[st
     Raises `ValueError` for an unknown source or split, or a label that is neither.
     """
     if Path(source).is_dir():
-        with _split_file(Path(source), split, (".tsv",)).open(encoding="utf-8") as file:
+        with _split_file(Path(source), split, REVIEW_ENDINGS).open(encoding="utf-8") as file:
             rows = [
                 (row["sentence"], row["label"]) for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             ]
@@ -64,6 +65,24 @@ def load_reviews(source: str | Path, split: str = "validation") -> list[tuple[st
         if str(label) not in {"0", "1"}:
             raise ValueError(f"label {label!r} of {sentence!r} is neither 0 (negative) nor 1 (positive)")
     return [(sentence.strip(), int(label)) for sentence, label in rows]
+
+
+def check_documents(source: str) -> None:
+    """Raise `ValueError` for what cannot be a source of documents; nothing is read or fetched."""
+    _check_source(source, TEXT_ENDINGS, SPLITS)
+
+
+def check_reviews(source: str) -> None:
+    """Raise `ValueError` for what cannot be a source of reviews; nothing is read or fetched."""
+    _check_source(source, REVIEW_ENDINGS, ("train", "validation"))
+
+
+def _check_source(source: str, endings: tuple[str, ...], splits: Iterable[str]) -> None:
+    if Path(source).is_dir():
+        for split in splits:
+            _split_file(Path(source), split, endings)
+    else:
+        _check_hub_name(source)
 
 
 def _open(path: Path) -> TextIO:
@@ -87,9 +106,13 @@ def _split_file(folder: Path, split: str, endings: tuple[str, ...]) -> Path:
 def _hub(source: str | Path, split: str) -> Any:
     """The rows of a hub data set, by a name of `HUB` or a full name `owner/name`."""
     _check_split(split)
-    if source not in HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        besides = "the `owner/name` of a Hugging Face data set, or an existing local folder"
-        raise nearest_valid("text", str(source), HUB, besides)
+    _check_hub_name(source)
     import datasets  # on use: slow to import, and needed online only
 
     return datasets.load_dataset(*HUB.get(str(source), (str(source),)), split=split)
+
+
+def _check_hub_name(source: str | Path) -> None:
+    if source not in HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        besides = "the `owner/name` of a Hugging Face data set, or an existing local folder"
+        raise nearest_valid("text", str(source), HUB, besides)

@@ -75,17 +75,13 @@ def load_base(
     """
     check_format(dtype)
     name = source = str(name)
-    near = nearest(name, NAMED, likeness=0.8)
+    check_base(name)
     if name in EMBEDDED:
         folder = WEIGHTS / name
         check_base_files(folder, remedy="restore it with `git checkout`, or train anew with `make base-models`")
         source = str(folder)
     elif name == smollm2.NAME:
         source = str(smollm2.smollm2_folder())
-    elif not Path(name).exists() and (near or name.startswith("embedded-") or "\\" in name or name.count("/") > 1):
-        raise nearest_valid("base", name, NAMED, "the name of a Hugging Face causal LM, or an existing local folder")
-    elif not Path(name).exists():
-        _check_within_reach(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, use_safetensors=True)
@@ -96,6 +92,16 @@ def load_base(
         ) from error
     model = model.to(device)  # type: ignore[arg-type]  # mypy sees `to` unbound
     return Base(model.eval().requires_grad_(False), tokenizer, name, severity_map)
+
+
+def check_base(name: str) -> None:
+    """Raise `ValueError` for a name that cannot be one of a base; nothing is loaded."""
+    if name in NAMED or Path(name).exists():
+        return
+    near = nearest(name, NAMED, likeness=0.8)
+    if near or name.startswith("embedded-") or "\\" in name or name.count("/") > 1:
+        raise nearest_valid("base", name, NAMED, "the name of a Hugging Face causal LM, or an existing local folder")
+    _check_within_reach(name)
 
 
 def _check_within_reach(name: str) -> None:

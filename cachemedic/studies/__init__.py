@@ -23,6 +23,8 @@ valence_report what the valence experiments report
 computing/     the studies: what each notebook computes
 drawing/       figures and tables, from data frames alone
 report         a run that saves figures and tables: what a notebook makes
+committed      results as the last commit holds them
+compare        results of now beside those of the last commit
 verify_sample  what a sample of committed rows is
 verify_samples, verify_sweep_samples  the samples
 verify         checks committed results

@@ -4,14 +4,16 @@
 
 It takes about three minutes, and the exit status is 1 if anything differs.
 
-Rows are computed from scratch with the shipped base models and operators, no cache of results is read. Other machines
-round differently, so each column has a tolerance, which the table states.
+What is checked is what the last commit holds, whatever a run has since put in its place (`make compare` compares that);
+in a copy without git, what lies in results/. Rows are computed from scratch with the shipped base models and operators,
+no cache of results is read. Other machines round differently, so each column has a tolerance, which the table states.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 from cachemedic.repair.operator import RepairOperator
+from cachemedic.studies.committed import committed_results
 from cachemedic.studies.result_files import read_result
 from cachemedic.studies.run import ROOT, Run
 from cachemedic.studies.verify_sample import Sample
@@ -104,18 +107,48 @@ def report(agreements: Iterator[Agreement]) -> int:
     return failures
 
 
-def main() -> None:
+def results_of(root: Path, copies: Path) -> Path:
+    """The folder to check: the committed results of a checkout, copied below `copies`; without git, `root`/results."""
+    try:
+        commit, files = committed_results(root)
+    except ValueError as error:
+        print(f"{error}; results/ is checked as it is")
+        return root / "results"
+    for path, content in files.items():
+        (copies / path).parent.mkdir(parents=True, exist_ok=True)
+        (copies / path).write_bytes(content)
+    changed = [path for path, content in files.items() if not _same(root / path, content)]
+    made_anew = f"; {len(changed)} files are others now, which `make compare` compares" if changed else ""
+    print(f"Results of commit {commit}{made_anew}")
+    return copies / "results"
+
+
+def _same(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
+
+
+def verify(results: Path) -> int:
+    """Checks everything and prints it; returns how many lines do not hold."""
     print("Files, as their sidecars record them")
-    failures = report(check_files(ROOT / "results")) + report(check_operators(ROOT / "trained"))
+    failures = report(check_files(results)) + report(check_operators(ROOT / "trained"))
     for sample in SAMPLES:
         print(f"{sample.csv}: {sample.what}", flush=True)
         started = time.perf_counter()
-        failures += report(check_sample(sample, ROOT / "results"))
+        failures += report(check_sample(sample, results))
         print(f"  ({time.perf_counter() - started:.0f} s)", flush=True)
+    return failures
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as copies:
+        failures = verify(results_of(ROOT, Path(copies)))
     if failures:
         sys.exit(f"error: {failures} of the lines above differ")
     print("All agree. Times (results/bench_*.csv) are checked by their hashes only: they differ from run to run.")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

@@ -37,6 +37,7 @@ def project(tmp_path):
     (folder / "build/rules.mk").write_text("NOTEBOOKS := 13_second_model\n")
     (folder / "tools/run_notebook.py").write_text(RECORDER)
     (folder / "tools/graph.py").write_text(RECORDER)
+    (folder / "tools/parameters.py").write_text(RECORDER.replace("seen", "checked"))
     (folder / "build/rules.mk").touch()
     return folder
 
@@ -53,6 +54,8 @@ def test_options_reach_the_program_as_they_are(project, given):
     seen = arguments_of(project, "13_second_model", *options)
     assert {f"{name}={given}" for name in ("base", "seeds", "text", "reviews")} <= set(seen)
     assert seen[seen.index("--device") + 1] == given
+    checked = json.loads((project / "checked.json").read_text())
+    assert set(checked) == {f"{name}={given}" for name in ("BASE", "SEEDS", "TEXT", "REVIEWS", "DEVICE")}
 
 
 def test_goals_are_words_to_the_shell(project):

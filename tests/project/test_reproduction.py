@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from toy_project import FIGURE, TABLE, Project, run_make, started
+from toy_project import ENVIRONMENT, FIGURE, TABLE, Project, run_make, started
 
 from graph import Graph
 from records import Variant
@@ -65,6 +67,12 @@ def test_everything_is_published_and_recorded(made: Project) -> None:
         assert (made.root / output).is_file()
     assert (made.root / "build/notebooks/paper/20_figure.ipynb").is_file()
     assert not list((made.root / "build/staging/paper").iterdir())
+
+
+def test_what_make_made_is_compared_with_what_is_committed(made: Project) -> None:
+    assert made.make("reproduce").splitlines()[-1] == "compared: --brief"
+    assert made.make("results/apart.csv").splitlines()[-1] == "compared: --brief apart"
+    assert "compared" not in made.make("30_apart")
 
 
 def test_touching_files_reruns_nothing(made: Project) -> None:
@@ -159,11 +167,33 @@ def test_a_notebook_that_measures_times_runs_alone(fresh: Project) -> None:
 
 
 def test_unknown_parameters_fail_before_anything_runs(made: Project) -> None:
-    message = made.make("10_map", "BASE=gpt2", fails=True)
+    message = made.make("10_map", "BASE=embedded-gpt2", fails=True)
     assert "unknown parameter of notebooks/10_map.ipynb 'base'" in message
     assert "allowed: profile" in message
     assert "unknown PROFILE=smok; allowed: paper, smoke" in made.make("10_map", "PROFILE=smok", fails=True)
     assert "nearest: figures/damage.pdf" in made.make("figures/damages.pdf", fails=True)
+
+
+def test_a_wrong_value_fails_before_any_notebook_starts(made: Project) -> None:
+    said = made.make("reproduce", "SEEDS=0,1", fails=True)
+    assert "error: SEEDS=0,1: seeds must be a list of whole numbers, such as [0, 1], not '0,1'" in said
+    assert not started(said)
+
+
+def test_an_interrupt_is_one_line_and_leaves_old_outputs(fresh: Project) -> None:
+    fresh.notebook("10_map", "import time\nprint('begun', flush=True)\ntime.sleep(600)")
+    command = [sys.executable, "tools/run_notebook.py", "10_map"]
+    running = subprocess.Popen(
+        command, cwd=fresh.root, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert running.stdout is not None
+    for line in running.stdout:
+        if "begun" in line:
+            break
+    running.send_signal(signal.SIGINT)
+    _, error = running.communicate(timeout=120)
+    assert error.splitlines() == ["interrupted: what is finished is kept, the same command goes on from there"]
+    assert not (fresh.root / "results").exists()
 
 
 def test_figure_accepts_shipped_results_that_are_current(made: Project) -> None:
@@ -178,8 +208,10 @@ def test_figure_accepts_shipped_results_that_are_current(made: Project) -> None:
 
 def test_smoke_and_other_parameters_are_published_apart(fresh: Project) -> None:
     fresh.notebook("10_map", "import cachemedic\ncachemedic.write('results/map.csv')", 'profile = "paper"\nbase = "a"')
+    fresh.write("some/model/config.json", "{}")
     assert fresh.ran("10_map", "PROFILE=smoke", "BASE=some/model") == {"10_map"}
-    assert fresh.ran("reproduce", "PROFILE=smoke") == {"10_map", "20_figure", "30_apart"}
+    assert "compared" not in fresh.make("results/map.csv", "PROFILE=smoke"), "nothing of it is committed"
+    assert fresh.ran("reproduce", "PROFILE=smoke") == {"20_figure", "30_apart"}
     assert (fresh.root / "build/smoke,base=some_model/results/map.csv").is_file()
     assert not (fresh.root / "results").exists()
     assert not (fresh.root / "paper").exists()

@@ -1,12 +1,11 @@
-"""Benchmarks on the CPU, into results/bench_*.csv: `python -m cachemedic.studies.bench`, or some: `... repair`.
+"""Benchmarks on the CPU, into results/bench_*.csv; `python -m cachemedic bench` runs them.
 
 About three quarters of an hour for all of them on an idle machine of two cores.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 import torch
@@ -57,18 +56,15 @@ PARTS: dict[str, Callable[[], dict[str, pd.DataFrame]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m cachemedic.studies.bench", description=__doc__)
-    parser.add_argument("parts", nargs="*", help=f"which of {', '.join(PARTS)}; all by default")
-    names = parser.parse_args().parts or list(PARTS)
-    for name in names:
-        if name not in PARTS:
-            parser.error(str(nearest_valid("benchmark", name, PARTS)))
+def measure(parts: Sequence[str]) -> None:
+    """Runs some of `PARTS`, or all if none is named, writes their CSVs and prints them.
+
+    Raises `ValueError` for an unknown one, before anything is measured.
+    """
+    for part in parts:
+        if part not in PARTS:
+            raise nearest_valid("benchmark", part, PARTS)
     run = Run("paper", folder=ROOT, threads=torch.get_num_threads(), dtype="float32", device="cpu")
-    for part in names:
+    for part in parts or PARTS:
         for name, frame in PARTS[part]().items():
             print(f"\n{name}\n{run.write_csv(frame, name).drop(columns='config_hash').to_string(index=False)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,216 @@
+"""The library from the command line; `python -m cachemedic COMMAND --help` says what a command takes.
+
+    python -m cachemedic demo
+    python -m cachemedic check my-cache --base embedded-gpt2 --operator E/embedded-gpt2
+
+Exit status: 0, or 1 if `check` finds damage, or 2 after an error, which is one line.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import cachemedic  # its names load torch when they are used, so that --help and a wrong option answer at once
+
+if TYPE_CHECKING:
+    import torch
+
+    from cachemedic import SketchCache
+
+DAMAGED, WRONG, INTERRUPTED = 1, 2, 130
+CONTEXT = (
+    "Merge two tables by the values of a column.{}\n\n"
+    "The rows of the result are those whose values are in both tables. Rows that have no partner in the other table "
+    "are left out unless the argument says that they should be kept."
+)
+NAME, VALUE = "falcon", "copper lantern"  # what the context of the demonstration pairs
+
+app = typer.Typer(
+    help="Check and repair saved key-value caches, and make what repairs them.",
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+class Format(StrEnum):
+    """Number formats of a model."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+SavedCache = Annotated[
+    Path, typer.Argument(metavar="FOLDER", exists=True, file_okay=False, help="a cache that SketchCache.save wrote")
+]
+BaseName = Annotated[str, typer.Option(help="model that wrote the cache: a name that load_base takes, or a folder")]
+OperatorName = Annotated[str | None, typer.Option(help="operator it was written with, if any: a name or a folder")]
+ModelFormat = Annotated[Format, typer.Option(help="number format of the model")]
+
+
+@app.command()
+def check(
+    folder: SavedCache, base: BaseName, operator: OperatorName = None, dtype: ModelFormat = Format.float32
+) -> None:
+    """Say which tokens of a saved cache are not what was written; exit status 1 if there are any."""
+    report = _load(folder, base, operator, dtype).report
+    print(report)
+    if report:
+        raise typer.Exit(DAMAGED)
+
+
+@app.command()
+def repair(
+    folder: SavedCache,
+    base: BaseName,
+    operator: OperatorName = None,
+    dtype: ModelFormat = Format.float32,
+    method: Annotated[
+        str, typer.Option(help="recompute, restore, estimate, erase, or auto: the best of them")
+    ] = "auto",
+    budget: Annotated[float | None, typer.Option(help="time that may be taken, as a share of a prefill")] = None,
+    to: Annotated[
+        Path | None, typer.Option(file_okay=False, help="folder for the result; the same if not given")
+    ] = None,
+) -> None:
+    """Repair a saved cache and say what was done with each token."""
+    cache = _load(folder, base, operator, dtype)
+    print(cache.repair(method, budget))
+    cache.save(to or folder)
+
+
+@app.command()
+def calibrate(
+    base: Annotated[str, typer.Argument(help="model: a name that load_base takes, or a folder")],
+    to: Annotated[Path, typer.Option(file_okay=False, help="folder for the operator")],
+    texts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="text of one kind, in UTF-8, with <|endoftext|> between documents; may be given several times. "
+            "Default: documentation, code, reviews and dialogue of the installed packages",
+        ),
+    ] = None,
+    family: Annotated[str, typer.Option(help="D, which stores nothing, or E, which keeps a code of each token")] = "E",
+    share: Annotated[
+        str | None, typer.Option(help="bytes of E's code over those of the cache  [default: 1/128]")
+    ] = None,
+    dtype: ModelFormat = Format.float32,
+) -> None:
+    """Make an operator of family D or E for a model, from text of the kinds that it is going to read."""
+    options: dict[str, Any] = {} if share is None else {"share": _share(share)}
+    kinds = _kinds(texts) if texts else None
+    lm = cachemedic.load_base(base, dtype=_dtype(dtype))
+    operator = cachemedic.RepairOperator.create(family, lm.config, layers="all", **options)
+    cachemedic.calibrate(operator, lm, kinds).save_pretrained(to)
+    print(f"saved: RepairOperator.from_pretrained({str(to)!r})")
+
+
+@app.command()
+def bench(
+    parts: Annotated[list[str] | None, typer.Argument(help="which benchmarks; an unknown one lists them")] = None,
+) -> None:
+    """Run benchmarks on the CPU, all of them by default, into results/bench_*.csv (three quarters of an hour)."""
+    from cachemedic.studies.bench.measure import measure
+
+    measure(parts or [])
+
+
+@app.command()
+def demo(
+    corruption: Annotated[str, typer.Option(help="type of damage")] = "gaussian",
+    severity: Annotated[float, typer.Option(help="from 0 to 1: as harmful as the loss of the whole context")] = 0.5,
+    method: Annotated[
+        str, typer.Option(help="way of repair: recompute, restore, estimate, erase or auto")
+    ] = "estimate",
+) -> None:
+    """Damage the cache of an embedded model, check it, repair it, and show what the model answers each time."""
+    from cachemedic.data.text import needle_fact, needle_question
+
+    name = "embedded-gpt2"
+    spec = cachemedic.CorruptionSpec(corruption, severity=severity, base=name)
+    lm: Any = cachemedic.load_base(name)
+    text, question = CONTEXT.format(needle_fact(NAME, VALUE)), needle_question(NAME)
+
+    def encode(text: str) -> Any:
+        return lm.tokenizer(lm.tokenizer.bos_token + text, return_tensors="pt")
+
+    def answer(cache: SketchCache) -> str:
+        ids = encode(text + question)
+        how = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": lm.tokenizer.eos_token_id}
+        written = lm.model.generate(**ids, past_key_values=copy.deepcopy(cache), **how)
+        return lm.tokenizer.decode(written[0, ids["input_ids"].shape[1] :]).strip().partition("\n")[0]
+
+    prompt = encode(text)
+    operator: Any = cachemedic.RepairOperator.from_pretrained(f"E/{name}")
+    cache = cachemedic.SketchCache(lm.model, operator)
+    lm.model(**prompt, past_key_values=cache)
+    other = {key: x[:, : prompt["input_ids"].shape[1]] for key, x in encode(CONTEXT.format("") * 2).items()}
+    donor = lm.model(**other, use_cache=True).past_key_values
+    damaged: Any = cachemedic.corrupt_cache(cache, spec, seed=0, donor=donor)
+    clean, wrong, report = answer(cache), answer(damaged), damaged.repair(method)
+    print(f"{text}\n{question}\n\nclean:    {clean}\ndamaged:  {wrong}\nrepaired: {answer(damaged)}\n")
+    print(f"check() of the damaged cache says\n{report.found}\n")
+    print("\n".join(f"repair: {count} tokens, {way}" for way, count in report.ways.items()))
+
+
+def _load(folder: Path, base: str, operator: str | None, dtype: Format) -> SketchCache:
+    found: Any = None if operator is None else cachemedic.RepairOperator.from_pretrained(operator)
+    return cachemedic.SketchCache.load(folder, cachemedic.load_base(base, dtype=_dtype(dtype)).model, found)
+
+
+def _dtype(name: Format) -> torch.dtype:
+    import torch
+
+    return getattr(torch, name.value)
+
+
+def _share(given: str) -> float:
+    """A number from a text like 1/128 or 0.01."""
+    try:
+        share = float(Fraction(given))
+    except (ValueError, ZeroDivisionError):
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ValueError(f"share {given!r} is out of range: a number above 0, up to 1, like 1/128 or 0.01")
+    return share
+
+
+def _kinds(paths: Sequence[Path]) -> dict[str, list[str]]:
+    """The documents of each file, by its name."""
+    from cachemedic.data.text import END_OF_TEXT
+
+    kinds = {}
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+        kinds[str(path)] = [document for document in text.split(END_OF_TEXT) if document.strip()]
+    return kinds
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs a command; returns the exit status."""
+    try:
+        status = app(list(arguments) or ["--help"], prog_name="python -m cachemedic", standalone_mode=False) or 0
+    except (typer.TyperException, ValueError, TypeError, OSError) as error:
+        said = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        print("error:", " ".join(said.split()), file=sys.stderr)
+        return WRONG
+    if status == INTERRUPTED:
+        print("interrupted", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,58 @@
+"""Values of notebook parameters, checked before anything runs rather than where a study first uses them.
+
+python tools/parameters.py SEEDS=[0,1] BASE=gpt2-medium     # make calls this once, before the first notebook
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from cachemedic.core.errors import nearest_valid
+from cachemedic.core.integers import whole_numbers
+from cachemedic.data.external_text import check_documents, check_reviews
+from cachemedic.models.load import check_base
+from run_notebook import parameter
+
+
+def check_seeds(given: Any) -> None:
+    """Raises `ValueError` or `TypeError` unless these are distinct whole numbers, one or more of them."""
+    seeds = whole_numbers("seeds", given)
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ValueError("seeds must be distinct whole numbers from 0 upwards, such as [0, 1]")
+
+
+def check_device(given: Any) -> None:
+    """Raises `ValueError` for a device that this machine does not have."""
+    cuda = ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    allowed = ["cpu", *(cuda if torch.cuda.is_available() else [])]
+    if given not in allowed:
+        raise nearest_valid("device", given, allowed)
+
+
+CHECKS: Mapping[str, Callable[[Any], None]] = {
+    "SEEDS": check_seeds,
+    "DEVICE": check_device,
+    "BASE": lambda given: check_base(str(given)),
+    "TEXT": lambda given: check_documents(str(given)),
+    "REVIEWS": lambda given: check_reviews(str(given)),
+}
+
+
+def check(assignment: str) -> None:
+    """Raises `ValueError` or `TypeError` for a value that its parameter cannot take, or an unknown parameter."""
+    name, given = parameter(assignment)
+    if name not in CHECKS:
+        raise nearest_valid("parameter", name, CHECKS)
+    CHECKS[name](given)
+
+
+if __name__ == "__main__":
+    for word in sys.argv[1:]:
+        try:
+            check(word)
+        except (ValueError, TypeError) as error:
+            sys.exit(f"error: {word}: {error}")
