@@ -10,7 +10,6 @@ round differently, so each column has a tolerance, which the table states.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from cachemedic.core.files import read_sealed
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.result_files import read_result
 from cachemedic.studies.run import ROOT, Run
@@ -85,9 +85,9 @@ def compare(sample: Sample, committed: pd.DataFrame, computed: pd.DataFrame) -> 
 
 def check_sample(sample: Sample, results: Path) -> Iterator[Agreement]:
     """Computes a sample and compares it with what is under `results`."""
-    parameters = json.loads((results / f"{sample.csv}.json").read_text())["parameters"]
     try:
         committed = read_result(results / f"{sample.csv}.csv")
+        parameters = read_sealed(results / f"{sample.csv}.json")["parameters"]
     except ValueError as error:
         yield Agreement(sample.csv, "sha256", str(error), False)
         return
