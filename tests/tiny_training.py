@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import DOCUMENTS, tiny_model, tiny_tokenizer
 
+from cachemedic.core.files import write_hashed
 from cachemedic.core.severity_map import GRID, MAP_COLUMNS
 from cachemedic.core.tensors import read_tensors, unflattened
 from cachemedic.corruption import severity
@@ -58,7 +59,7 @@ def linear_map(name: str = "tiny", layers: int = 3, heads: int = 4) -> pd.DataFr
 
 def ship(rows: pd.DataFrame, patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Makes `rows` the map that ships, until `patch` is undone and `severity.shipped_map` cleared."""
-    rows.to_csv(folder / "severity_map.csv", index=False)
+    write_hashed(folder / "severity_map.csv", rows.to_csv(index=False).encode())
     patch.setattr(severity, "MAP", folder / "severity_map.csv")
     severity.shipped_map.cache_clear()
 

@@ -39,6 +39,7 @@ def write(*names):
         path.write_text("made\\n")
         if path.suffix == ".csv":
             known = {"file": name, "sha256": hashlib.sha256(b"made\\n").hexdigest(), "inputs": run["inputs"]}
+            known["checksum"] = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
             path.with_suffix(".json").write_text(json.dumps(known))
 '''
 NUMBERS = "import pathlib\npathlib.Path('paper').mkdir(exist_ok=True)\npathlib.Path('paper/numbers.tex').touch()"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -85,9 +84,9 @@ class Variant:
         """
         notebook = self.graph[name]
         try:
-            sidecars = [json.loads((self.published / path).read_text()) for path in notebook.sidecars]
+            sidecars = [read_sealed(self.published / path) for path in notebook.sidecars]
             made = [sha256((self.published / sidecar["file"]).read_bytes()) for sidecar in sidecars]
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # missing, or damaged
             return False
         recorded = [sidecar["sha256"] for sidecar in sidecars]
         current = all(sidecar["inputs"] == self.graph.inputs(name) for sidecar in sidecars)

@@ -79,6 +79,10 @@ def _check(
 ) -> None:
     if k.dim() != 5 or k.shape[:4] != v.shape[:4]:
         raise ValueError(f"keys and values must be [B, L, G, T, d] alike, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if not (k.is_floating_point() and v.is_floating_point()):
+        raise ValueError(
+            f"keys and values must be floating-point numbers, not {k.dtype} and {v.dtype}: dequantise them"
+        )
     if len(events) != k.shape[0]:
         raise ValueError(f"{k.shape[0]} samples need as many events, got {len(events)}")
     for event in events:
@@ -108,8 +112,8 @@ def corrupt_cache(cache: Cache, spec: CorruptionSpec, seed: int = 0, donor: Cach
     Every sample of the batch draws its own event from `spec`. Layers may hold different numbers of positions (sliding
     windows): masks are aligned at the newest position. `donor` is a cache with as many layers, samples and heads, no
     shorter. Rotations are by the matrix of evaluation, not by that of training.
-    Raises `ValueError` for an empty cache and where `spec` or `donor` does not fit, `TypeError` for layers other than
-    those of a `DynamicCache` (preallocated, quantised or recurrent ones).
+    Raises `ValueError` for an empty cache or one of whole numbers, and where `spec` or `donor` does not fit,
+    `TypeError` for layers other than those of a `DynamicCache` (preallocated, quantised or recurrent ones).
     """
     stored = _stored(cache)
     donors = [(None, None)] * len(stored) if donor is None else _stored(donor)

@@ -8,12 +8,13 @@ one that ships serves the embedded bases.
 
 from __future__ import annotations
 
+import io
 from functools import cache
 from pathlib import Path
 
 import pandas as pd
 
-from cachemedic.core.files import write_atomically
+from cachemedic.core.files import read_hashed, write_hashed
 from cachemedic.core.severity_map import MAP_COLUMNS, SeverityMap
 
 MAP = Path(__file__).parent / "severity_map.csv"
@@ -23,7 +24,7 @@ MAP = Path(__file__).parent / "severity_map.csv"
 def shipped_map() -> SeverityMap:
     """The map that ships for the embedded bases. Raises `ValueError` if it is missing or damaged."""
     try:
-        return SeverityMap(pd.read_csv(MAP))
+        return SeverityMap(pd.read_csv(io.BytesIO(read_hashed(MAP))))
     except (OSError, ValueError) as error:
         raise ValueError(f"{MAP} is missing or damaged, restore it with `git checkout`: {error}") from error
 
@@ -34,5 +35,5 @@ def write_map(rows: pd.DataFrame) -> None:
     kept = [shipped_map().rows] if MAP.exists() else []
     merged = pd.concat([frame[~frame["base"].isin(rows["base"])] for frame in kept] + [rows[MAP_COLUMNS]])
     merged = merged.sort_values(["base", "type", "severity"], kind="stable")
-    write_atomically(MAP, merged.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
+    write_hashed(MAP, merged.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
     shipped_map.cache_clear()

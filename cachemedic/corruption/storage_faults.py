@@ -63,16 +63,17 @@ def flip_bits(x: torch.Tensor, storage: str, field: str, flips: torch.Tensor) ->
 
     The bits of the field are numbered through from the first element to the last, in each from the lowest bit up.
     Floating-point formats are returned in their own dtype, with every bit that was not flipped as the conversion of `x`
-    left it; NaN and infinities stay. int8 is returned in the dtype of `x`: it has a symmetric scale per vector (the
-    last dimension), kept in bf16, which no flip hits.
+    left it. int8 is returned in the dtype of `x`: it has a symmetric scale per vector (the last dimension), kept in
+    bf16, which no flip hits. NaN and infinities stay; int8, which has no words for them, takes its scale without them.
     """
     form = FORMATS[storage]
     low, width = form.fields[field]
-    scale = torch.ones_like(x[..., :1])
+    scale, finite = torch.ones_like(x[..., :1]), x.isfinite()
     if storage == "int8":
         # a scale of few bits makes every stored value exact: what was stored once is stored alike again
-        scale = (x.abs().amax(-1, keepdim=True) / 127).bfloat16().to(x).clamp_(min=torch.finfo(x.dtype).tiny)
-        words = (x / scale).round_().clamp_(-127, 127).to(form.dtype)
+        sound = x.masked_fill(~finite, 0)
+        scale = (sound.abs().amax(-1, keepdim=True) / 127).bfloat16().to(x).clamp_(min=torch.finfo(x.dtype).tiny)
+        words = (sound / scale).round_().clamp_(-127, 127).to(form.dtype)
     else:
         words = x.to(form.dtype).contiguous().view(form.integer)
     flips = flips.to(x.device)
@@ -80,7 +81,7 @@ def flip_bits(x: torch.Tensor, storage: str, field: str, flips: torch.Tensor) ->
     # the bits that one word loses are different ones: their sum is their XOR
     mask.index_add_(0, flips // width, (1 << (low + flips % width)).to(form.integer))
     words = words ^ mask.view(words.shape)
-    return words.to(x) * scale if storage == "int8" else words.view(form.dtype)
+    return torch.where(finite, words.to(x) * scale, x) if storage == "int8" else words.view(form.dtype)
 
 
 def bit_flips(stored: Stored, storage: str, field: str) -> torch.Tensor:
@@ -130,7 +131,7 @@ def kivi_quant(stored: Stored, group: int) -> torch.Tensor:
 
     Asymmetric (minimum and range), keys per channel over groups of tokens, values per token over groups of channels;
     ranges are taken over what is hit, a group at the end may be short, and minimum and scale are kept unrounded.
-    KIVI's full-precision window of recent tokens is the mask ("old_only", n).
+    KIVI's full-precision window of recent tokens is the mask ("old_only", n). NaN and infinities stay.
     """
     axis = 2 if stored.is_key else 3
     parts = zip(stored.x.split(group, axis), stored.hit.expand_as(stored.x).split(group, axis), strict=True)
@@ -139,10 +140,11 @@ def kivi_quant(stored: Stored, group: int) -> torch.Tensor:
 
 
 def _asymmetric(x: torch.Tensor, hit: torch.Tensor, levels: int, axis: int) -> torch.Tensor:
-    low = torch.where(hit, x, math.inf).amin(axis, keepdim=True)
-    high = torch.where(hit, x, -math.inf).amax(axis, keepdim=True)
+    finite = x.isfinite()
+    low = torch.where(hit & finite, x, math.inf).amin(axis, keepdim=True)
+    high = torch.where(hit & finite, x, -math.inf).amax(axis, keepdim=True)
     scale = ((high - low) / levels).clamp_(min=torch.finfo(x.dtype).tiny)  # a constant group stays as it is
-    return ((x - low) / scale).round_().mul_(scale).add_(low)
+    return torch.where(finite, ((x - low) / scale).round_().mul_(scale).add_(low), x)
 
 
 # --- the types --------------------------------------------------------------------------------------------------------

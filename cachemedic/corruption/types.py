@@ -165,15 +165,20 @@ def bitflip_sparse(stored: Stored) -> torch.Tensor:
     calibration=(8, 6, 5, 4, 3, 2, 1),
 )
 def quant_noise(stored: Stored) -> torch.Tensor:
-    """Symmetric uniform n-bit quantise-dequantise, scale per head over what is hit; 1 bit: sign * mean magnitude."""
+    """Symmetric uniform n-bit quantise-dequantise, scale per head over what is hit; 1 bit: sign * mean magnitude.
+
+    NaN and infinities stay.
+    """
     x, bits = stored.x, int(stored.parameter)
-    magnitude = torch.where(stored.hit, x.abs(), 0.0)
+    finite = x.isfinite()
+    counted = stored.hit & finite
+    magnitude = torch.where(counted, x.abs(), 0.0)
     if bits == 1:
-        count = stored.hit.sum((-2, -1), keepdim=True).clamp_(min=1) * x.shape[-1]
-        return x.sign() * (magnitude.sum((-2, -1), keepdim=True) / count)
+        count = counted.sum((-2, -1), keepdim=True).clamp_(min=1)
+        return torch.where(finite, x.sign() * (magnitude.sum((-2, -1), keepdim=True) / count), x)
     scale = magnitude.amax((-2, -1), keepdim=True) / (2 ** (bits - 1) - 1)
     scale.clamp_(min=torch.finfo(x.dtype).tiny)  # a head of zeros stays zero
-    return (x / scale).round_().mul_(scale)
+    return torch.where(finite, (x / scale).round_().mul_(scale), x)
 
 
 @register_corruption(

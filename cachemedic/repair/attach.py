@@ -24,6 +24,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from cachemedic.models.attention import attention_modules
 from cachemedic.models.load import check_format
+from cachemedic.models.usable import check_is_model, check_mode
 from cachemedic.repair.attention import Attention, AttentionRepair, Gates
 
 EAGER = "eager"
@@ -182,8 +183,7 @@ def _step_aside() -> None:
 
 def _check(model: PreTrainedModel, operator: AttentionRepair) -> list[Any]:
     """The self-attention modules of the protected layers, of a model that can be protected by this operator."""
-    if not isinstance(model, PreTrainedModel):
-        raise _no_model(model)
+    check_is_model(model)
     if not model._can_set_attn_implementation():
         raise ValueError(
             f"{type(model).__name__} does not use the attention interface of transformers "
@@ -191,7 +191,7 @@ def _check(model: PreTrainedModel, operator: AttentionRepair) -> list[Any]:
         )
     operator.check_model(model.config)
     check_format(model.dtype)
-    _check_mode(model)
+    check_mode(model)
     modules = attention_modules(model, operator.layers)
     for module in modules:
         found = next(module.parameters()).device
@@ -204,24 +204,6 @@ def _check(model: PreTrainedModel, operator: AttentionRepair) -> list[Any]:
                 f"the operator is on {operator.device}, layer {module.layer_idx} on {found}: move one of them"
             )
     return modules
-
-
-def _no_model(found: object) -> ValueError | TypeError:
-    """The error for something that is no model of transformers; of a wrapper it names the model inside."""
-    if isinstance(found, nn.Module):
-        for name, module in found.named_modules():
-            if isinstance(module, PreTrainedModel):
-                return ValueError(
-                    f"{type(found).__name__} wraps the model that can be protected: give the {type(module).__name__} "
-                    f"inside, `.{name}`"
-                )
-    return TypeError(f"protect takes a model of transformers (PreTrainedModel), not a {type(found).__name__}")
-
-
-def _check_mode(model: nn.Module) -> None:
-    """Raise `ValueError` in training mode: with dropout on, no two passes of a model see the same cache."""
-    if model.training:
-        raise ValueError(f"{type(model).__name__} is in training mode: call model.eval() before it is protected")
 
 
 @contextmanager

@@ -7,7 +7,6 @@ No number of a result is typed by hand: the text says \\ClipRecoveryGpt, the tab
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import tomllib
@@ -20,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from cachemedic.core.errors import nearest_valid
-from cachemedic.core.files import write_atomically
+from cachemedic.core.files import read_sealed, write_atomically
 from cachemedic.studies.result_files import read_result
 from cachemedic.studies.run import ROOT
 
@@ -157,7 +156,7 @@ def _page(claims: Sequence[Claim], root: Path) -> Iterator[str]:
     yield "| claim | section | made by | data | shown in | numbers |"
     yield "|---|---|---|---|---|---|"
     for claim in claims:
-        notebook = json.loads((root / "results" / f"{claim.csv}.json").read_text())["notebook"]
+        notebook = read_sealed(root / "results" / f"{claim.csv}.json")["notebook"]
         made = f"[{notebook}](../notebooks/{notebook}.ipynb)" if notebook else "`make bench`"
         shown = ", ".join(f"[{Path(path).stem}](../{path})" for path in claim.shown) or "text"
         values = "; ".join(f"`{number.name}` {_plain(number.latex(root / 'results'))}" for number in claim.numbers)

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import re
 from pathlib import Path
 
-from cachemedic.core.files import write_atomically
+from cachemedic.core.files import read_sealed, seal, write_atomically
 from cachemedic.data.text_source import TextSource
 from cachemedic.models.load import load_base
 from cachemedic.studies.base_report import Effort, measure
@@ -48,12 +47,11 @@ def adopt(variant: Path, root: Path = ROOT) -> list[Path]:
     targets = {path: Path("results/real_text") / path.name.removeprefix(f"{NOTEBOOK}_") for path in tables}
     written = {}
     for path, target in targets.items():
-        sidecar = json.loads(path.with_suffix(".json").read_text())
+        sidecar = read_sealed(path.with_suffix(".json"))
         if hashlib.sha256(path.read_bytes()).hexdigest() != sidecar["sha256"]:
             raise ValueError(f"{path} is not the file that its sidecar records")
         written[target] = path.read_bytes()
-        record = json.dumps(sidecar | {"file": target.as_posix()}, indent=2) + "\n"
-        written[target.with_suffix(".json")] = record.encode()
+        written[target.with_suffix(".json")] = seal(sidecar | {"file": target.as_posix()})
     for path in [*variant.glob(f"figures/{NOTEBOOK}*"), *variant.glob(f"paper/tables/{NOTEBOOK}*")]:
         renamed = path.relative_to(variant).with_name(path.name.replace(NOTEBOOK, "real_text"))
         data = path.read_bytes()

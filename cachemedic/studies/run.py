@@ -22,7 +22,7 @@ from typing import Any
 
 import pandas as pd
 
-from cachemedic.core.files import write_atomically
+from cachemedic.core.files import read_sealed, seal, write_atomically
 from cachemedic.studies.result_files import read_result
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,9 +145,9 @@ class Run:
     def _current(self, path: Path, inputs: Mapping[str, str]) -> bool:
         """Whether a CSV is what its sidecar records, made from `inputs` and the parameters of this run."""
         try:
-            sidecar = json.loads(path.with_suffix(".json").read_text())
+            sidecar = read_sealed(path.with_suffix(".json"))
             same = sidecar["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # missing, or damaged
             return False
         parameters = _without_device(sidecar["parameters"])
         return same and sidecar["inputs"] == inputs and parameters == _without_device(self.parameters)
@@ -183,7 +183,7 @@ class Run:
             "threads": self.threads,
             "wall_seconds": round(time.perf_counter() - self.started, 1),
         }
-        self._write_text(f"results/{name}.json", json.dumps(sidecar, indent=2) + "\n")
+        write_atomically(self.folder / "results" / f"{name}.json", seal(sidecar))
         return frame
 
     def _write_text(self, path: str, text: str) -> None:

@@ -11,7 +11,6 @@ no cache of results is read. Other machines round differently, so each column ha
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from cachemedic.core.files import read_sealed
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.committed import committed_results
 from cachemedic.studies.result_files import read_result
@@ -88,9 +88,9 @@ def compare(sample: Sample, committed: pd.DataFrame, computed: pd.DataFrame) -> 
 
 def check_sample(sample: Sample, results: Path) -> Iterator[Agreement]:
     """Computes a sample and compares it with what is under `results`."""
-    parameters = json.loads((results / f"{sample.csv}.json").read_text())["parameters"]
     try:
         committed = read_result(results / f"{sample.csv}.csv")
+        parameters = read_sealed(results / f"{sample.csv}.json")["parameters"]
     except ValueError as error:
         yield Agreement(sample.csv, "sha256", str(error), False)
         return

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from cachemedic.models.usable import check_mode
 from cachemedic.token.cache_files import load_cache, save_cache
 from cachemedic.token.check import Report, check
 from cachemedic.token.forward_hook import Watch
@@ -49,9 +50,9 @@ class SketchCache(RecordedCache):
         seed: of the multipliers of the hash, which whoever damages the cache on purpose must not know.
 
     Raises:
-        TypeError: for an operator of another family.
-        ValueError: for a model with an encoder, latent attention or layers that do not attend, an operator of another
-            model or not calibrated, a storage that holds tokens or slides.
+        TypeError: for an operator of another family, and for what is no model.
+        ValueError: for a model that is wrapped, in training mode, or has an encoder, latent attention or layers that do
+            not attend, an operator of another model or not calibrated, a storage that holds tokens or slides.
     """
 
     def __init__(
@@ -81,7 +82,8 @@ class SketchCache(RecordedCache):
         return any(isinstance(layer, StaticLayer) for layer in self.layers)
 
     def begin(self, ids: Tensor, positions: Tensor) -> None:
-        """See `ToldCache`. Raises `ValueError` if the cache holds tokens that it was not told of."""
+        """See `ToldCache`. Raises `ValueError` in training mode, and if the cache holds tokens it was not told of."""
+        check_mode(self.model)
         if self.record is not None or self.get_seq_length():
             _ = self.kept
         self._new, self._written = (ids, positions), ([], [])
@@ -168,7 +170,8 @@ class SketchCache(RecordedCache):
                 way of least expected KL that the budget allows.
             budget: the time that may be taken, as a share of a prefill of the cached text; None: any.
 
-        Raises `ValueError` for an unknown method, one that the operator cannot serve, and a negative budget.
+        Raises `ValueError` for an unknown method, one that the operator cannot serve, a negative budget, and a model
+        in training mode.
         """
         policy = Policy(self, method, budget)  # refuses before any work
         return carry_out(self, self.check(), policy)

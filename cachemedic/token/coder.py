@@ -19,18 +19,25 @@ CODED = 512  # tokens a row whose vectors are held at once
 Sides = tuple[Tensor, Tensor]
 
 
+def check_operator(model: PreTrainedModel, operator: object) -> None:
+    """Raises `TypeError` for an operator of another family than D and E, `ValueError` for one that was not calibrated
+    or is made for another model.
+    """
+    if not isinstance(operator, JointOperator):
+        found = getattr(getattr(operator, "config", None), "family", type(operator).__name__)
+        raise TypeError(f"clean tokens are known to an operator of family D or E, not {found}")
+    operator.check_model(model.config)
+    _ = operator.calibrated
+
+
 class Coder:
     """Writes the codes of tokens and tells their numbers again, for the caches of one model.
 
-    operator: of family D or E. Raises `TypeError` for one of another family, `ValueError` for one that was not
-    calibrated or is made for another model.
+    Raises what `check_operator` raises.
     """
 
     def __init__(self, model: PreTrainedModel, operator: JointOperator) -> None:
-        if not isinstance(operator, JointOperator):
-            found = getattr(getattr(operator, "config", None), "family", type(operator).__name__)
-            raise TypeError(f"a SketchCache takes an operator of family D or E, not {found}")
-        operator.check_model(model.config)
+        check_operator(model, operator)
         self.model, self.operator = model, operator
         self.joint, self.code = operator.calibrated, operator.code
         self.with_ids: bool = operator.config.options["with_ids"]

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
+from cachemedic.models.load import FORMATS
 from cachemedic.models.shape import ModelShape
+from cachemedic.models.usable import check_is_model, check_mode
 
 IMPLEMENTATIONS = ("sdpa", "eager")  # attention that takes a mask of its own for each query
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")  # layers that keep every token they can see
+STORED = (torch.float64, *FORMATS)  # number formats of keys and values
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # rope types whose angles change with the longest position of a call
 
 
 def dense_shape(model: PreTrainedModel) -> ModelShape:
-    """The shape of a model whose layers all attend. Raises `ValueError` for any other: see also `ModelShape.of`."""
+    """The shape of a model whose layers all attend, in evaluation mode.
+
+    Raises `ValueError` for any other (see also `ModelShape.of`), wrapped ones too, `TypeError` for what is no model.
+    """
+    check_is_model(model)
     config = model.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not hasattr(config, "num_attention_heads"):
@@ -25,7 +33,9 @@ def dense_shape(model: PreTrainedModel) -> ModelShape:
             f"{type(model).__name__} has layers with {' and '.join(others)}, which do not keep the keys and values of "
             "every token: choose a model whose layers all attend"
         )
-    return ModelShape.of(model.config)
+    shape = ModelShape.of(model.config)
+    check_mode(model)
+    return shape
 
 
 def check_cache_of(model: PreTrainedModel, cache: Cache) -> int:
@@ -46,6 +56,12 @@ def check_cache_of(model: PreTrainedModel, cache: Cache) -> int:
                 f"layer {number} of this cache is a {type(layer).__name__}, which does not hold the keys and values "
                 "of every token: allowed are layers of a DynamicCache or StaticCache of a model whose layers all attend"
             )
+        for stored in (layer.keys, layer.values) if layer.is_initialized else ():
+            if stored.dtype not in STORED:
+                raise ValueError(
+                    f"layer {number} of this cache holds {stored.dtype}: give keys and values as the model wrote them, "
+                    f"not quantised; allowed: {', '.join(map(str, STORED))}"
+                )
     if len(layers) != shape.num_layers or not all(layer.is_initialized for layer in layers):
         written = sum(layer.is_initialized for layer in layers)
         raise ValueError(f"{written} layers of this cache hold tokens; the model has {shape.num_layers} layers")
@@ -69,8 +85,6 @@ def _held(layer: Any) -> int:
 def check_can_recompute(model: PreTrainedModel, cache: Cache, length: int) -> None:
     """Raises `ValueError` if tokens of a cache of `length` tokens cannot be computed again from their ids."""
     name = type(model).__name__
-    if model.training:
-        raise ValueError(f"{name} is in training mode, where dropout makes every pass another one: call model.eval()")
     config = model.config.get_text_config(decoder=True)
     if (window := shortest_window(config)) is not None and length > window:
         raise ValueError(

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cachemedic.core.integers import whole_number
 from cachemedic.corruption.apply import corrupt
 from cachemedic.corruption.spec import CorruptionSpec, draw_event
 from cachemedic.models.cache import stack_cache, unstack_cache
 from cachemedic.models.load import Base, check_format
+from cachemedic.models.usable import check_is_model, check_mode
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.token.calibration_text import Texts, default_texts, held_out, windows
 from cachemedic.token.code import SHARES
@@ -39,12 +41,18 @@ def calibrate(
     packages). What is to be repaired should be among the kinds. joint: a joint model that was measured before.
     One text in eight of each kind is not calibrated on: the error of codes of several lengths is measured on those and
     printed. Warns if the operator protects a part of the layers only: the others keep their damage.
-    Raises `ValueError` for an operator of a family without a joint model or of another model, for a base that rotates
-    its keys in a way that is not served, and for too little text.
+    Raises `ValueError` for an operator of a family without a joint model or of another model, for a base in training
+    mode, wrapped, or that rotates its keys in a way that is not served, and for too little text; `TypeError` for what
+    is no base.
     """
     if not isinstance(operator, JointOperator):
         raise ValueError(f"family {operator.family} needs no calibration: allowed are D and E")
+    if not isinstance(base, Base):
+        raise TypeError(f"calibrate takes a base, as `load_base` returns it, not a {type(base).__name__}")
+    check_is_model(base.model)
     operator.check_model(base.model.config)
+    check_mode(base.model)
+    seed = whole_number("seed", seed)
     if operator.runs > 1:
         raise ValueError(f"calibrate one run, not {operator.runs}, and `set_joint` its joint model to the others")
     check_format(base.model.dtype)

@@ -14,6 +14,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from cachemedic.models.cache import stack_cache
+from cachemedic.token.coder import check_operator
+from cachemedic.token.dense import check_cache_of
+from cachemedic.token.given import tokens_given
 from cachemedic.token.joint import SINKS
 from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.vectors import TokenVectors
@@ -56,16 +59,16 @@ def check_cache(
     operator: calibrated, of family D or E. Tokens that were exchanged, are stale, or lie in another layout or at
     another position stand out; a token as likely as the true one does not. False alarms are more frequent on kinds of
     text that calibration never saw.
-    Raises `ValueError` for an operator that was not calibrated or is of another model, ids of another shape than the
-    cache, and a rate that thresholds were not measured for.
+    Raises `TypeError` for what is no model, no such cache or an operator of another family; `ValueError` for a model
+    that is wrapped or in training mode, an operator that was not calibrated or is of another model, a cache of other
+    layers or number formats, ids of another shape than the cache, and a rate that thresholds were not measured for.
     """
-    operator.check_model(model.config)
-    _ = operator.calibrated
+    length = check_cache_of(model, cache)
+    check_operator(model, operator)
     if rate not in RATES or not operator.alarms:
         raise ValueError(f"the rate of false alarms must be one of {RATES} on a calibrated operator, not {rate!r}")
-    keys, values = stack_cache(cache)
-    if ids.shape != (len(keys), keys.shape[3]):
-        raise ValueError(f"the cache holds {keys.shape[3]} tokens in {len(keys)} rows, but ids are {tuple(ids.shape)}")
+    ids, _, _ = tokens_given(model, cache, ids, None, None)
+    keys, values = (x[:, :, :, :length] for x in stack_cache(cache))
     found, by_layer = statistics(model, operator, keys, values, ids)
     score = found / torch.tensor(operator.alarms[str(rate)], device=found.device)
     score = score.amax(-1)

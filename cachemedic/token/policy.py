@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cachemedic.core.errors import nearest_valid
+from cachemedic.models.usable import check_mode
 from cachemedic.token.check import Report
 from cachemedic.token.costs import CostModel, costs_of
 from cachemedic.token.damage_kinds import NUMBER
@@ -24,7 +25,7 @@ class Policy:
     """How the damage of one cache is to be repaired; see `SketchCache.repair`.
 
     Raises `ValueError` for an unknown method, for one that the operator or the model cannot serve, for a negative
-    budget.
+    budget, and for a model in training mode.
     """
 
     def __init__(self, cache: RecordedCache, method: str, budget: float | None) -> None:
@@ -32,6 +33,7 @@ class Policy:
             raise nearest_valid("method of repair", method, METHODS)
         if budget is not None and not budget >= 0:
             raise ValueError(f"the budget must be a share of a prefill, 0 or more, not {budget}")
+        check_mode(cache.model)  # it may have changed since the cache was made
         self.method, self.budget = method, budget
         self.length = len(cache.kept)
         self.ways = self._open_to(cache)

@@ -248,3 +248,24 @@ def test_faults_that_cannot_be_drawn_are_refused():
             corrupt(k, v, [event] * B, seeded(), *stored(1, T - 1))
     with pytest.raises(ValueError, match="unknown corruption type 'page_swap'"):
         Mixture({"page_swap": 1.0})  # severities are drawn in training
+
+
+QUANTISED = [("bitflip_int8", 1e-9), ("quant_noise", 1), ("quant_noise", 3), ("kivi_quant", 3), ("kivi_quant_64", 1)]
+
+
+@pytest.mark.parametrize(("name", "parameter"), QUANTISED)
+def test_numbers_that_are_not_finite_stay_and_spoil_no_others(name, parameter):
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(1, 2, 3, 40, 8, generator=generator)
+    damaged = clean.clone()
+    places = [(0, 0, 0, 3, 1), (0, 1, 2, 3, 4), (0, 1, 2, 39, 4), (0, 0, 1, 7, 0)]
+    for place, value in zip(places, (torch.inf, -torch.inf, torch.nan, torch.inf), strict=True):
+        damaged[place] = value
+    damaged[0, 0, 2, 5] = torch.nan  # a whole vector
+    spec = CorruptionSpec(name, parameter=parameter)
+    events = [draw_event(spec, (2, 3, 40), generator)]
+    for found in corrupt(damaged, damaged, events, generator):
+        kept = damaged.isfinite()
+        assert torch.equal(found[~kept].nan_to_num(), damaged[~kept].nan_to_num())
+        assert found[kept].isfinite().all()
+        assert (found - clean)[kept].abs().max() <= clean.abs().max()

@@ -207,7 +207,7 @@ def test_writing_replaces_the_rows_of_the_bases_it_has(tmp_path, monkeypatch):
     severity.write_map(pd.concat([linear_map("a"), linear_map("b", layers=5)]))
     changed = linear_map("a").assign(parameter=0.5)
     severity.write_map(changed)
-    written = pd.read_csv(tmp_path / "map.csv")
+    written = severity.shipped_map().rows
     assert len(written) == 2 * len(changed)
     assert (written[written["base"] == "a"]["parameter"] == 0.5).all()
     assert resolve("gaussian", 1.0, "a", severity.shipped_map())[0] == 0.5
@@ -247,8 +247,16 @@ def test_a_shipped_map_that_is_cut_is_named(tmp_path, monkeypatch):
     severity.shipped_map.cache_clear()
     with pytest.raises(ValueError, match="map.csv is missing or damaged"):
         severity.shipped_map()
-    severity.MAP.write_text("\n".join(linear_map().to_csv(index=False).splitlines()[:-1]))
-    with pytest.raises(ValueError, match="map.csv is missing or damaged.*no row for severity 1"):
-        severity.shipped_map()
+    severity.write_map(linear_map())
+    whole = severity.MAP.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    flipped = whole.replace(b"gaussian,0.25,0.", b"gaussian,0.25,1.")
+    assert flipped != whole
+    without_a_base = b"".join(lines[:2])  # which the rows that are left cannot tell
+    for damaged in (b"".join(lines[:-1]), whole[:-9], flipped, without_a_base, b""):
+        severity.MAP.write_bytes(damaged)
+        severity.shipped_map.cache_clear()
+        with pytest.raises(ValueError, match="map.csv is missing or damaged"):
+            severity.shipped_map()
     with pytest.raises(ValueError, match="map.csv is missing or damaged"):
         severity.write_map(linear_map("other"))

@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers as hf
 from small_models import GROUPED, PAD, SIZES, VOCABULARY, model_of, operator_for, padded_batch, shaken
-from torch import nn
 
 from cachemedic.repair.attach import IdleOperatorWarning, protect
 from cachemedic.repair.operator import RepairOperator
@@ -103,35 +102,6 @@ def test_each_thread_has_its_own_protection_and_no_thread_sees_that_of_another()
     for thread in threads:
         thread.join()
     assert all(torch.equal(found[i], expected[i]) for i in range(2))
-
-
-def test_a_model_in_training_mode_is_refused():
-    model = model_of("gpt2").train()
-    with pytest.raises(ValueError, match=r"training mode: call model.eval\(\)"), protect(model, operator_for(model)):
-        pass
-
-
-class _Adapter(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-
-@pytest.mark.parametrize(
-    ("wrap", "inside"),
-    [(nn.DataParallel, r"\.module"), (_Adapter, r"\.inner"), (torch.compile, r"\._orig_mod")],
-)
-def test_of_a_wrapped_model_the_error_names_the_model_inside(wrap, inside):
-    model = model_of("llama")
-    wrapped = wrap(model)
-    with pytest.raises(ValueError, match=f"give the LlamaForCausalLM inside, `{inside}`"):  # noqa: SIM117
-        with protect(wrapped, operator_for(model)):
-            pass
-
-
-def test_what_is_no_model_is_refused():
-    with pytest.raises(TypeError, match="not a str"), protect("embedded-gpt2", operator_for(model_of("llama"))):
-        pass
 
 
 def test_only_attention_functions_that_were_registered_are_left_behind():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 from toy_project import ROOT, Project
 
-from cachemedic.core.files import digest
+from cachemedic.core.files import digest, read_sealed, seal
 from cachemedic.studies.paper_numbers import Number, claims_page, load, macros
 
 PAPER = ROOT / "paper"
@@ -41,7 +40,7 @@ def arguments(command: str) -> set[str]:
 def results(tmp_path: Path) -> Path:
     rows = "base,reader,recovery,recovery_low,recovery_high,n\na,A,-0.0001,-0.25,0.5,1234\na,B,0.5,,,2\nb,A,1,1,1,3\n"
     (tmp_path / "demo.csv").write_text(rows)
-    (tmp_path / "demo.json").write_text(json.dumps({"sha256": digest(rows.encode())}))
+    (tmp_path / "demo.json").write_bytes(seal({"sha256": digest(rows.encode())}))
     return tmp_path
 
 
@@ -108,7 +107,7 @@ def test_every_claim_is_made_where_it_says_and_shown_by_what_exists() -> None:
         texts = "\n".join(SECTIONS[section.strip()] for section in claim.section.split(","))
         assert {number.name for number in claim.numbers} <= used_macros(texts), claim.says
         assert all((ROOT / path).is_file() for path in claim.shown), claim.says
-        notebook = json.loads((ROOT / "results" / f"{claim.csv}.json").read_text())["notebook"]
+        notebook = read_sealed(ROOT / "results" / f"{claim.csv}.json")["notebook"]
         assert notebook is None or (ROOT / "notebooks" / f"{notebook}.ipynb").is_file()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cachemedic.core.files import digest
+from cachemedic.core.files import digest, seal
 from cachemedic.studies.drawing.style import line_styles
 from cachemedic.studies.report import AUTHOR, Report
 from cachemedic.studies.run import ROOT, Run, config_hash
@@ -69,14 +69,18 @@ def test_read_csv_finds_own_results_then_published_ones(run: Report) -> None:
     with pytest.raises(ValueError, match="map.json does not exist"):
         run.read_csv("map")
     sidecar = run.published / "results/map.json"
-    sidecar.write_text(json.dumps({"sha256": digest(b"x\n2\n")}))
+    sidecar.write_bytes(seal({"sha256": digest(b"x\n2\n")}))
     with pytest.raises(ValueError, match="map.csv is not as map.json describes it"):
         run.read_csv("map")
-    sidecar.write_text(json.dumps({"sha256": digest(b"x\n1\n")}))
+    sidecar.write_bytes(seal({"sha256": digest(b"x\n1\n")}))
     assert run.read_csv("map").x[0] == 1
-    sidecar.write_text("{")
-    with pytest.raises(ValueError, match="map.json is damaged"):
-        run.read_csv("map")
+    whole = sidecar.read_bytes()
+    changed = whole.replace(digest(b"x\n1\n").encode(), digest(b"x\n2\n").encode())
+    for table, damaged in ((b"x\n1\n", whole[:-9]), (b"x\n1\n", whole.replace(b"sha", b"Sha")), (b"x\n2\n", changed)):
+        (run.published / "results/map.csv").write_bytes(table)
+        sidecar.write_bytes(damaged)
+        with pytest.raises(ValueError, match="map.json is damaged"):
+            run.read_csv("map")
     run.write_csv(pd.DataFrame({"x": [2]}), "map")
     assert run.read_csv("map").x[0] == 2
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from cachemedic.core.files import seal
 from cachemedic.studies.run import ROOT
 from cachemedic.studies.verify import Agreement, check_files, check_operators, check_sample, compare, report
 from cachemedic.studies.verify_sample import Sample
@@ -27,7 +27,7 @@ def results(tmp_path: Path) -> Path:
     data = b"seed,nll,accuracy\n0,2.5,\n1,3.5,0.5\n2,200,1\n"
     (tmp_path / "demo.csv").write_bytes(data)
     sidecar = {"sha256": hashlib.sha256(data).hexdigest(), "parameters": {"profile": "paper", "shift": 0.01}}
-    (tmp_path / "demo.json").write_text(json.dumps(sidecar))
+    (tmp_path / "demo.json").write_bytes(seal(sidecar))
     return tmp_path
 
 

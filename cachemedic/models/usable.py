@@ -1,0 +1,32 @@
+"""Which models can be worked with: models of transformers, not wrapped, in evaluation mode."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def check_is_model(model: object) -> None:
+    """Raises `TypeError` for what is no model of transformers, and `ValueError`, which names the model inside, for a
+    wrapper (`DataParallel`, an adapter, a compiled model): what is called or hooked would not be the model.
+    """
+    if isinstance(model, PreTrainedModel):
+        return
+    if isinstance(model, nn.Module):
+        for name, module in model.named_modules():
+            if isinstance(module, PreTrainedModel):
+                raise ValueError(
+                    f"{type(model).__name__} wraps the model that is meant: give the {type(module).__name__} inside, "
+                    f"`.{name}`"
+                )
+    held = getattr(model, "model", None)
+    hint = ": give its `.model`" if isinstance(held, PreTrainedModel) else ""
+    raise TypeError(f"the model must be one of transformers (PreTrainedModel), not a {type(model).__name__}{hint}")
+
+
+def check_mode(model: PreTrainedModel) -> None:
+    """Raises `ValueError` in training mode: with dropout on, no two passes of a model write the same cache."""
+    if model.training or model.base_model.training:
+        raise ValueError(
+            f"{type(model).__name__} is in training mode, where dropout makes every pass another one: call model.eval()"
+        )
