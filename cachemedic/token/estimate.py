@@ -64,92 +64,95 @@ def estimate(
     trust: Trust | None = None,
     sound: Tensor | None = None,
 ) -> Tensor:
-    """The estimate [B, T, D] of tokens read as `read` and told as `told` [B, T, D], all as stored, in float32.
+    """The estimate [B, T, D] of tokens read as `read` and told as `told` [B, T, D], in float32.
 
-    kind [B, T]: which kind of knowledge each token has; angles: of its keys; rounds: 1 or more; trust: judges the noise
-    (None: the algebra alone); sound [B, T, P]: parts known to be as they were written, which stay so. Matrix products
-    run in the number format of `told`.
+    kind [B, T]: which kind of knowledge each token has; told: with keys as before their rotation; read, and what is
+    returned: as stored; angles: of the keys; rounds: 1 or more; trust: judges the noise (None: the algebra alone);
+    sound [B, T, P]: parts known to be as they were written, which stay so. Matrix products run in the number format of
+    `told`.
     """
-    parts, scale = known.parts, known.scale
+    parts, kinds, axes = known.parts, kind.unique(), known.axes.to(told.dtype)
+    kind = kinds[:, None] if len(kinds) == 1 else kind  # tokens of one kind share one row of what is known
     left, exact, rest = known.left[kind], known.exact[kind], parts.split(known.rest[kind])
-    seen, d, spread = _deviation(known, kind, told, read, sound)
-    count = seen.sum(-1).clamp_min(1)
-    expected = (spread * seen).sum(-1) / count
-    from_told = d.square().sum(-1) / count
+    sound = torch.zeros_like(read[..., :1], dtype=torch.bool) if sound is None else sound
+    stored = parts.rotate_(told.to(torch.float32, copy=True), angles, 1)
+    first, seen, count, expected = _deviation(known, kind, stored, read, sound)
+    d, c = first, torch.zeros_like(left)
+    from_told = _power(first) / count
     least = (from_told - 2 * expected).clamp_min(0)  # what the told numbers alone make certain
+    rest_seen = (rest * seen).sum(-1) / count
     noise, more = least, None
-    usable = seen & ~exact[..., None]
-    first, c = d, torch.zeros_like(left)
+    usable = seen * (~exact).float()[..., None]
+    floored = rest + FLOOR * known.power
     direction = before = slope = torch.zeros_like(c)
     left_now = left @ known.mass / parts.width
     for number in range(rounds):
-        noise = noise if sound is None else noise.where(~sound, 0.0)
-        w = usable / (rest + noise[..., None] + FLOOR * known.power)
-        precision = left.reciprocal() + w.mean(-1) @ known.mass.T
-        gradient = _project(known, parts.rotate((w * d).flatten(-2), angles, -1), told.dtype) - c / left
+        w = usable / (floored + noise.where(~sound, 0.0)[..., None])
+        weight = w.mean(-1)
+        precision = left.reciprocal() + weight @ known.mass.T
+        pull = parts.rotate_((w * d).flatten(-2), angles, -1)
+        gradient = (pull.to(axes.dtype) @ axes.T).float() - c / left
         ahead = gradient / precision
         beta = ((gradient - before) * ahead).sum(-1) / slope.sum(-1).clamp_min(TINY) if number else slope.sum(-1)
         direction = ahead + beta.clamp(0, 1)[..., None] * direction
         before, slope = gradient, gradient * ahead
-        moved = parts.split(parts.rotate(_expand(known, direction, told.dtype), angles, 1))
-        curvature = (direction.square() / left).sum(-1) + (w * moved.square()).sum((-2, -1))
+        moved = parts.split(parts.rotate_((direction.to(axes.dtype) @ axes).float(), angles, 1))
+        curvature = (direction.square() / left).sum(-1) + (w * moved).mul_(moved).sum((-2, -1))
         step = ((gradient * direction).sum(-1) / curvature.clamp_min(TINY))[..., None]
-        c, d = c + step * direction, d - step[..., None] * moved
+        c, d = c + step * direction, torch.addcmul(d, step[..., None], moved, value=-1)
         left_now = precision.reciprocal() @ known.mass / parts.width
-        fitted = (w.mean(-1) * left_now).clamp(0, 0.9)  # the share of the noise that c has taken up
-        unexplained = (seen * d.square()).sum(-1) / count / (1 - fitted)
-        noise = torch.maximum((unexplained - (rest * seen).sum(-1) / count).clamp_min(0), least)
+        fitted = (weight * left_now).clamp(0, 0.9)  # the share of the noise that c has taken up
+        unexplained = _power(seen * d) / count / (1 - fitted)
+        noise = torch.maximum((unexplained - rest_seen).clamp_min(0), least)
         if trust is not None:
             if number == max(0, rounds - 2):
-                off = unexplained / (rest.mean(-1) + left_now)
-                t = parts.split(told.float() * scale)
-                power = t.square().sum(-1) + TINY
+                t = parts.split(stored * known.scale)
+                power = _power(t) + TINY
+                along = t.mul_(first).sum(-1) / power
+                variance = rest.mean(-1) + left_now
                 sight = Sight(
                     told=from_told / expected.clamp_min(TINY),
-                    found=off,
-                    lost=1 - seen.float().mean(-1),
-                    alike=1 + (t * first).sum(-1) / power,
-                    size=(t + first).square().sum(-1) / power,
-                    exact=exact,
+                    found=unexplained / variance,
+                    lost=1 - seen.mean(-1),
+                    alike=1 + along,
+                    size=1 + 2 * along + (from_told * count - TINY) / power,
+                    exact=exact.expand_as(noise),
                     noise=noise + FAINT * expected,
-                    variance=rest.mean(-1) + left_now,
+                    variance=variance,
                     left=d,
-                    seen=seen,
+                    seen=seen.bool(),
                 )
                 more = trust(sight).exp()
             if more is not None:
                 noise = (noise + FAINT * expected) * more
-    noise = noise if sound is None else noise.where(~sound, 0.0)
     variance = rest + left_now[..., None]
-    believed = usable * (variance / (variance + noise[..., None]))
-    if sound is not None:
-        believed = believed.masked_fill(sound[..., None], 1.0)
-    d = d.masked_fill(exact[..., None], 0.0)  # what is told exactly stays as it is told
-    start = torch.where((seen & ~exact[..., None]).flatten(-2), read.float(), told.float())
-    return start - ((1 - believed) * d).flatten(-2) / scale
+    believed = variance / (variance + noise.where(~sound, 0.0)[..., None])
+    judged = (sound | ~exact).float()[..., None]  # what is told exactly stays as it is told
+    return (first - d).addcmul_(believed * seen, d).mul_(judged).flatten(-2).div_(known.scale).add_(stored)
 
 
 def _deviation(
-    known: Knowledge, kind: Tensor, told: Tensor, read: Tensor, sound: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers that are not lost [B, T, P, d], their deviations from what is told, and the variances of those."""
-    parts = known.parts
-    there = read.isfinite() & (read != 0)
-    d = (torch.where(there, read, told).float() - told.float()) * known.scale
-    d, seen, spread = parts.split(d), parts.split(there & (d.abs() < FAR)), parts.split(known.spread[kind])
-    squares = (d.square() / spread).where(seen, 0.0)
-    half = (squares + TINY).sqrt().sqrt().mul(seen).sum(-1) / seen.sum(-1).clamp_min(1)  # outliers hardly move it
-    near = squares < OUTLIER**2 * (half / HALF_MOMENT).pow(4).clamp_min(1.0)[..., None]
-    if sound is not None:
-        seen, near = seen | sound[..., None], near | sound[..., None]
-        d = parts.split((read.float() - told.float()) * known.scale).where(sound[..., None], d)
-    seen = seen & near
-    return seen, d.where(seen, 0.0), spread
+    known: Knowledge, kind: Tensor, stored: Tensor, read: Tensor, sound: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Deviations from what is told, 0 for lost numbers, and which are not lost, 1 or 0, both [B, T, P, d].
+
+    Also how many of a part are not lost, 1 or more, and the variance expected of those [B, T, P]. What is 1 or 0 is
+    kept in float32: torch is slow where it has to turn a bool into a number first.
+    """
+    parts, spread, sure = known.parts, known.parts.split(known.spread[kind]), sound.float()[..., None]
+    d = parts.split((read.float() - stored).mul_(known.scale))
+    there = parts.split(read.to(torch.float32, copy=True).ne_(0))
+    seen = torch.maximum(d.abs().lt_(FAR).mul_(there), sure)  # nothing is less than what is not a number
+    d.nan_to_num_().mul_(seen)
+    squares = d.square().div_(spread)
+    half = (squares + TINY).sqrt_().sqrt_().mul_(seen).sum(-1) / seen.sum(-1).clamp_min(1)  # outliers hardly move it
+    near = squares.lt_(OUTLIER**2 * (half / HALF_MOMENT).pow(4).clamp_min(1.0)[..., None])
+    near = torch.maximum(near, sure)
+    d.mul_(near), seen.mul_(near)
+    count = seen.sum(-1).clamp_min(1)
+    return d, seen, count, (spread * seen).sum(-1) / count
 
 
-def _project(known: Knowledge, z: Tensor, format: torch.dtype) -> Tensor:
-    return (z.to(format) @ known.axes.to(format).T).float()
-
-
-def _expand(known: Knowledge, c: Tensor, format: torch.dtype) -> Tensor:
-    return (c.to(format) @ known.axes.to(format)).float()
+def _power(x: Tensor) -> Tensor:
+    """The sum of squares of each part [..., d]."""
+    return x.square().sum(-1)

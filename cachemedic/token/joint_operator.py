@@ -154,7 +154,6 @@ class JointOperator(RepairOperator):
         parts = known.parts
         x = joint.reconstruct(told.c, told.prior)
         angles = vectors.rotation.angles(positions.to(x.device), torch.float32)
-        stored = parts.rotate(x, angles, 1)
         read = parts.stack(keys, values)
         by_part = None if sound is None else sound[..., None].expand(*sound.shape, parts.heads).flatten(2)
         kind = told.coded.long() * FROM_CODE
@@ -163,7 +162,7 @@ class JointOperator(RepairOperator):
         for piece in torch.arange(read.shape[1], device=read.device).split(max(1, PIECE // len(read))):
             turned = None if angles is None else (angles[0][:, piece], angles[1][:, piece])
             known_sound = None if by_part is None else by_part[:, piece]
-            of_piece = kind[:, piece], stored[:, piece], read[:, piece], turned
+            of_piece = kind[:, piece], x[:, piece], read[:, piece], turned
             pieces.append(estimate(known, *of_piece, rounds, trust or self._judge, known_sound))
         found = torch.cat(pieces, 1)
         found = self._first(found, read, told.prior, positions).to(keys.dtype)

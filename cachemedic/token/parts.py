@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cachemedic.token.joint import JointModel
-from cachemedic.token.vectors import Angles, turn
+from cachemedic.token.vectors import Angles, turn_
 
 LEAST = 1e-6  # of a variance, over the largest
 
@@ -50,12 +50,10 @@ class Parts:
         keys, values = self._by_head(x).permute(3, 0, 2, 4, 1, 5)
         return keys, values
 
-    def rotate(self, x: Tensor, angles: Angles | None, direction: int) -> Tensor:
-        """Vectors x [B, T, D] with their keys rotated (direction 1) or unrotated (-1)."""
-        if angles is None:
-            return x
-        by_head = self._by_head(x)
-        return torch.stack([turn(by_head[:, :, :, 0], angles, direction), by_head[:, :, :, 1]], 3).flatten(2)
+    def rotate_(self, x: Tensor, angles: Angles | None, direction: int) -> Tensor:
+        """Vectors x [B, T, D] with their keys rotated (direction 1) or unrotated (-1), in place."""
+        turn_(self._by_head(x)[:, :, :, 0], angles, direction)
+        return x
 
     def level(self, variance: Tensor) -> Tensor:
         """Variances [..., D] of unrotated numbers as those of rotated ones at any angle: the mean of each pair."""

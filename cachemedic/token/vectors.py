@@ -76,19 +76,18 @@ def _rope_types(embedding: Any) -> list[str]:
     return [str(kind) for kind in (found.values() if isinstance(found, dict) else [found])]
 
 
-def turn(keys: Tensor, angles: Angles | None, direction: int) -> Tensor:
-    """Keys [B, T, ..., d], rotated (direction 1) or unrotated (-1)."""
+def turn_(keys: Tensor, angles: Angles | None, direction: int) -> Tensor:
+    """Keys [B, T, ..., d], rotated (direction 1) or unrotated (-1) in place."""
     if angles is None:
         return keys
     between = [1] * (keys.dim() - 3)
     cos, sin = (a.view(*a.shape[:2], *between, a.shape[-1]) for a in angles)
     pairs = cos.shape[-1]
-    first, second, rest = keys.split([pairs, pairs, keys.shape[-1] - 2 * pairs], dim=-1)
-    first, second = (
-        torch.addcmul(first * cos, second, sin, value=-direction),
-        torch.addcmul(second * cos, first, sin, value=direction),
-    )
-    return torch.cat([first, second, rest], -1)
+    first, second = keys[..., :pairs], keys[..., pairs : 2 * pairs]
+    turned = torch.addcmul(first * cos, second, sin, value=-direction)
+    second.mul_(cos).addcmul_(first, sin, value=direction)
+    first.copy_(turned)
+    return keys
 
 
 class TokenVectors:
@@ -123,22 +122,25 @@ class TokenVectors:
         x = sides[0][0].new_empty(batch, length, len(self.layers), 2, self.heads, self.head_dim)
         angles = self.rotation.angles(positions.to(x.device), x.dtype)
         for place, (key, value) in enumerate(zip(*sides, strict=True)):
-            x[:, :, place, 0] = turn(key.transpose(1, 2), angles, -1)
-            x[:, :, place, 1] = value.transpose(1, 2)
+            x[:, :, place, 0], x[:, :, place, 1] = key.transpose(1, 2), value.transpose(1, 2)
+            turn_(x[:, :, place, 0], angles, -1)
         return x.flatten(2)
 
     def by_layer(self, x: Tensor, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values [B, T, G, d] as stored of vectors [B, T, D], one layer after the other."""
+        """Keys and values [B, T, G, d] as stored of vectors x [B, T, D], one layer after the other. They lie in x."""
         by_head = x.unflatten(-1, (len(self.layers), 2, self.heads, self.head_dim))
         angles = self.rotation.angles(positions.to(x.device), x.dtype)
         for place in range(len(self.layers)):
-            yield turn(by_head[:, :, place, 0], angles, 1), by_head[:, :, place, 1]
+            yield turn_(by_head[:, :, place, 0], angles, 1), by_head[:, :, place, 1]
 
     def back(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of `of`: keys and values [B, L, G, T, d] of vectors [B, T, D]."""
         keys, values = (x.new_empty(len(x), len(self.layers), self.heads, x.shape[1], self.head_dim) for _ in range(2))
-        for place, (key, value) in enumerate(self.by_layer(x, positions)):
-            keys[:, place], values[:, place] = key.transpose(1, 2), value.transpose(1, 2)
+        angles = self.rotation.angles(positions.to(x.device), x.dtype)
+        by_head = x.unflatten(-1, (len(self.layers), 2, self.heads, self.head_dim))
+        for place in range(len(self.layers)):
+            keys[:, place], values[:, place] = by_head[:, :, place].permute(2, 0, 3, 1, 4)
+            turn_(keys[:, place].transpose(1, 2), angles, 1)
         return keys, values
 
     def _check(self, sides: list[Sequence[Tensor]]) -> None:
