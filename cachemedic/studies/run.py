@@ -26,6 +26,7 @@ from cachemedic.core.files import read_sealed, seal, write_atomically
 from cachemedic.studies.result_files import read_result
 
 ROOT = Path(__file__).resolve().parents[2]
+MADE = ("results", "figures", "paper", "trained")  # folders that runs write to
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "pandas", "matplotlib")
 
 
@@ -35,10 +36,14 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout, with `-dirty` if files differ from it; None outside of git."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+    """The commit of the checkout, with `-dirty` if files differ from it but for what runs make; None outside of git."""
+    git = ["git", "-C", str(ROOT)]
+    done = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return None
+    sources = [".", *(f":!{folder}" for folder in MADE)]
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *sources], check=False).returncode
+    return done.stdout.strip() + "-dirty" * bool(changed)
 
 
 def _package() -> dict[str, str]:

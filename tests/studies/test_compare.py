@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from cachemedic.core.files import digest
+from cachemedic.core.files import digest, seal
 from cachemedic.studies import compare
 from cachemedic.studies.committed import committed_results
 from cachemedic.studies.compare import DIFFERS, EXACT, TIMES, WITHIN, Comparison
@@ -23,7 +22,7 @@ def put(root: Path, name: str, rows: dict, **parameters: str) -> None:
     data = pd.DataFrame(rows).to_csv(index=False).encode()
     (root / "results").mkdir(exist_ok=True)
     (root / f"results/{name}.csv").write_bytes(data)
-    (root / f"results/{name}.json").write_text(json.dumps({"sha256": digest(data), "parameters": parameters}))
+    (root / f"results/{name}.json").write_bytes(seal({"sha256": digest(data), "parameters": parameters}))
 
 
 @pytest.fixture
