@@ -1,8 +1,9 @@
-"""The numbers of the paper: macros made from rows of the committed CSVs, as paper/numbers.toml declares them.
+"""The numbers of paper and README: made from rows of the committed CSVs, as paper/numbers.toml declares them.
 
-    python -m cachemedic.studies.paper_numbers     # writes paper/numbers.tex and paper/CLAIMS.md
+    python -m cachemedic.studies.paper_numbers  # writes paper/numbers.tex, paper/CLAIMS.md and the numbers of README.md
 
-No number of a result is typed by hand: the text says \\ClipRecoveryGpt, the table says which row and column that is.
+No number of a result is typed by hand: the paper says \\ClipRecoveryGpt, README has the number behind
+<!--ClipRecoveryGpt-->, and the table says which row and column that is.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ class Claim:
 
 
 _read = cache(read_result)
+IN_README = re.compile(r"(?<=<!--)([A-Z][A-Za-z]+)(-->).*?(?=<!---->)")  # a name and the number behind it
 
 
 def _typeset(value: float, spec: str) -> str:
@@ -168,9 +170,22 @@ def _plain(latex: str) -> str:
     return re.sub(r"\\ensuremath\{(.*?)\}(?=[ ,\]]|$)", r"\1", latex).replace("{,}", ",").replace("\\%", "%")
 
 
+def readme(claims: Sequence[Claim], root: Path = ROOT) -> str:
+    """The content of README.md with the numbers of now. Raises `ValueError` for one that is not declared."""
+    known = {number.name: number for claim in claims for number in claim.numbers}
+
+    def number_of(match: re.Match[str]) -> str:
+        if match[1] not in known:
+            raise nearest_valid("number in README.md", match[1], known)
+        return match[1] + match[2] + _plain(known[match[1]].latex(root / "results"))
+
+    return IN_README.sub(number_of, (root / "README.md").read_text(encoding="utf-8"))
+
+
 def main() -> None:
     claims = load()
-    for path, content in (("paper/numbers.tex", macros(claims)), ("paper/CLAIMS.md", claims_page(claims))):
+    made = {"paper/numbers.tex": macros(claims), "paper/CLAIMS.md": claims_page(claims), "README.md": readme(claims)}
+    for path, content in made.items():
         write_atomically(ROOT / path, content.encode())
 
 

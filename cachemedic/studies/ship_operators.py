@@ -13,8 +13,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from cachemedic.core.errors import nearest_valid
 from cachemedic.models import smollm2
 from cachemedic.models.load import WEIGHTS, Base, load_base
@@ -60,7 +58,7 @@ def main(names: Sequence[str]) -> None:
         if name in BASES:
             ship(name)
         elif name == smollm2.NAME:
-            for operator in calibrated_operators(load_base(name, dtype=torch.bfloat16)):
+            for operator in calibrated_operators(load_base(name)):
                 operator.save_pretrained(made_folder(f"{operator.family}/{name}"))
         else:
             raise nearest_valid("base", name, [*BASES, smollm2.NAME])

@@ -12,10 +12,11 @@ import pytest
 from toy_project import ROOT, Project
 
 from cachemedic.core.files import digest, read_sealed, seal
-from cachemedic.studies.paper_numbers import Number, claims_page, load, macros
+from cachemedic.studies.paper_numbers import IN_README, Claim, Number, claims_page, load, macros, readme
 
 PAPER = ROOT / "paper"
 SECTIONS = {path.stem: path.read_text() for path in sorted((PAPER / "sections").glob("*.tex"))}
+README = (ROOT / "README.md").read_text()
 TEXT = "\n".join([(PAPER / "main.tex").read_text(), *SECTIONS.values()])
 # Definitions and chosen settings may hold numerals; everything else reports what was measured.
 DEFINITIONS = {"token_aware", "operators", "bounds", "threat_model", "objective", "setup"}
@@ -26,6 +27,10 @@ LATEX_MACROS = {"Omega", "Lambda", "Psi", "Delta", "Bigl", "Bigr"}
 
 def used_macros(text: str) -> set[str]:
     return set(re.findall(r"\\([A-Z][A-Za-z]*)", text)) - OWN_MACROS - LATEX_MACROS
+
+
+def in_readme() -> set[str]:
+    return {name for name, _ in IN_README.findall(README)}
 
 
 def arguments(command: str) -> set[str]:
@@ -97,6 +102,20 @@ def test_generated_files_are_those_of_the_committed_results() -> None:
     claims = load()
     assert (PAPER / "numbers.tex").read_text() == macros(claims), "run `make paper`"
     assert (PAPER / "CLAIMS.md").read_text() == claims_page(claims), "run `make paper`"
+    assert readme(claims) == README, "run `make paper`"
+
+
+def test_numbers_of_the_readme_are_put_where_their_names_stand(results: Path, tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    for file in ("demo.csv", "demo.json"):
+        shutil.copy(tmp_path / file, tmp_path / "results")
+    claim = Claim("", "README", "demo", (Number("Demo", "demo", "n", over="max", format=",.0f"),))
+    (tmp_path / "README.md").write_text("| a | <!--Demo-->?<!----> | <!--Demo--><!----> | <!-- a comment --> |\n")
+    filled = "| a | <!--Demo-->1,234<!----> | <!--Demo-->1,234<!----> | <!-- a comment --> |\n"
+    assert readme([claim], tmp_path) == filled
+    (tmp_path / "README.md").write_text("<!--Demi-->?<!---->")
+    with pytest.raises(ValueError, match="did you mean 'Demo'"):
+        readme([claim], tmp_path)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -104,15 +123,19 @@ def test_generated_files_are_those_of_the_committed_results() -> None:
 
 def test_every_claim_is_made_where_it_says_and_shown_by_what_exists() -> None:
     for claim in load():
-        texts = "\n".join(SECTIONS[section.strip()] for section in claim.section.split(","))
-        assert {number.name for number in claim.numbers} <= used_macros(texts), claim.says
+        if claim.section == "README":
+            used = in_readme()
+        else:
+            used = used_macros("\n".join(SECTIONS[section.strip()] for section in claim.section.split(",")))
+        assert {number.name for number in claim.numbers} <= used, claim.says
         assert all((ROOT / path).is_file() for path in claim.shown), claim.says
         notebook = read_sealed(ROOT / "results" / f"{claim.csv}.json")["notebook"]
         assert notebook is None or (ROOT / "notebooks" / f"{notebook}.ipynb").is_file()
 
 
 def test_every_macro_is_declared() -> None:
-    assert used_macros("\n".join(SECTIONS.values())) == {number.name for claim in load() for number in claim.numbers}
+    declared = {number.name for claim in load() for number in claim.numbers}
+    assert used_macros("\n".join(SECTIONS.values())) | in_readme() == declared
 
 
 @pytest.mark.parametrize("section", sorted(set(SECTIONS) - DEFINITIONS))

@@ -27,9 +27,9 @@ def decoding() -> dict[str, pd.DataFrame]:
 def repair() -> dict[str, pd.DataFrame]:
     """What a cache with the shipped operators of families D and E costs, beside a prefill."""
     found = []
-    for name, dtype in whole_tokens.BASES.items():
-        base = load_base(name, dtype=dtype)
-        for family in ("D", "E"):
+    for name, families in whole_tokens.BASES.items():
+        base = load_base(name)
+        for family in families:
             operator = RepairOperator.from_pretrained(f"{family}/{name}")
             assert isinstance(operator, JointOperator)
             found.append(whole_tokens.repair_cost(base, operator))

@@ -15,7 +15,7 @@ from cachemedic.studies.bench.timing import interleave, row, timed
 from cachemedic.token.cache import SketchCache
 from cachemedic.token.joint_operator import JointOperator
 
-BASES = {"embedded-gpt2": torch.float32, "embedded-llama": torch.float32, "smollm2-135m": torch.bfloat16}
+BASES = {"embedded-gpt2": ("D", "E"), "embedded-llama": ("D", "E"), "smollm2-135m": ("E",)}  # and families
 LENGTHS = (448, 1024, 4096)  # the first is for bases of a short context
 DAMAGED = (0.01, 0.1, 1.0)  # shares of the tokens
 WAYS = ("restore", "estimate", "recompute")
