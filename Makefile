@@ -138,8 +138,8 @@ bench: $(READY)  ## Benchmarks into results/bench_*.csv
 base-models: $(READY)  ## Train the base models anew (hours; goes on after an interrupt; TEXT_FOLDER=... for one on real text)
 	$(RUN) -m cachemedic.studies.pretraining.train gpt2
 	$(RUN) -m cachemedic.studies.pretraining.train llama
-	for base in embedded-gpt2 embedded-llama; do \
-		$(RUN) -m cachemedic.training.valence.head $$base && $(RUN) -m cachemedic.token.layerwise.calibration $$base || exit; done
+	for base in embedded-gpt2 embedded-llama; do $(RUN) -m cachemedic.training.valence.head $$base || exit; done
+	$(RUN) -m cachemedic.studies.ship_operators
 	$(if $(value TEXT_FOLDER),$(RUN) -m cachemedic.studies.pretraining.train wikipedia --text $(call given,TEXT_FOLDER) && \
 		$(RUN) -m cachemedic.training.valence.head embedded-wikipedia)
 
