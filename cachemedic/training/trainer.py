@@ -192,7 +192,10 @@ class Trainer:
             count = self.config.batch * len(self.config.seeds)
             self._unseen = open_bank(self.base, replace(self.config.bank, split=split, samples=count))
         students = replace(self.students, bank=self._unseen)
-        draws = (draw_step(self.config, self._unseen, self.first, VALIDATION_STEP + i) for i in range(VALIDATIONS))
+        draws = (
+            draw_step(self.config, self._unseen, self.first, VALIDATION_STEP + i, self.severity_map)
+            for i in range(VALIDATIONS)
+        )
         return torch.stack([self.objective(forward(students, draw))["loss"] for draw in draws]).mean(0)
 
     def resume(self) -> None:

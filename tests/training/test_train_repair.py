@@ -8,7 +8,7 @@ import torch
 from small_models import shaken
 from tiny import DOCUMENTS
 from tiny_repair import joint_of
-from tiny_training import CONFIG, linear_map, log_lines, parameters, saved, tiny_bank, tiny_base
+from tiny_training import CONFIG, linear_map, log_lines, parameters, saved, ship, tiny_bank, tiny_base
 
 from cachemedic.core.divergence import contraction_ratio, identity_loss
 from cachemedic.core.severity_map import SeverityMap
@@ -123,6 +123,13 @@ def test_validation_decides_what_is_kept(family, base, bank, tmp_path):
     before = calm.validate()
     calm.run()
     assert (calm.validate() <= before).all()
+
+
+def test_validation_draws_by_the_severities_of_the_base(base, bank, tmp_path, monkeypatch):
+    own = replace(base, severity_map=SeverityMap(linear_map()))
+    ship(linear_map("another", layers=5), monkeypatch, tmp_path)
+    trainer = trainer_of(own, config_of("D"), tmp_path, bank)
+    assert trainer.validate().isfinite().all()
 
 
 def test_a_resumed_run_ends_in_the_same_bytes(base, bank, tmp_path, monkeypatch):
