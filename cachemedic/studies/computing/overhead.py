@@ -14,6 +14,7 @@ from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of, train
 from cachemedic.studies.summaries import means_over_seeds
 from cachemedic.studies.sweeps import defenses_of, standard_config
+from cachemedic.token.cache import PAGE
 
 CONTEXTS, ROUNDS = (128, 512, 2048), 13
 SMOKE_CONTEXTS, SMOKE_ROUNDS = (32, 64), 7
@@ -22,7 +23,7 @@ SMOKE_CONTEXTS, SMOKE_ROUNDS = (32, 64), 7
 def cost(run: Run, base: Base) -> pd.DataFrame:
     """Time and memory of a decoding step through every reader, against the tokens in the cache."""
     contexts, rounds = (SMOKE_CONTEXTS, SMOKE_ROUNDS) if run.smoke else (CONTEXTS, ROUNDS)
-    model = base.model if run.smoke else gpt2_medium(max(contexts) + 1)
+    model = base.model if run.smoke else gpt2_medium(max(contexts) + PAGE)
     rows = reading_cost(model, contexts, run.parameters["families"], rounds)
     rows["kind"] = np.where(rows.reader.str.startswith(OPERATOR), "operator", "defence")
     return rows
