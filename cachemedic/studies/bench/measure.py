@@ -28,11 +28,14 @@ def repair() -> dict[str, pd.DataFrame]:
     """What a cache with the shipped operators of families D and E costs, beside a prefill."""
     found = []
     for name, families in whole_tokens.BASES.items():
-        base = load_base(name)
         for family in families:
-            operator = RepairOperator.from_pretrained(f"{family}/{name}")
+            try:
+                operator = RepairOperator.from_pretrained(f"{family}/{name}")
+            except FileNotFoundError as error:  # not made on this machine yet
+                print(f"left out: {error}")
+                continue
             assert isinstance(operator, JointOperator)
-            found.append(whole_tokens.repair_cost(base, operator))
+            found.append(whole_tokens.repair_cost(load_base(name), operator))
     return {"bench_repair": pd.concat(found)}
 
 
