@@ -183,8 +183,10 @@ def test_a_wrong_value_fails_before_any_notebook_starts(made: Project) -> None:
 def test_an_interrupt_is_one_line_and_leaves_old_outputs(fresh: Project) -> None:
     fresh.notebook("10_map", "import time\nprint('begun', flush=True)\ntime.sleep(600)")
     command = [sys.executable, "tools/run_notebook.py", "10_map"]
+    pipe = subprocess.PIPE
+    heeding = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore it
     running = subprocess.Popen(
-        command, cwd=fresh.root, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=fresh.root, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True, preexec_fn=heeding
     )
     assert running.stdout is not None
     for line in running.stdout:
