@@ -128,7 +128,7 @@ def _looked_after(model: PreTrainedModel, k: torch.Tensor, v: torch.Tensor, fami
     length = k.shape[3] - 1
     cache = SketchCache(model, random_operator(model, family))
     roomy = [F.pad(x[..., :length, :], (0, 0, 0, PAGE)) for x in (k, v)]
-    layers = [RoomyLayer(roomy[0][:, i], roomy[1][:, i], length) for i in range(k.shape[1])]
+    layers: list[Any] = [RoomyLayer(roomy[0][:, i], roomy[1][:, i], length) for i in range(k.shape[1])]
     cache.adopt(Cache(layers), torch.zeros(1, length, dtype=torch.long), torch.arange(length)[None])
     record = cache.kept
 
