@@ -2,6 +2,7 @@
 
 From the bottom up:
 
+cache_folder  where this machine keeps what takes long to make
 files       files that are written whole or not at all, carry their hash and are checked when they are read
 tensors     tensors in such a file
 errors      errors for names that do not exist

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from cachemedic.core.cache_folder import cache_folder
 from cachemedic.core.files import read_hashed, write_hashed
 
 END_OF_TEXT = "<|endoftext|>"
@@ -35,7 +36,7 @@ DOCUMENTATION_SPLITS: dict[str, tuple[str, ...]] = {
     "test": ("pandas",),
 }
 
-CACHE_DIR = Path(os.environ.get("CACHEMEDIC_CACHE", Path.cwd() / "build" / "cache"))
+CACHE_DIR = cache_folder()
 
 
 def _not_installed(package: str) -> ModuleNotFoundError:

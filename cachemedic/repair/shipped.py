@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cachemedic.core.cache_folder import cache_folder
 from cachemedic.core.errors import nearest_valid
 from cachemedic.models import smollm2
 
@@ -22,7 +23,7 @@ def shipped_operators() -> list[str]:
 
 def made_folder(name: str) -> Path:
     """Where this machine keeps an operator of `MADE_HERE`."""
-    return smollm2.cache_folder().parent / "operators" / name
+    return cache_folder() / "operators" / name
 
 
 def operator_folder(name_or_folder: str | Path) -> Path:

@@ -26,7 +26,8 @@ from cachemedic.core.files import read_sealed, seal, write_atomically
 from cachemedic.studies.result_files import read_result
 
 ROOT = Path(__file__).resolve().parents[2]
-MADE = ("results", "figures", "paper", "trained")  # folders that runs write to
+# What runs write to.
+MADE = ("results", "figures", "paper", "trained", "cachemedic/corruption/severity_map.csv")
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "pandas", "matplotlib")
 
 
@@ -41,7 +42,7 @@ def _commit() -> str | None:
     done = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if done.returncode:
         return None
-    sources = [".", *(f":!{folder}" for folder in MADE)]
+    sources = [".", *(f":!{path}" for path in MADE)]
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *sources], check=False).returncode
     return done.stdout.strip() + "-dirty" * bool(changed)
 

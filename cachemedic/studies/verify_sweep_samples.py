@@ -80,7 +80,7 @@ def stability_rows(run: Run) -> pd.DataFrame:
     study = headline(base, run.parameters["seeds"])
     found = shipped(run, base, {name: study[name] for name in ("D", "E")})
     compared = stability.readers(run, base, shipped(run, base, stability.conditions(run, base)), found)
-    chosen = (stability.NO_DEFENCE, stability.operator_name(run), stability.SKETCH)
+    chosen = (stability.NO_DEFENCE, stability.operator_name(run), "E")
     return stability.moved(run, base, {name: compared[name] for name in chosen}, levels=(0.1,))
 
 

@@ -24,15 +24,8 @@ FAULTS: Mapping[str, Sequence[float]] = {
     **{f"bitflip_{kind}": (1e-3,) for kind in ("bf16_exponent", "fp16", "fp32", "int8")},
 }
 STORAGE_DEFENSES = (
-    *(
-        "recompute",
-        "secded_ecc_in_page",
-        "secded_ecc_restricted",
-        "checksum_erase",
-        "checksum_recompute_2",
-        "shadow_1bit",
-    ),
-    "low_rank_shadow_3pct",
+    *("recompute", "checksum_recompute_2", "checksum_erase", "secded_ecc_in_page", "secded_ecc_restricted"),
+    *("shadow_1bit", "low_rank_shadow_3pct"),
 )
 
 

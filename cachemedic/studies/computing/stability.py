@@ -25,7 +25,7 @@ from cachemedic.studies.summaries import means_over_seeds
 from cachemedic.studies.sweeps import defense_of, train_sweep
 from cachemedic.training.config import TrainConfig
 
-NO_DEFENCE, SKETCH = "no defence", "E, sketch"
+NO_DEFENCE = "no defence"
 MEASURES = ("sensitivity", "distance")
 
 
@@ -53,7 +53,7 @@ def readers(
     shown |= {run.parameters["objective"]: repaired}
     compared: dict[str, Defense] = {NO_DEFENCE: blind["none"], heuristic.replace("_", " "): blind[heuristic]}
     compared |= {label: defense_of(base, swept[name]) for name, label in shown.items() if name in swept}
-    return compared | {"D, nothing stored": defense_of(base, study["D"]), SKETCH: defense_of(base, study["E"])}
+    return compared | {name: defense_of(base, study[name]) for name in ("D", "E")}
 
 
 def texts(run: Run, base: Base) -> TaskData:
@@ -82,6 +82,6 @@ def results(run: Run) -> dict[str, pd.DataFrame]:
     found = trained(base, {name: study[name] for name in ("D", "E")}, run)
     compared = readers(run, base, swept, found)
     rows, task = moved(run, base, compared), texts(run, base)
-    mapped = {name: compared[name] for name in (NO_DEFENCE, operator_name(run), SKETCH)}
+    mapped = {name: compared[name] for name in (NO_DEFENCE, operator_name(run), "E")}
     maps = amplification(base.model, task, clean_pass(base.model, task), mapped)
     return {"stability_sensitivity": rows, "stability_curves": curves(rows), "stability_amplification": maps}

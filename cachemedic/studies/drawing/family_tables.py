@@ -27,6 +27,20 @@ def results(rows: pd.DataFrame) -> pd.DataFrame:
     return table[rows["reader"] != "none"]
 
 
+def paired(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `summaries.advantage` with base and reference."""
+    table = pd.DataFrame(
+        {
+            "base": _names(rows["base"]),
+            "reader": _names(rows["reader"]),
+            "against": rows["reference"],
+            "NLL": brackets(rows, "nll_advantage"),
+            "KL": brackets(rows, "kl_advantage"),
+        }
+    )
+    return table[(rows["reader"] != "none") & (rows["reader"] != rows["reference"])]
+
+
 def held_out(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of `summaries.recovery_by_severity` with base: the mean over severities, a column per type."""
     table = rows[rows["reader"] != "none"].groupby(["base", "reader", "type"])["recovery"].mean().unstack("type")
