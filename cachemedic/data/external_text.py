@@ -1,6 +1,7 @@
 """Text from outside: WikiText-2, SST-2 and the like, from a local folder or by their name on the Hugging Face hub.
 
 A folder holds one file per split: `train`, `valid` (or `validation`, `dev`) and `test`, as `.txt`, `.txt.xz` or `.tsv`.
+A data set of `HUB` is not fetched where it lies in the cache folder, as `data/wikitext2` or `data/sst2`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
+from cachemedic.core.cache_folder import cache_folder
 from cachemedic.core.errors import nearest_valid
 from cachemedic.data.text import END_OF_TEXT
 
@@ -26,8 +28,8 @@ def load_documents(source: str | Path, split: str = "test") -> list[str]:
 
     Raises `ValueError` for an unknown source or split.
     """
-    if Path(source).is_dir():
-        with _open(_split_file(Path(source), split, TEXT_ENDINGS)) as file:
+    if folder := _local(source):
+        with _open(_split_file(folder, split, TEXT_ENDINGS)) as file:
             parts = file.read().split(END_OF_TEXT)
     else:
         rows = [row.rstrip("\n") for row in _hub(source, split)["text"]]
@@ -53,8 +55,8 @@ def load_reviews(source: str | Path, split: str = "validation") -> list[tuple[st
 
     Raises `ValueError` for an unknown source or split, or a label that is neither.
     """
-    if Path(source).is_dir():
-        with _split_file(Path(source), split, REVIEW_ENDINGS).open(encoding="utf-8") as file:
+    if folder := _local(source):
+        with _split_file(folder, split, REVIEW_ENDINGS).open(encoding="utf-8") as file:
             rows = [
                 (row["sentence"], row["label"]) for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             ]
@@ -78,11 +80,17 @@ def check_reviews(source: str) -> None:
 
 
 def _check_source(source: str, endings: tuple[str, ...], splits: Iterable[str]) -> None:
-    if Path(source).is_dir():
+    if folder := _local(source):
         for split in splits:
-            _split_file(Path(source), split, endings)
+            _split_file(folder, split, endings)
     else:
         _check_hub_name(source)
+
+
+def _local(source: str | Path) -> Path | None:
+    """The folder of a source that lies on this machine."""
+    kept = cache_folder() / "data" / source
+    return next((folder for folder in (Path(source), kept) if folder.is_dir()), None)
 
 
 def _open(path: Path) -> TextIO:

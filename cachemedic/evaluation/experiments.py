@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -83,18 +83,26 @@ def run_grid(
     banks: dict[str, CleanBank] = {}
     frames = []
     for name, spec in tqdm(conditions, desc=f"grid on {base.name}"):
+
+        def scores(name: str = name, spec: CorruptionSpec = spec) -> pd.DataFrame:
+            nonlocal banks
+            if name not in banks:
+                banks = {name: clean_pass(base.model, tasks[name])}  # one at a time: a bank can be large
+            return per_seed(evaluate(base.model, tasks[name], banks[name], spec, defenses), name, spec)
+
         label = f"{Path(base.name).name}-{name}-{spec.type}-{spec.severity}.csv"
-        path = None if folder is None else folder / label
-        if path is not None and path.exists():
-            frames.append(pd.read_csv(io.BytesIO(read_hashed(path))))
-            continue
-        if name not in banks:
-            banks = {name: clean_pass(base.model, tasks[name])}  # one at a time: a bank can be large
-        frame = per_seed(evaluate(base.model, tasks[name], banks[name], spec, defenses), name, spec)
-        if path is not None:
-            write_hashed(path, frame.to_csv(index=False).encode())
-        frames.append(frame)
+        frames.append(kept_frame(None if folder is None else folder / label, scores))
     return pd.concat(frames, ignore_index=True)
+
+
+def kept_frame(path: Path | None, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """The frame in a file of an interrupted run, else one that is computed and kept there (None: not kept)."""
+    if path is not None and path.exists():
+        return pd.read_csv(io.BytesIO(read_hashed(path)))
+    frame = compute()
+    if path is not None:
+        write_hashed(path, frame.to_csv(index=False).encode())
+    return frame
 
 
 def _kv_heads(base: Base) -> int:

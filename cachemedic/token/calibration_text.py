@@ -30,12 +30,14 @@ def default_texts(base: Base, seed: int = 0) -> dict[str, tuple[str, ...]]:
     reviews = tuple(f"{sentiment_prompt(text)} {LABELS[label]}" for text, label in drawn)
     found = {"prose": prose, "code": source_code("operator_train"), "reviews": reviews}
     if base.tokenizer.chat_template:
-        asked = [f"{QUESTIONS[i % len(QUESTIONS)]}\n\n{text}" for i, text in enumerate(prose[:REVIEWS])]
-        answers = prose[1 : REVIEWS + 1]
-        found["dialogue"] = tuple(
-            _turns(base, question, answer) for question, answer in zip(asked, answers, strict=True)
-        )
+        found["dialogue"] = dialogues(base, prose[: REVIEWS + 1])
     return found
+
+
+def dialogues(base: Base, prose: Sequence[str]) -> tuple[str, ...]:
+    """Each text with a question about it, in the chat format of a base, and the text after it as the answer."""
+    asked = [f"{QUESTIONS[i % len(QUESTIONS)]}\n\n{text}" for i, text in enumerate(prose)]
+    return tuple(_turns(base, question, answer) for question, answer in zip(asked, prose[1:], strict=False))
 
 
 def source_texts(base: Base, source: TextSource) -> dict[str, Sequence[str]]:

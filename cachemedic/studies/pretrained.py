@@ -1,0 +1,125 @@
+"""A pretrained model at the centre: the operators, readers and texts of notebooks 17 and 18.
+
+A condition of the main result is a type and a severity. Each example meets every type once, at one of the severities in
+turn: as many caches as a full grid would take four times as long for, and every pair of type and severity is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from cachemedic.core.cache_folder import cache_folder
+from cachemedic.core.severity_map import GRID
+from cachemedic.corruption.spec import CorruptionSpec
+from cachemedic.corruption.types import NONE
+from cachemedic.data.task_data import TaskData
+from cachemedic.data.tasks import perplexity_task
+from cachemedic.data.text import LABELS, documentation, sentiment_prompt, source_code
+from cachemedic.data.text_source import TextSource
+from cachemedic.defenses.defense import Defense
+from cachemedic.evaluation.decoding import CleanBank, clean_pass
+from cachemedic.evaluation.evaluate import evaluate
+from cachemedic.evaluation.experiments import SPLIT_OFFSET, TYPES, kept_frame, per_seed
+from cachemedic.models.load import Base
+from cachemedic.models.shape import ModelShape
+from cachemedic.repair.operator import RepairOperator
+from cachemedic.token.calibration_text import default_texts, dialogues
+from cachemedic.token.joint_calibrate import calibrate
+from cachemedic.token.joint_operator import JointOperator
+from cachemedic.token.token_repair import TokenRepair
+
+PREFIX, SCORED = 128, 16  # tokens
+
+
+def calibration_texts(base: Base, source: TextSource) -> dict[str, Sequence[str]]:
+    """The default texts of a base, by kind, and the source's documents and reviews of the calibration split."""
+    texts: dict[str, Sequence[str]] = dict(default_texts(base))
+    if source.documents:
+        texts["articles"] = source.documents_of("calibration")
+    if (reviews := source.reviews_of("calibration")) is not None:
+        texts["reviews"] = [f"{sentiment_prompt(text)} {LABELS[label]}" for text, label in reviews]
+    return texts
+
+
+def operators(base: Base, source: TextSource) -> dict[str, JointOperator]:
+    """D and E of a base, calibrated on text of all kinds; this machine keeps them, as they are too large to ship."""
+    folder = cache_folder() / "operators" / f"{Path(base.name).name}-{source.digest[:12] or 'default'}"
+    found: dict[str, JointOperator] = {}
+    joint = None
+    for family in ("D", "E"):
+        if not (folder / family / "config.json").is_file():
+            operator = RepairOperator.create(family, base.config, layers="all")
+            calibrate(operator, base, calibration_texts(base, source), joint).save_pretrained(folder / family)
+        operator = RepairOperator.from_pretrained(folder / family)
+        assert isinstance(operator, JointOperator)
+        found[family], joint = operator, operator.calibrated
+    return found
+
+
+def token_readers(base: Base, source: TextSource) -> dict[str, Defense]:
+    """D, E and the code of E alone."""
+    found = operators(base, source)
+    return {
+        "D": TokenRepair(base.model, found["D"]),
+        "E, code alone": TokenRepair(base.model, found["E"], "restore"),
+        "E": TokenRepair(base.model, found["E"]),
+    }
+
+
+def language_task(base: Base, documents: Sequence[str], split: str, seeds: Sequence[int], n: int) -> TaskData:
+    """Language modelling of documents, `n` windows a seed."""
+    drawn = [seed + SPLIT_OFFSET[split] for seed in seeds]
+    return perplexity_task(base.tokenizer, documents, drawn, n, PREFIX, SCORED)
+
+
+def kinds_of_text(base: Base, source: TextSource) -> dict[str, Sequence[str]]:
+    """Text that nothing was fitted to, by kind. Calibration has seen others of each kind, but for C++: the headers that
+    come with PyTorch.
+    """
+    found = {"articles": source.documents_of("test")} if source.documents else {}
+    found |= {"prose": documentation("test"), "Python": source_code("test")}
+    if base.tokenizer.chat_template:
+        found["dialogue"] = dialogues(base, found["prose"])
+    headers = sorted((Path(torch.__file__).parent / "include" / "c10").rglob("*.h"))
+    return found | {"C++, never seen": tuple(path.read_text(encoding="utf-8") for path in headers)}
+
+
+def balanced(task: TaskData, severities: Sequence[float] = GRID) -> Iterator[tuple[str, float, np.ndarray]]:
+    """Type, severity and rows of each condition, so that each example meets each type once."""
+    seeds = pd.Series(task.seeds.numpy())
+    example = seeds.groupby(seeds).cumcount().to_numpy()
+    for place, kind in enumerate(TYPES):
+        for at, severity in enumerate(severities):
+            yield kind, severity, np.flatnonzero((example + place) % len(severities) == at)
+
+
+def balanced_grid(
+    base: Base, task: TaskData, defenses: Mapping[str, Defense], folder: Path, severities: Sequence[float] = GRID
+) -> pd.DataFrame:
+    """The rows of `experiments.run_grid` for the conditions of `balanced`, and for the clean caches of all examples.
+
+    A type that does not reach a severity is hit as hard as it goes. `folder`: where finished conditions are kept.
+    """
+    assert base.severity_map is not None  # whoever calls has calibrated it
+    shape = ModelShape.of(base.config)
+    bank = clean_pass(base.model, task)
+    conditions: list[tuple[CorruptionSpec, np.ndarray]] = [(CorruptionSpec(NONE), np.arange(len(task)))]
+    for kind, severity, rows in balanced(task, severities):
+        reach = base.severity_map.reach(kind, base.name, (shape.num_layers, shape.num_kv_heads, 0))
+        at = min(severity, reach)
+        conditions.append((CorruptionSpec(kind, at, base=base.name, severity_map=base.severity_map), rows))
+    frames = []
+    for number, (spec, rows) in enumerate(tqdm(conditions, desc=f"conditions on {base.name}")):
+
+        def scores(spec: CorruptionSpec = spec, rows: np.ndarray = rows) -> pd.DataFrame:
+            part = CleanBank(bank.k[rows], bank.v[rows], bank.logits[rows])
+            return per_seed(evaluate(base.model, task.select(rows), part, spec, defenses), task.name, spec)
+
+        frames.append(kept_frame(folder / f"{number}-{spec.type}-{spec.severity}.csv", scores))
+    return pd.concat(frames, ignore_index=True)
