@@ -1,7 +1,7 @@
 """A pretrained model at the centre: the operators, readers and texts of notebooks 17 and 18.
 
-A condition of the main result is a type and a severity. Each example meets every type once, at one of the severities in
-turn: as many caches as a full grid would take four times as long for, and every pair of type and severity is seen.
+A condition of the main result is a type and a severity. Each example meets every second type, at one of the severities
+in turn: a full grid would take eight times as long for as many texts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from cachemedic.core.cache_folder import cache_folder
@@ -72,31 +73,35 @@ def token_readers(base: Base, source: TextSource) -> dict[str, Defense]:
     }
 
 
-def language_task(base: Base, documents: Sequence[str], split: str, seeds: Sequence[int], n: int) -> TaskData:
+def language_task(
+    base: Base, documents: Sequence[str], split: str, seeds: Sequence[int], n: int, prefix: int = PREFIX
+) -> TaskData:
     """Language modelling of documents, `n` windows a seed."""
     drawn = [seed + SPLIT_OFFSET[split] for seed in seeds]
-    return perplexity_task(base.tokenizer, documents, drawn, n, PREFIX, SCORED)
+    return perplexity_task(base.tokenizer, documents, drawn, n, prefix, SCORED)
 
 
 def kinds_of_text(base: Base, source: TextSource) -> dict[str, Sequence[str]]:
     """Text that nothing was fitted to, by kind. Calibration has seen others of each kind, but for C++: the headers that
     come with PyTorch.
     """
-    found = {"articles": source.documents_of("test")} if source.documents else {}
-    found |= {"prose": documentation("test"), "Python": source_code("test")}
+    prose = documentation("test")
+    found: dict[str, Sequence[str]] = {"articles": source.documents_of("test")} if source.documents else {}
+    found |= {"prose": prose, "Python": source_code("test")}
     if base.tokenizer.chat_template:
-        found["dialogue"] = dialogues(base, found["prose"])
+        found["dialogue"] = dialogues(base, prose)
     headers = sorted((Path(torch.__file__).parent / "include" / "c10").rglob("*.h"))
     return found | {"C++, never seen": tuple(path.read_text(encoding="utf-8") for path in headers)}
 
 
-def balanced(task: TaskData, severities: Sequence[float] = GRID) -> Iterator[tuple[str, float, np.ndarray]]:
-    """Type, severity and rows of each condition, so that each example meets each type once."""
+def balanced(task: TaskData, severities: Sequence[float] = GRID) -> Iterator[tuple[str, float, Tensor]]:
+    """Type, severity and rows of each condition: as many in each if 2 len(severities) divides the examples of a seed."""
     seeds = pd.Series(task.seeds.numpy())
     example = seeds.groupby(seeds).cumcount().to_numpy()
     for place, kind in enumerate(TYPES):
         for at, severity in enumerate(severities):
-            yield kind, severity, np.flatnonzero((example + place) % len(severities) == at)
+            meets = (example % 2 == place % 2) & ((example // 2 + place // 2) % len(severities) == at)
+            yield kind, severity, torch.from_numpy(np.flatnonzero(meets))
 
 
 def balanced_grid(
@@ -109,17 +114,17 @@ def balanced_grid(
     assert base.severity_map is not None  # whoever calls has calibrated it
     shape = ModelShape.of(base.config)
     bank = clean_pass(base.model, task)
-    conditions: list[tuple[CorruptionSpec, np.ndarray]] = [(CorruptionSpec(NONE), np.arange(len(task)))]
+    conditions: list[tuple[CorruptionSpec, Tensor]] = [(CorruptionSpec(NONE), torch.arange(len(task)))]
     for kind, severity, rows in balanced(task, severities):
         reach = base.severity_map.reach(kind, base.name, (shape.num_layers, shape.num_kv_heads, 0))
         at = min(severity, reach)
         conditions.append((CorruptionSpec(kind, at, base=base.name, severity_map=base.severity_map), rows))
     frames = []
-    for number, (spec, rows) in enumerate(tqdm(conditions, desc=f"conditions on {base.name}")):
+    for number, (spec, rows) in enumerate(tqdm(conditions, desc=f"{task.name}, {base.name}")):
 
-        def scores(spec: CorruptionSpec = spec, rows: np.ndarray = rows) -> pd.DataFrame:
+        def scores(spec: CorruptionSpec = spec, rows: Tensor = rows) -> pd.DataFrame:
             part = CleanBank(bank.k[rows], bank.v[rows], bank.logits[rows])
             return per_seed(evaluate(base.model, task.select(rows), part, spec, defenses), task.name, spec)
 
-        frames.append(kept_frame(folder / f"{number}-{spec.type}-{spec.severity}.csv", scores))
+        frames.append(kept_frame(folder / f"{task.name}-{number}-{spec.type}-{spec.severity}.csv", scores))
     return pd.concat(frames, ignore_index=True)

@@ -15,7 +15,7 @@ from cachemedic.defenses.heuristics import Reset, blind_defenses
 from cachemedic.defenses.registry import DEFENSES
 from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.evaluation.evaluate import evaluate
-from cachemedic.evaluation.experiments import TYPES, calibration_of, kept_frame, per_seed
+from cachemedic.evaluation.experiments import TYPES, calibration_of, kept_frame, per_seed, standard_tasks
 from cachemedic.evaluation.severity_calibration import calibrate_severities
 from cachemedic.models.load import Base, load_base
 from cachemedic.studies import pretrained
@@ -32,7 +32,10 @@ from cachemedic.studies.summaries import (
 )
 
 RIVALS = ("checksum_erase", "shadow_1bit", "shadow_2bit", "recompute")
-EXAMPLES, KIND_EXAMPLES, SEVERITY_WINDOWS, VALIDATION = 40, 4, 32, 4  # windows: a seed, a seed and kind, in all, a seed
+EXAMPLES, REVIEWS = 40, 20  # windows and reviews of the main result, a seed
+KIND_EXAMPLES, SEVERITY_WINDOWS, VALIDATION = 4, 32, 4  # windows: a seed and kind; in all; a seed
+ASKED = ("none", "recompute", "D", "E")  # of reviews, with the best heuristic
+ASKED_AT = (0.5, 1.0)
 CALIBRATION = 16  # windows whose ranges clip
 KIND_SEVERITY = 0.5
 REFERENCES = ("E", "D")
@@ -63,6 +66,19 @@ def readers_of(run: Run, base: Base, source: TextSource) -> tuple[dict[str, Defe
     return {"none": blind["none"], best: blind[best], **rivals, **repairs}, best
 
 
+def main_grid(run: Run, base: Base, source: TextSource, readers: Mapping[str, Defense], best: str) -> pd.DataFrame:
+    """Language modelling through all readers, and reviews through those that matter most."""
+    seeds, size = run.parameters["seeds"], 16 if run.smoke else EXAMPLES
+    words = pretrained.language_task(base, source.documents_of("test"), "test", seeds, size)
+    reviews = standard_tasks(base, "test", seeds, {"sentiment": 8 if run.smoke else REVIEWS}, source)["sentiment"]
+    asked = {name: readers[name] for name in (*ASKED, best)}
+    grids = [
+        pretrained.balanced_grid(base, words, readers, run.partial / "grid"),
+        pretrained.balanced_grid(base, reviews, asked, run.partial / "grid", ASKED_AT),
+    ]
+    return pd.concat(grids, ignore_index=True)
+
+
 def kinds(run: Run, base: Base, source: TextSource, readers: Mapping[str, Defense]) -> pd.DataFrame:
     """KL behind noise of one severity, by kind of text; "erased" is a cache of which nothing is read."""
     compared = {"none": readers["none"], "erased": Reset(), "shadow_2bit": readers["shadow_2bit"]}
@@ -85,12 +101,11 @@ def kinds(run: Run, base: Base, source: TextSource, readers: Mapping[str, Defens
 
 def results(run: Run, source: TextSource) -> dict[str, pd.DataFrame]:
     """`source`: the text; what the parameters record of it are names and a digest."""
-    base, seeds = load_base(run.parameters["base"], device=run.parameters["device"]), run.parameters["seeds"]
+    base = load_base(run.parameters["base"], device=run.parameters["device"])
     rows = severities(run, base, source)
     base = replace(base, severity_map=SeverityMap(rows))
     readers, best = readers_of(run, base, source)
-    task = pretrained.language_task(base, source.documents_of("test"), "test", seeds, 8 if run.smoke else EXAMPLES)
-    grid = pretrained.balanced_grid(base, task, readers, run.partial / "grid")
+    grid = main_grid(run, base, source, readers, best)
     overall = summary(grid).merge(bytes_per_token(base, readers), on="reader")
     overall = in_order(overall, "reader", readers).assign(best_heuristic=lambda found: found["reader"] == best)
     compared = [advantage(grid, reference).assign(reference=reference) for reference in REFERENCES]
