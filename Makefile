@@ -43,7 +43,7 @@ $(if $(value TEXT)$(value REVIEWS),$(if $(filter reproduce 13_second_model,$(MAK
 COMMITTED := $(if $(filter paper,$(PROFILE)),$(if $(value BASE)$(value SEEDS)$(value TEXT)$(value REVIEWS),,yes))
 COMPARE = $(if $(COMMITTED),$(RUN) -m cachemedic.studies.compare --brief $(1) || true)
 
-# Which notebook makes what: notebooks/graph.toml as rules (defines NOTEBOOKS).
+# Which notebook makes what: notebooks/graph.toml as rules (defines NOTEBOOKS, and those APART from `reproduce`).
 build/rules.mk: notebooks/graph.toml tools/graph.py tools/imports.py
 	@mkdir -p build
 	@$(call given,PYTHON) tools/graph.py rules > $@.$$$$.new && mv $@.$$$$.new $@
@@ -56,6 +56,7 @@ help:  ## This list
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  %-13s%s\n", $$1, $$2 }' Makefile
 	@echo "  figures/NAME.pdf, results/NAME.csv, paper/tables/NAME.tex, or a notebook's name: what that needs, nothing else"
 	@echo "notebooks: $(NOTEBOOKS)"
+	@echo "notebooks that reproduce leaves out: $(APART)"
 
 .PHONY: reproduce
 reproduce: $(NOTEBOOKS)  ## Results, figures, tables and the paper's numbers (PROFILE=smoke: minutes, into build/smoke)
@@ -63,8 +64,8 @@ reproduce: $(NOTEBOOKS)  ## Results, figures, tables and the paper's numbers (PR
 	@$(COMPARE)
 
 # Always asked, seldom run: tools/run_notebook.py compares contents and leaves what is up to date alone.
-.PHONY: $(NOTEBOOKS)
-$(NOTEBOOKS): $(READY) | parameters
+.PHONY: $(NOTEBOOKS) $(APART)
+$(NOTEBOOKS) $(APART): $(READY) | parameters
 	@$(RUN) tools/run_notebook.py $@ --profile $(PROFILE) $(OPTIONS) \
 		--goals $(foreach goal,$(MAKECMDGOALS),$(call quote,$(goal)))
 

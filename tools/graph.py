@@ -51,7 +51,7 @@ def sha256(data: bytes) -> str:
 class Notebook:
     """One row of the table. Names are without folder and suffix; `data` are globs, `minutes` are by profile.
 
-    `alone`: nothing else may run beside it, as it measures times.
+    `alone`: nothing else may run beside it, as it measures times. `apart`: `make reproduce` leaves it out.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Notebook:
     tables: tuple[str, ...] = ()
     minutes: dict[str, float] = field(default_factory=dict)
     alone: bool = False
+    apart: bool = False
 
     @property
     def study(self) -> str:
@@ -103,7 +104,7 @@ class Graph:
             for key in set(row) - set(fields):
                 raise unknown(f"key of [{name}] in notebooks/graph.toml", key, fields)
             for key, value in row.items():
-                kind: type = {"minutes": dict, "alone": bool}.get(key, list)
+                kind: type = {"minutes": dict, "alone": bool, "apart": bool}.get(key, list)
                 if not isinstance(value, kind) or (
                     isinstance(value, list) and not all(isinstance(v, str) for v in value)
                 ):
@@ -129,9 +130,11 @@ class Graph:
         return [name for name in self.notebooks if name in wanted]
 
     def goals(self, targets: Collection[str]) -> list[str]:
-        """The notebooks that a make command line asks for by name, by one of their outputs, or all of them."""
-        everything = "reproduce" in targets
-        return [n for n, book in self.notebooks.items() if everything or {n, *book.outputs} & set(targets)]
+        """The notebooks that a make command line asks for by name, by one of their outputs, or all but those apart."""
+        everything, named = "reproduce" in targets, set(targets)
+        return [
+            n for n, book in self.notebooks.items() if (everything and not book.apart) or {n, *book.outputs} & named
+        ]
 
     def path(self, name: str) -> Path:
         return self.root / "notebooks" / f"{name}.ipynb"
@@ -214,8 +217,10 @@ def _without_magics(cells: list[str]) -> str:
 
 
 def rules(graph: Graph) -> str:
-    """The table for make: `NOTEBOOKS`, which needs which, and which output comes from which."""
-    lines = [f"NOTEBOOKS := {' '.join(graph.notebooks)}"]
+    """The table for make: `NOTEBOOKS` and those `APART`, which needs which, and which output comes from which."""
+    books = graph.notebooks.items()
+    lines = [f"NOTEBOOKS := {' '.join(name for name, book in books if not book.apart)}"]
+    lines += [f"APART := {' '.join(name for name, book in books if book.apart)}"]
     for name, notebook in graph.notebooks.items():
         lines += [f"{name}: {' '.join(notebook.needs)}"] if notebook.needs else []
         compare = f"@$(call COMPARE,{' '.join(notebook.csv)})" if notebook.csv else ""

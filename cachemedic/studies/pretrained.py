@@ -95,7 +95,7 @@ def kinds_of_text(base: Base, source: TextSource) -> dict[str, Sequence[str]]:
 
 
 def balanced(task: TaskData, severities: Sequence[float] = GRID) -> Iterator[tuple[str, float, Tensor]]:
-    """Type, severity and rows of each condition: as many in each if 2 len(severities) divides the examples of a seed."""
+    """Type, severity and rows of each condition: equally many, if 2 len(severities) divides those of a seed."""
     seeds = pd.Series(task.seeds.numpy())
     example = seeds.groupby(seeds).cumcount().to_numpy()
     for place, kind in enumerate(TYPES):

@@ -12,7 +12,7 @@ from tiny import DOCUMENTS
 from tiny_training import CONFIG, tiny_base
 
 from cachemedic.data import text
-from cachemedic.data.external_text import leading_documents
+from cachemedic.data.external_text import check_documents, leading_documents, load_documents
 from cachemedic.data.text_source import TextSource
 from cachemedic.data.windows import sample_windows
 from cachemedic.evaluation.experiments import standard_tasks
@@ -119,3 +119,14 @@ def test_leading_documents_are_whole_and_no_more_is_read(tmp_path):
     assert leading_documents(tmp_path, 3 + 13) == ["one"]
     with pytest.raises(ValueError, match=r"no document of .*train\.txt ends within its first 5 characters"):
         leading_documents(tmp_path, 5)
+
+
+def test_a_data_set_of_the_hub_may_lie_in_the_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("CACHEMEDIC_CACHE", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "wikitext2", DOCUMENTS, REVIEWS)
+    assert load_documents("wikitext2", "test")[0] == f"test: {DOCUMENTS[0]}"
+    check_documents("wikitext2")
+    (tmp_path / "data" / "wikitext2" / "test.txt").unlink()
+    with pytest.raises(ValueError, match="holds no test split"):
+        check_documents("wikitext2")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from toy_project import ROOT, Project
 
-from graph import Graph, GraphError
+from graph import Graph, GraphError, rules
 from imports import Modules
 
 
@@ -33,6 +33,14 @@ def test_wrong_tables_are_refused(fresh: Project, table: str, message: str) -> N
     fresh.write("notebooks/graph.toml", table)
     with pytest.raises(GraphError, match=message):
         Graph(fresh.root)
+
+
+def test_reproduce_leaves_out_what_is_apart(fresh: Project) -> None:
+    fresh.write("notebooks/graph.toml", '[a]\n[b]\napart = true\ncsv = ["x"]')
+    graph = Graph(fresh.root)
+    assert graph.goals(["reproduce"]) == ["a"]
+    assert graph.goals(["results/x.csv"]) == ["b"]
+    assert "NOTEBOOKS := a\nAPART := b\n" in rules(graph)
 
 
 def test_inputs_follow_imports(fresh: Project) -> None:
