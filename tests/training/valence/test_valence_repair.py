@@ -63,6 +63,7 @@ def test_it_sees_the_states_of_a_student_behind_the_repaired_cache(family, base,
 def test_it_trains_with_gate_and_quantiser(family, base, bank, tmp_path):
     options = {"gate": MercyGate(threshold=0.01, every=2, horizon=10, probe=2), "quantiser": QuantiserConfig(2)}
     trainer = trainer_of(family, base, bank, tmp_path, VALENCE, RepairObjective(), **options)
+    trainer.best = None  # else a run may end where it began, if no step was better on validation
     parts = trainer.trained.values()
     start = [{name: p.detach().clone() for name, p in part.named_parameters()} for part in parts]
     trainer.run()
