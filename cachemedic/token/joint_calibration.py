@@ -203,18 +203,22 @@ def fisher_diagonal(base: Base, vectors: TokenVectors, texts: Texts, seed: int =
 
 
 def principal_axes(z: Tensor, count: int, seed: int) -> Tensor:
-    """The first principal axes [count, D] of rows z [N, D], bf16, orthonormal up to rounding."""
+    """The first principal axes [count, D] of rows z [N, D], bf16, orthonormal up to rounding.
+
+    Products run in float32: processors without instructions for bf16 take sixty times as long for them.
+    """
     generator = torch.Generator().manual_seed(seed)
     width = min(count + OVERSAMPLED, *z.shape)
     basis = torch.randn(z.shape[1], width, generator=generator)
     for _ in tqdm(range(ITERATIONS), desc="principal axes"):
-        narrow, wide = basis.to(z.dtype), torch.zeros_like(basis)
+        wide = torch.zeros_like(basis)
         for rows in z.split(BLOCK):
-            wide += (rows.T @ (rows @ narrow)).float()
+            block = rows.float()
+            wide += block.T @ (block @ basis)
         basis = torch.linalg.qr(wide).Q
     gram = torch.zeros(width, width)
     for rows in z.split(BLOCK):
-        found = (rows @ basis.to(z.dtype)).float()
+        found = rows.float() @ basis
         gram += found.T @ found
     turn = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]
     axes = (basis @ turn).T
@@ -224,7 +228,7 @@ def principal_axes(z: Tensor, count: int, seed: int) -> Tensor:
 
 def _project(z: Tensor, axes: Tensor) -> Tensor:
     """Coordinates [N, m] of rows z [N, D]."""
-    return torch.cat([(rows @ axes.to(z.dtype).T).float() for rows in z.split(BLOCK)])
+    return torch.cat([rows.float() @ axes.float().T for rows in z.split(BLOCK)])
 
 
 def _reduced_rank(told: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
