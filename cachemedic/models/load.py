@@ -127,6 +127,8 @@ def _check_within_reach(name: str) -> None:
 
 def check_format(dtype: torch.dtype) -> None:
     """Raise `ValueError` for a number format of a model that repair does not serve: its own numbers are float32."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"a number format must be a torch.dtype, not a {type(dtype).__name__}")
     if dtype not in FORMATS:
         allowed = ", ".join(str(served).removeprefix("torch.") for served in FORMATS)
         raise ValueError(f"a model in {str(dtype).removeprefix('torch.')} is not served; allowed: {allowed}")
@@ -136,7 +138,9 @@ def decoder_layers(model: PreTrainedModel) -> tuple[torch.nn.Module, str]:
     """The module that holds the list of decoder layers, and the name of that list (`layers`, `h`, ...)."""
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
     for part in (model.get_decoder(), model):  # some models call another module their decoder
-        for module in part.modules():
+        for place, module in part.named_modules():
+            if "vision" in place:  # an image encoder may be as deep
+                continue
             for name, child in module.named_children():
                 if isinstance(child, torch.nn.ModuleList) and len(child) == depth:
                     return module, name
