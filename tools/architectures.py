@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import transformers
-from small_configurations import VOCABULARY, small_configuration
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -26,6 +25,7 @@ from cachemedic.models.attention import attention_modules
 from cachemedic.repair.attention import Attention, Gates
 from cachemedic.repair.folded import FoldedOperator
 from cachemedic.token.vectors import TokenVectors
+from small_configurations import VOCABULARY, small_configuration
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
 WORKS = "works"
@@ -35,15 +35,15 @@ TOLERANCE = 1e-4  # of the largest logit, between two ways to compute it
 EXACT = 2e-5  # of the largest stored number, between a recomputed and a written cache
 HEADER = f"""# Architectures
 
-Each causal language model of transformers {transformers.__version__}, built small with random weights, in float32 on a CPU.
-`python tools/architectures.py` makes this page; a test checks some of its lines.
+Each causal language model of transformers {transformers.__version__}, built small with random weights, in float32 on a
+CPU. `python tools/architectures.py` makes this page; a test checks some of its lines.
 
-- **A to C**: `protect` with a new operator changes no bit of the logits of a prefill and of decoding steps over the cache
-  of the model; with another operator the logits change, stay finite, and are those of an attention that reads the repaired
-  keys and values themselves. Where some layers attend and others do not, the operator is for those that do.
+- **A to C**: `protect` with a new operator changes no bit of the logits of a prefill and of decoding steps over the
+  cache of the model; with another operator the logits change, stay finite, and are those of an attention that reads the
+  repaired keys and values themselves. Where some layers attend and others do not, the operator is for those that do.
 - **recompute**: tokens of a `SketchCache` that are set to other numbers are found, and computed again to within
   {EXACT:g} of the largest number. Checks, hashes and erasing need the same.
-- **D and E**: the keys of all layers are unrotated and rotated again to within {EXACT:g}: what token-aware repair needs.
+- **D and E**: the keys of all layers are unrotated and rotated again to within {EXACT:g}; token-aware repair needs that.
 
 What does not work is refused before any work with the reason that stands here.
 """

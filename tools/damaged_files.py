@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-from small_configurations import VOCABULARY, small_configuration
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -27,6 +25,7 @@ from cachemedic.models.load import WEIGHTS
 from cachemedic.studies.result_files import read_result
 from cachemedic.token.joint import JointModel
 from cachemedic.training.bank import BankConfig, open_bank
+from small_configurations import VOCABULARY, small_configuration
 
 REFUSED, RIGHT, WRONG = "refused", "read right", "wrong"
 DAMAGES = ("flip", "cut", "remove", "swap")
@@ -203,4 +202,4 @@ def _base(folder: Path) -> FileKind:
 
     for name in (*set(_contents(folder)) - {*defining_digests(folder), CARD},):
         (folder / name).unlink()
-    return FileKind(folder, read, {name: b"{}" for name in _contents(folder)})
+    return FileKind(folder, read, dict.fromkeys(_contents(folder), b"{}"))

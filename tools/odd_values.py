@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from damaged_files import REFUSED, WRONG, tiny_llama
-from small_configurations import VOCABULARY
 
 from cachemedic import (
     CorruptionSpec,
@@ -23,10 +21,12 @@ from cachemedic import (
     protect,
     recompute,
 )
+from damaged_files import REFUSED, WRONG, tiny_llama
+from small_configurations import VOCABULARY
 
 TAKEN = "taken"
 ODD: tuple[Any, ...] = (
-    None, True, -1, 0, 7, 2**70, 0.5, -0.5, float("nan"), float("inf"), 1e300, 1j, "", "gausian", "all", "E", b"x",
+    None, True, -1, 0, 7, -(2**70), 0.5, -0.5, float("nan"), float("inf"), 1e300, 1j, "", "gausian", "all", "E", b"x",
     Path("no such folder"), [], [0], [0, 0], [-1], ["x"], (), ("window", 5, 2), {}, {"a": 1}, set(), object(), len, int,
     range(3), np.int64(2), np.float32(0.5), np.arange(3), np.array("x"), torch.tensor(2), torch.tensor(0.5),
     torch.zeros(2, 9), torch.zeros(2, 9).long(), torch.zeros(2, 9).bool(), torch.full((2, 9), -1), torch.zeros(0),
@@ -94,8 +94,10 @@ def calls(folder: Path) -> dict[str, Call]:
     return {
         "CorruptionSpec": Call(
             CorruptionSpec,
-            lambda: {"type": "gaussian", "severity": None, "parameter": 0.5, "share": 1.0, "layers": "all"}
-            | {"heads": "all", "time": "all_past", "base": None, "severity_map": None},
+            lambda: (
+                {"type": "gaussian", "severity": None, "parameter": 0.5, "share": 1.0, "layers": "all"}
+                | {"heads": "all", "time": "all_past", "base": None, "severity_map": None}
+            ),
         ),
         "RepairOperator.create": Call(RepairOperator.create, lambda: create | {"seed": 0, "runs": 1}),
         "RepairOperator.from_pretrained": Call(RepairOperator.from_pretrained, lambda: {"name_or_folder": folder}),
@@ -108,5 +110,8 @@ def calls(folder: Path) -> dict[str, Call]:
         "recompute": Call(recompute, lambda: given | {"cache": plain(), "damaged": damaged}),
         "look_after": Call(look_after, lambda: given | {"cache": plain(), "operator": None, "seed": 0}),
         "check_cache": Call(check_cache, lambda: {"model": model, "operator": operator, "cache": plain(), "ids": ids}),
-        "load_base": Call(load_base, lambda: {"name": "no-such", "device": "cpu", "dtype": torch.float32}),
+        "load_base": Call(
+            lambda **arguments: load_base("embedded-llama", **arguments),  # another name would ask the hub
+            lambda: {"device": "cpu", "dtype": torch.float32, "severity_map": None},
+        ),
     }

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from tqdm import trange
+
 from damaged_files import DAMAGES, REFUSED, RIGHT, WRONG, FileKind, file_kinds
 from odd_values import ODD, TAKEN, Call, calls
-from tqdm import trange
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "torture.md"
 ROUNDS = 3000  # about 20 minutes
@@ -46,11 +47,11 @@ def page(rounds: int, files: dict[str, Counter[str]], functions: dict[str, Count
     lines = [
         "# Damaged files and odd values",
         "",
-        f"`make torture ROUNDS={rounds}` made this page. Round i, with the seed i, damages one file of every kind: a bit is",
-        "flipped, the end is cut off, the file is removed, or another one stands in its place. Reading must refuse it with",
-        "one line that names the file or its folder, or give the content that was written. It also gives one odd value to",
-        "one argument of every public function, which must take it or refuse it with one line of its own. Tests do the same",
-        "for a few seconds.",
+        f"`make torture ROUNDS={rounds}` made this page. Round i, with the seed i, damages one file of every kind: a bit",
+        "is flipped, the end is cut off, the file is removed, or another stands in its place. Reading must refuse it with",
+        "one line that names the file or its folder, or give the content that was written. It also gives one odd value",
+        "to one argument of every public function, which must take it or refuse it with one line of its own. Tests do the",
+        "same for a few seconds.",
     ]
     for title, tried, good in (("files", files, RIGHT), ("function", functions, TAKEN)):
         lines += ["", f"| {title} | rounds | {REFUSED} | {good} | {WRONG} |", "|---|---|---|---|---|"]

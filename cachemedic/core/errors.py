@@ -6,6 +6,11 @@ import difflib
 from collections.abc import Iterable
 
 
+def shown(value: object) -> str:
+    """A value in one line, as an error names it."""
+    return " ".join(repr(value).split())
+
+
 def nearest(value: object, names: Iterable[str], likeness: float = 0.4) -> str | None:
     """The name that is spelt most like the value; None if none is as alike as `likeness`, from 0 to 1."""
     return next(iter(difflib.get_close_matches(str(value), sorted(names), n=1, cutoff=likeness)), None)
@@ -17,7 +22,7 @@ def nearest_valid(kind: str, value: object, allowed: Iterable[str], besides: str
     near = nearest(value, names)
     hint = f"did you mean {near!r}? " if near else ""
     listed = [*map(repr, names), *([besides] if besides else [])]
-    return ValueError(f"unknown {kind} {value!r}: {hint}allowed: {', '.join(listed) or 'none'}")
+    return ValueError(f"unknown {kind} {shown(value)}: {hint}allowed: {', '.join(listed) or 'none'}")
 
 
 def check_given(name: str, value: object, kind: type | tuple[type, ...]) -> None:

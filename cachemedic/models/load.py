@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cachemedic.core.errors import nearest, nearest_valid
+from cachemedic.core.errors import check_given, nearest, nearest_valid
 from cachemedic.core.severity_map import SeverityMap
 from cachemedic.models import smollm2
 from cachemedic.models.base_files import check_base_files
@@ -74,6 +74,11 @@ def load_base(
     damaged files or if SmolLM2 cannot be fetched.
     """
     check_format(dtype)
+    check_given("device", device, (str, torch.device))
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}: give a name such as 'cpu', 'cuda' or 'cuda:0'") from error
     name = source = str(name)
     check_base(name)
     if name in EMBEDDED:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ class SketchCache(RecordedCache):
         self.record = replace(record, codes=torch.cat([record.codes, codes], 1))
 
     @torch.inference_mode()
-    def check(self, others: Iterable[SketchCache] = ()) -> Report:
+    def check(self, others: Collection[SketchCache] = ()) -> Report:
         """Which tokens are not what was written, where, and what happened to them.
 
         others: caches whose tokens may have come here (stale or swapped pages); tokens of this one are looked for
@@ -155,7 +155,7 @@ class SketchCache(RecordedCache):
         """
         record = self.kept
         known = []
-        check_given("others", others, Iterable)
+        check_given("others", others, (list, tuple, set, frozenset))
         for other in others:
             check_given("each of others", other, SketchCache)
             if other.seed != self.seed or not torch.equal(other.hasher.multipliers, self.hasher.multipliers):

@@ -9,7 +9,7 @@ from cachemedic.repair.folded import FoldedOperator
 
 PAGE = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8").splitlines()
 SOME = (
-    "llama gpt2 qwen2 gemma3_text mistral mamba jamba deepseek_v3 gpt_oss phi3 falcon bart roberta mllama gpt_bigcode git"
+    "llama gpt2 qwen2 gemma3_text mistral mamba jamba deepseek_v3 gpt_oss phi3 falcon bart roberta mllama gpt_bigcode"
 ).split()
 
 
@@ -22,7 +22,7 @@ def test_every_architecture_has_a_line_and_nothing_is_wrong():
     text = "\n".join(PAGE)
     for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         assert text.count(f"\n| {model_type} |") == 1, model_type
-    assert "**" not in text.partition("| architecture |")[2]
+    assert "| **" not in text.partition("| architecture |")[2]
 
 
 def test_a_wrong_result_is_seen(monkeypatch):
