@@ -43,7 +43,7 @@ CPU. `python tools/architectures.py` makes this page; a test checks some of its 
   repaired keys and values themselves. Where some layers attend and others do not, the operator is for those that do.
 - **recompute**: tokens of a `SketchCache` that are set to other numbers are found, and computed again to within
   {EXACT:g} of the largest number. Checks, hashes and erasing need the same.
-- **D and E**: the keys of all layers are unrotated and rotated again to within {EXACT:g}; token-aware repair needs that.
+- **D and E**: the keys of all layers are unrotated and rotated again to within {EXACT:g}; D and E need that.
 
 What does not work is refused before any work with the reason that stands here.
 """
