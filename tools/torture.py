@@ -48,7 +48,7 @@ def page(rounds: int, files: dict[str, Counter[str]], functions: dict[str, Count
         "# Damaged files and odd values",
         "",
         f"`make torture ROUNDS={rounds}` made this page. Round i, with the seed i, damages one file of every kind: a",
-        "bit is flipped, the end is cut off, it is removed, or another stands in its place. Reading must refuse it with",
+        "bit is flipped, the end is cut off, it is gone, or another stands in its place. Reading must refuse it with",
         "one line that names the file or its folder, or give the content that was written. It also gives one odd value",
         "to one argument of every public function, which must take it or refuse it with one line. Tests do the",
         "same for a few seconds.",
