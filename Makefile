@@ -131,6 +131,10 @@ lab: $(READY)  ## JupyterLab with the notebooks open (CONTAINER=1: as root, reac
 		--FileCheckpoints.checkpoint_dir=$(JUPYTER)/checkpoints \
 		$(if $(value CONTAINER),--allow-root --ip=0.0.0.0 --no-browser)
 
+.PHONY: torture
+torture: $(READY)  ## Damage every kind of file, give odd values to public functions (ROUNDS=3000: about 20 minutes)
+	@TQDM_DISABLE=1 $(RUN) tools/torture.py $(if $(value ROUNDS),$(call given,ROUNDS))
+
 .PHONY: bench
 bench: $(READY)  ## Benchmarks into results/bench_*.csv
 	$(RUN) -m cachemedic bench

@@ -1,9 +1,14 @@
-"""Errors for names that do not exist."""
+"""Errors for names that do not exist and for arguments of the wrong kind."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+
+def shown(value: object) -> str:
+    """A value in one line, as an error names it."""
+    return " ".join(repr(value).split())
 
 
 def nearest(value: object, names: Iterable[str], likeness: float = 0.4) -> str | None:
@@ -17,4 +22,11 @@ def nearest_valid(kind: str, value: object, allowed: Iterable[str], besides: str
     near = nearest(value, names)
     hint = f"did you mean {near!r}? " if near else ""
     listed = [*map(repr, names), *([besides] if besides else [])]
-    return ValueError(f"unknown {kind} {value!r}: {hint}allowed: {', '.join(listed) or 'none'}")
+    return ValueError(f"unknown {kind} {shown(value)}: {hint}allowed: {', '.join(listed) or 'none'}")
+
+
+def check_given(name: str, value: object, kind: type | tuple[type, ...]) -> None:
+    """Raises `TypeError` unless an argument is of the kind that it is said to be."""
+    if not isinstance(value, kind):
+        kinds = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+        raise TypeError(f"{name} must be a {kinds}, not a {type(value).__name__}")

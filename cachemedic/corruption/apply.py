@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import BaseQuantizedLayer, DynamicLayer
 
+from cachemedic.core.errors import check_given
 from cachemedic.core.integers import whole_number
 from cachemedic.core.severity_map import SeverityMap, Shape
 from cachemedic.corruption.severity import shipped_map
@@ -115,6 +116,10 @@ def corrupt_cache(cache: Cache, spec: CorruptionSpec, seed: int = 0, donor: Cach
     Raises `ValueError` for an empty cache or one of whole numbers, and where `spec` or `donor` does not fit,
     `TypeError` for layers other than those of a `DynamicCache` (preallocated, quantised or recurrent ones).
     """
+    check_given("cache", cache, Cache)
+    check_given("spec", spec, CorruptionSpec)
+    if donor is not None:
+        check_given("donor", donor, Cache)
     stored = _stored(cache)
     donors = [(None, None)] * len(stored) if donor is None else _stored(donor)
     if len(donors) != len(stored):

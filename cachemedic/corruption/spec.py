@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cachemedic.core.errors import check_given, shown
 from cachemedic.core.severity_map import SeverityMap, Shape
 from cachemedic.corruption.severity import shipped_map
 from cachemedic.corruption.storage_faults import page_mask, page_offset
@@ -47,6 +48,10 @@ class CorruptionSpec:
 
     def __post_init__(self) -> None:
         check_type(self.type)
+        for name in ("severity", "parameter", "share"):
+            if (number := getattr(self, name)) is not None and not isinstance(number, Real):
+                raise TypeError(f"{name} must be a number, not {shown(number)}")
+        check_given("share", self.share, Real)
         given = [name for name in ("severity", "parameter") if getattr(self, name) is not None]
         if self.type == NONE:
             if given:

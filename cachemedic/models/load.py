@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cachemedic.core.errors import nearest, nearest_valid
+from cachemedic.core.errors import check_given, nearest, nearest_valid
 from cachemedic.core.severity_map import SeverityMap
 from cachemedic.models import smollm2
 from cachemedic.models.base_files import check_base_files
@@ -74,6 +74,11 @@ def load_base(
     damaged files or if SmolLM2 cannot be fetched.
     """
     check_format(dtype)
+    check_given("device", device, (str, torch.device))
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}: give a name such as 'cpu', 'cuda' or 'cuda:0'") from error
     name = source = str(name)
     check_base(name)
     if name in EMBEDDED:
@@ -127,6 +132,8 @@ def _check_within_reach(name: str) -> None:
 
 def check_format(dtype: torch.dtype) -> None:
     """Raise `ValueError` for a number format of a model that repair does not serve: its own numbers are float32."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"a number format must be a torch.dtype, not a {type(dtype).__name__}")
     if dtype not in FORMATS:
         allowed = ", ".join(str(served).removeprefix("torch.") for served in FORMATS)
         raise ValueError(f"a model in {str(dtype).removeprefix('torch.')} is not served; allowed: {allowed}")
@@ -136,7 +143,9 @@ def decoder_layers(model: PreTrainedModel) -> tuple[torch.nn.Module, str]:
     """The module that holds the list of decoder layers, and the name of that list (`layers`, `h`, ...)."""
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
     for part in (model.get_decoder(), model):  # some models call another module their decoder
-        for module in part.modules():
+        for place, module in part.named_modules():
+            if "vision" in place:  # an image encoder may be as deep
+                continue
             for name, child in module.named_children():
                 if isinstance(child, torch.nn.ModuleList) and len(child) == depth:
                     return module, name

@@ -33,6 +33,8 @@ class ModelShape:
                 f"{config.model_type} has an encoder, whose attention and the attention to it would be repaired too: "
                 "choose a model that is a decoder only"
             )
+        if getattr(config, "is_decoder", True) is False:
+            raise ValueError(f"{config.model_type} reads what comes after a token, too: set is_decoder=True")
         config = config.get_text_config(decoder=True)
         if getattr(config, "num_attention_heads", None) is None:
             raise ValueError(f"{config.model_type} has no attention heads: choose a model with attention over a cache")
@@ -52,9 +54,19 @@ class ModelShape:
             model_type=config.model_type,
             num_layers=config.num_hidden_layers,
             num_heads=heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            num_kv_heads=_kv_heads(config),
             head_dim=head_dim,
         )
+
+
+def _kv_heads(config: PreTrainedConfig) -> int:
+    """The heads of keys and values, by the names that configurations have for them."""
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1  # Falcon, GPTBigCode
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if number := getattr(config, name, None):
+            return number
+    return config.num_attention_heads
 
 
 def _check_layers_alike(config: PreTrainedConfig) -> None:

@@ -184,6 +184,8 @@ def _step_aside() -> None:
 def _check(model: PreTrainedModel, operator: AttentionRepair) -> list[Any]:
     """The self-attention modules of the protected layers, of a model that can be protected by this operator."""
     check_is_model(model)
+    if not callable(getattr(operator, "attend", None)):
+        raise TypeError(f"the operator must be a RepairOperator, not a {type(operator).__name__}")
     if not model._can_set_attn_implementation():
         raise ValueError(
             f"{type(model).__name__} does not use the attention interface of transformers "

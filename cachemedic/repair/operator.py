@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from cachemedic.core.errors import nearest_valid
+from cachemedic.core.errors import check_given, nearest_valid
 from cachemedic.core.files import digest, read_sealed, replace_together, seal
 from cachemedic.core.integers import whole_number, whole_numbers
 from cachemedic.defenses.defense import Defense
@@ -81,7 +81,7 @@ class RepairOperator(nn.Module, Defense, ABC):
         for name in options:
             if name not in cls.default_options:
                 raise nearest_valid(f"option of operator family {family}", name, cls.default_options)
-        if isinstance(seed, Iterable):
+        if isinstance(seed, Iterable) and getattr(seed, "ndim", 1):  # one number of NumPy or torch is no list
             seeds = list(whole_numbers("seed", seed))
         else:
             seeds = [whole_number("seed", seed) + run for run in range(whole_number("runs", runs))]
@@ -224,6 +224,7 @@ class RepairOperator(nn.Module, Defense, ABC):
             FileNotFoundError: if there is no such folder, or the weights or `config.json` are missing in it.
             ValueError: for an unknown name, if a file is damaged, or if the files do not belong together.
         """
+        check_given("name_or_folder", name_or_folder, (str, Path))
         folder = operator_folder(name_or_folder)
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():

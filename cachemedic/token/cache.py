@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from cachemedic.core.errors import check_given
 from cachemedic.models.usable import check_mode
 from cachemedic.token.cache_files import load_cache, save_cache
 from cachemedic.token.check import Report, check
@@ -146,7 +147,7 @@ class SketchCache(RecordedCache):
         self.record = replace(record, codes=torch.cat([record.codes, codes], 1))
 
     @torch.inference_mode()
-    def check(self, others: Iterable[SketchCache] = ()) -> Report:
+    def check(self, others: Collection[SketchCache] = ()) -> Report:
         """Which tokens are not what was written, where, and what happened to them.
 
         others: caches whose tokens may have come here (stale or swapped pages); tokens of this one are looked for
@@ -154,7 +155,9 @@ class SketchCache(RecordedCache):
         """
         record = self.kept
         known = []
+        check_given("others", others, (list, tuple, set, frozenset))
         for other in others:
+            check_given("each of others", other, SketchCache)
             if other.seed != self.seed or not torch.equal(other.hasher.multipliers, self.hasher.multipliers):
                 raise ValueError("only caches of one model, number format and seed have hashes that can be compared")
             known.append(other.kept.hashes)
@@ -187,6 +190,7 @@ class SketchCache(RecordedCache):
         Raises `FileNotFoundError` where a file is missing, and `ValueError` for ids, hashes or codes that are damaged,
         for other weights of the model and another operator than the cache was written with.
         """
+        check_given("folder", folder, (str, Path))
         cache = cls(model, operator)
         load_cache(cache, Path(folder))
         cache.check()
@@ -251,6 +255,7 @@ class SketchCache(RecordedCache):
 
 def _empty(cache: Cache) -> Cache:
     """The cache, if a SketchCache can take over its storage."""
+    check_given("storage", cache, Cache)
     if cache.get_seq_length() > 0:
         raise ValueError(f"the storage holds {int(cache.get_seq_length())} tokens already: give an empty cache")
     for layer in cache.layers:

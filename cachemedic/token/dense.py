@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -28,12 +29,16 @@ def dense_shape(model: PreTrainedModel) -> ModelShape:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not hasattr(config, "num_attention_heads"):
         kinds = {"no attention"}
+    if getattr(config, "cross_attention_layers", None):
+        kinds.add("attention to an image")
     if others := sorted(kinds - set(ATTENTION)):
         raise ValueError(
             f"{type(model).__name__} has layers with {' and '.join(others)}, which do not keep the keys and values of "
             "every token: choose a model whose layers all attend"
         )
     shape = ModelShape.of(model.config)
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"{type(model).__name__} takes no past_key_values: choose a model that decodes on a cache")
     check_mode(model)
     return shape
 
@@ -99,6 +104,8 @@ def check_can_recompute(model: PreTrainedModel, cache: Cache, length: int) -> No
         )
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         raise ValueError(f"{name} adds a bias by distance (ALiBi), which one pass over scattered tokens cannot make")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"{name} takes no position_ids, without which scattered tokens cannot be given their places")
     rope = getattr(config, "rope_parameters", None) or {}
     trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     if rope.get("rope_type") in LENGTH_DEPENDENT and length > trained:

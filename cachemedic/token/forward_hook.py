@@ -71,6 +71,8 @@ def _announce(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any
     if (ids := given.get("input_ids")) is None:
         raise ValueError(f"a {type(cache).__name__} keeps token ids: pass input_ids in place of inputs_embeds")
     past = int(cache.get_seq_length())
+    if given.get("position_ids") is None and _numbers_by_padding(module):
+        raise ValueError(f"{type(module).__name__} numbers tokens from its padding index on: pass position_ids")
     positions = _positions(cache, given, past, ids)
     cache.begin(ids, positions)
     unread, mask = cache.unread(), given.get("attention_mask")
@@ -80,6 +82,11 @@ def _announce(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any
     if unread is not None:
         mask[:, :past] = mask[:, :past].masked_fill(unread, 0)
     return (), given | {"attention_mask": mask, "position_ids": positions.clamp_min(0)}
+
+
+def _numbers_by_padding(module: nn.Module) -> bool:
+    """Whether a model without position_ids does not begin at 0: RoBERTa and what was built after it."""
+    return any(hasattr(part, "create_position_ids_from_input_ids") for part in module.modules())
 
 
 def _positions(cache: ToldCache, given: dict[str, Any], past: int, ids: Tensor) -> Tensor:

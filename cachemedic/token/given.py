@@ -26,7 +26,7 @@ def tokens_given(
     shape = [len(layers[0].keys), int(cache.get_seq_length())]
     given = {"ids": ids, "attention_mask": attention_mask, "position_ids": position_ids}
     for name, tensor in given.items():
-        if tensor is not None and not isinstance(tensor, Tensor):
+        if (tensor is not None or name == "ids") and not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, not a {type(tensor).__name__}")
         if tensor is not None and list(tensor.shape) != shape:
             raise ValueError(f"{name} must be {shape}, as the cache has it, not {list(tensor.shape)}")

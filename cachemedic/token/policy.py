@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cachemedic.core.errors import nearest_valid
+from cachemedic.core.errors import check_given, nearest_valid
 from cachemedic.models.usable import check_mode
 from cachemedic.token.check import Report
 from cachemedic.token.costs import CostModel, costs_of
@@ -31,6 +31,8 @@ class Policy:
     def __init__(self, cache: RecordedCache, method: str, budget: float | None) -> None:
         if method not in METHODS:
             raise nearest_valid("method of repair", method, METHODS)
+        if budget is not None:
+            check_given("the budget", budget, (int, float))
         if budget is not None and not budget >= 0:
             raise ValueError(f"the budget must be a share of a prefill, 0 or more, not {budget}")
         check_mode(cache.model)  # it may have changed since the cache was made

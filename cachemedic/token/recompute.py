@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from cachemedic.core.errors import check_given
 from cachemedic.token.dense import check_cache_of, check_can_recompute
 from cachemedic.token.given import check_ids, tokens_given
 
@@ -50,6 +51,7 @@ def recompute(
             for a model or cache whose tokens cannot be computed again one by
             one: encoder-decoders, latent attention, hybrids, text longer than a sliding window, dropout in use.
     """
+    check_given("damaged", damaged, Tensor)
     length = check_cache_of(model, cache)
     check_can_recompute(model, cache, length)
     layers: list[Any] = cache.layers

@@ -1,0 +1,79 @@
+"""A small configuration of any architecture of transformers, from the names that configurations give to sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+VOCABULARY = 64
+LAYERS = 4
+# By the names that configurations use; a configuration gets those that it has.
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), VOCABULARY),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "emb_dim", "embedding_dim"), 32),
+    **dict.fromkeys(("embedding_size", "word_embed_proj_dim", "attention_hidden_size", "lru_width"), 32),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), LAYERS),
+    **dict.fromkeys(("encoder_layers", "num_encoder_layers", "num_decoder_layers", "num_blocks"), LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "swa_num_attention_heads"), 4),
+    **dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "num_query_groups"), 2),
+    **dict.fromkeys(("head_dim", "swa_head_dim", "kv_channels", "attention_head_dim", "attention_head_size"), 8),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"), 48),
+    **dict.fromkeys(("n_inner", "dense_intermediate_size", "feed_forward_size", "dim_ff", "intermediate_size_mlp"), 48),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 16),
+    **dict.fromkeys(("shared_intermediate_size", "shared_experts_intermediate_size"), 16),
+    **dict.fromkeys(("moe_shared_expert_intermediate_size", "hidden_size_per_layer_input", "router_hidden_size"), 16),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "n_ctx"), 64),
+    **dict.fromkeys(("model_max_length", "max_source_positions", "max_target_positions"), 64),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank", "qk_nope_head_dim", "v_head_dim"), 8),
+    **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), 4),
+    **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size", "mamba_dt_rank", "time_step_rank"), 4),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "linear_num_key_heads", "linear_num_value_heads"), 8),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 8),
+    **dict.fromkeys(("initializer_range", "init_std"), 0.3),  # large enough for logits that depend on what is read
+    **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_chunk_size", "attention_window_size"), 16),
+    **dict.fromkeys(("attn_layer_period", "full_attention_interval"), 2),
+    **dict.fromkeys(("_sliding_window_pattern", "sliding_window_pattern"), 2),
+    **dict.fromkeys(("use_mamba_kernels",), False),
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id"), 0),
+    "attn_layer_offset": 1,
+    "index_topk": 8,
+    "is_decoder": True,
+}
+# What an architecture needs besides, by its model type.
+BESIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "blt": {"encoder_hash_byte_group_vocab": 100},
+    "ctrl": {"dff": 48},
+    "dots1": {"first_k_dense_replace": 1},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 16},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "mimo_v2_flash": {"v_head_dim": 4},  # as it is known, keys are wider than values
+    "reformer": {"is_decoder": True},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+def small_configuration(model_type: str) -> PreTrainedConfig:
+    """A configuration of four layers, 32 hidden numbers and 64 tokens. Raises what its class raises."""
+    return _small(CONFIG_MAPPING[model_type])
+
+
+def _small(cls: Any) -> PreTrainedConfig:
+    default = cls().to_dict()
+    chosen = {name: value for name, value in SIZES.items() if default.get(name) is not None}
+    if "qk_rope_head_dim" in chosen:
+        chosen.pop("head_dim", None)  # it is derived, and each head has a key of its own
+        chosen["num_key_value_heads"] = SIZES["num_attention_heads"]
+    for name, part in cls.sub_configs.items():
+        if hasattr(part, "model_type") and part.model_type in CONFIG_MAPPING:
+            chosen[name] = _small(part).to_dict()
+    return cls(**chosen | BESIDES.get(cls.model_type, {}))
