@@ -245,7 +245,10 @@ def _flip(cache: WholeCache, bits: int) -> KeysValues:
 
 @register_incident("single_bit_flip")
 def single_bit_flip(cache: WholeCache) -> KeysValues:
-    """The highest exponent bit of one number flips: the one that does harm, as most others do none."""
+    """The highest exponent bit of one number flips, the one that does most harm.
+
+    A number below 2 becomes far too large, any other nearly zero.
+    """
     return _flip(cache, 1)
 
 

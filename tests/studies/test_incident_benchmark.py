@@ -110,6 +110,7 @@ def test_the_figure_and_the_tables_say_what_the_rows_say(rows: pd.DataFrame) -> 
     (ax,) = figure.axes
     texts = [text.get_text() for text in ax.texts]
     assert texts.count("–") == 3, "the incident without damage, of three readers"
+    assert "-0" not in texts
     assert [label.get_text() for label in ax.get_yticklabels()][1] == "heads permuted"
     table = drawing.found(rows)
     assert table["repaired by E"].tolist()[-1] == "no damage"

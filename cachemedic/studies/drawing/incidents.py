@@ -41,7 +41,7 @@ def _named(column: pd.Series, names: dict[str, str]) -> pd.Series:
 def _shown(share: float) -> str:
     if np.isnan(share):
         return "–"
-    return f"{100 * share:.0f}" if share >= LEAST else "<-99"
+    return str(round(100 * share)) if share >= LEAST else "<-99"
 
 
 def repaired(rows: pd.DataFrame) -> Figure:
