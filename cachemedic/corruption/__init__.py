@@ -8,4 +8,5 @@ storage_faults  flipped bits, pages of another request, lossy quantisation
 severity        looks up the parameter of a severity in the calibrated map
 spec            the specification, and the event drawn from it
 apply           corrupts tensors and caches; the mixture that operators train on
+incidents       what users report, as damage to whole caches
 """

@@ -25,6 +25,7 @@ LOWEST, LIKELY, EXPLAINED = range(3)
 STATISTICS = ("lowest layer", "given the ids", "worst layer")
 RATES = (0.001, 0.01, 0.05)  # of false alarms that thresholds are measured for
 LEAST = 1e-4  # of the lowest layer: what rounding may do
+LARGEST = 1e4  # numbers beyond it count as it: one flipped bit makes some whose squares are not finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +86,9 @@ def statistics(
     layers = list(operator.layers)
     positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
     x = TokenVectors(model, operator.layers).of(keys[:, layers], values[:, layers], positions)
+    x = x.nan_to_num(nan=LARGEST).clamp(-LARGEST, LARGEST)
     prior = joint.prior(model, ids, positions)
-    z = joint.standardise(torch.nan_to_num(x, nan=1e4, posinf=1e4, neginf=-1e4))
+    z = joint.standardise(x)
     c = z @ known.axes.to(z.dtype).T
     rest = (z - c @ known.axes.to(z.dtype)).float()
     by_layer = rest.square().unflatten(-1, (len(layers), -1)).mean(-1)
@@ -97,7 +99,7 @@ def statistics(
     lowest = torch.zeros_like(by_layer[..., 0])
     if joint.lowest_is_exact:
         exact = prior.lowest.float()
-        lowest = (x[..., :width].float().nan_to_num(1e4) - exact).square().sum(-1) / exact.square().sum(-1)
+        lowest = (x[..., :width].float() - exact).square().sum(-1) / exact.square().sum(-1)
     inner = (positions >= SINKS).float()  # the first tokens are of another kind
     return torch.stack([lowest, off.mean(-1) * inner, by_layer.amax(-1) * inner], -1), by_layer
 

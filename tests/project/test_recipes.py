@@ -8,6 +8,7 @@ import pytest
 from tiny import DOCUMENTS
 from tiny_training import tiny_base
 
+from cachemedic.corruption.incidents import INCIDENTS
 from cachemedic.corruption.types import CORRUPTIONS
 from cachemedic.data.tasks import perplexity_task
 from cachemedic.defenses.registry import DEFENSES
@@ -35,7 +36,8 @@ def names():
     task = replace(task, target_ids=clean_pass(base.model, task).logits.argmax(-1))
     clean = clean_pass(base.model, task)
     yield {"__name__": "notebook", "base": base, "task": task, "cache": unstack_cache(clean.k, clean.v)}
-    for registry, name in ((CORRUPTIONS, "constant_offset"), (DEFENSES, "mean_value")):
+    added = ((CORRUPTIONS, "constant_offset"), (INCIDENTS, "newest_token_lost"), (DEFENSES, "mean_value"))
+    for registry, name in added:
         if name in registry:
             registry.remove(name)
 
@@ -54,6 +56,14 @@ def test_a_corruption_of_ones_own_is_used_and_calibrated(names):
     assert names["damaged"].layers[0].keys.ne(names["cache"].layers[0].keys).all()
     assert set(names["rows"]["type"]) == {"constant_offset"}
     assert names["severity"] > 0
+
+
+def test_an_incident_of_ones_own_strikes_by_its_name(names):
+    for block in 2 * blocks("Add an incident"):
+        exec(block, names)
+    differs = (names["k"] != names["clean"].k).transpose(1, 3).flatten(2).any(2)
+    assert differs.sum(1).tolist() == [1] * 4
+    assert differs[:, -1].all()
 
 
 def test_a_defense_of_ones_own_is_compared_by_name(names):

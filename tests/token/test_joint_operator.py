@@ -152,6 +152,12 @@ def test_tokens_that_do_not_follow_from_their_ids(clean):
     found = check_cache(model, op, unstack_cache(*exchanged), ids)
     assert found.suspicious[0, 8:20].float().mean() > 0.9
     assert (0, 10) in found.tokens
+    for huge in (3e38, torch.inf, torch.nan):
+        flipped = keys.clone()
+        flipped[0, 1, 0, 10] = huge
+        found = check_cache(model, op, unstack_cache(flipped, values), ids)
+        assert found.suspicious[0, 10]
+        assert not found.score.isnan().any()
     with pytest.raises(ValueError, match="rate"):
         check_cache(model, op, unstack_cache(keys, values), ids, rate=0.2)
     with pytest.raises(ValueError, match="ids"):
