@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+CAUSAL_ANYWAY = ("gpt_neox", "gpt_neox_japanese")  # their configurations have an `is_decoder` that they do not read
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -33,7 +35,7 @@ class ModelShape:
                 f"{config.model_type} has an encoder, whose attention and the attention to it would be repaired too: "
                 "choose a model that is a decoder only"
             )
-        if getattr(config, "is_decoder", True) is False:
+        if getattr(config, "is_decoder", True) is False and config.model_type not in CAUSAL_ANYWAY:
             raise ValueError(f"{config.model_type} reads what comes after a token, too: set is_decoder=True")
         config = config.get_text_config(decoder=True)
         if getattr(config, "num_attention_heads", None) is None:
