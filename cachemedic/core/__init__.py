@@ -7,6 +7,7 @@ files       files that are written whole or not at all, carry their hash and are
 tensors     tensors in such a file
 errors      errors for names that do not exist
 integers    whole numbers of any kind, as plain ones
+quantise    uniform quantisation: numbers as they are read back from few bits
 registry    things by name, to which any module can add its own
 seeds       random generators that are seeded by a name
 severity_map  a table from severities to the parameters of corruption types

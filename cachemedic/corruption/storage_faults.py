@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cachemedic.core.quantise import UniformLevels, quantise_in_groups
 from cachemedic.corruption.types import Stored, contiguous_overwrite, register_corruption
 
 PAGE = 16  # positions; the block size of vLLM (Kwon et al. 2023, arXiv 2309.06180)
@@ -68,12 +69,11 @@ def flip_bits(x: torch.Tensor, storage: str, field: str, flips: torch.Tensor) ->
     """
     form = FORMATS[storage]
     low, width = form.fields[field]
-    scale, finite = torch.ones_like(x[..., :1]), x.isfinite()
+    sound = x.masked_fill(~x.isfinite(), 0)
+    # a scale of few bits makes every stored value exact: what was stored once is stored alike again
+    levels = UniformLevels.symmetric(sound.abs().amax(-1, keepdim=True), 127, torch.bfloat16)
     if storage == "int8":
-        # a scale of few bits makes every stored value exact: what was stored once is stored alike again
-        sound = x.masked_fill(~finite, 0)
-        scale = (sound.abs().amax(-1, keepdim=True) / 127).bfloat16().to(x).clamp_(min=torch.finfo(x.dtype).tiny)
-        words = (sound / scale).round_().clamp_(-127, 127).to(form.dtype)
+        words = levels.codes(sound, -127, 127).to(form.dtype)
     else:
         words = x.to(form.dtype).contiguous().view(form.integer)
     flips = flips.to(x.device)
@@ -81,7 +81,7 @@ def flip_bits(x: torch.Tensor, storage: str, field: str, flips: torch.Tensor) ->
     # the bits that one word loses are different ones: their sum is their XOR
     mask.index_add_(0, flips // width, (1 << (low + flips % width)).to(form.integer))
     words = words ^ mask.view(words.shape)
-    return torch.where(finite, words.to(x) * scale, x) if storage == "int8" else words.view(form.dtype)
+    return torch.where(x.isfinite(), levels.read(words.to(x)), x) if storage == "int8" else words.view(form.dtype)
 
 
 def bit_flips(stored: Stored, storage: str, field: str) -> torch.Tensor:
@@ -133,18 +133,10 @@ def kivi_quant(stored: Stored, group: int) -> torch.Tensor:
     ranges are taken over what is hit, a group at the end may be short, and minimum and scale are kept unrounded.
     KIVI's full-precision window of recent tokens is the mask ("old_only", n). NaN and infinities stay.
     """
-    axis = 2 if stored.is_key else 3
-    parts = zip(stored.x.split(group, axis), stored.hit.expand_as(stored.x).split(group, axis), strict=True)
-    levels = 2 ** int(stored.parameter) - 1
-    return torch.cat([_asymmetric(x, hit, levels, axis) for x, hit in parts], axis)
-
-
-def _asymmetric(x: torch.Tensor, hit: torch.Tensor, levels: int, axis: int) -> torch.Tensor:
-    finite = x.isfinite()
-    low = torch.where(hit & finite, x, math.inf).amin(axis, keepdim=True)
-    high = torch.where(hit & finite, x, -math.inf).amax(axis, keepdim=True)
-    scale = ((high - low) / levels).clamp_(min=torch.finfo(x.dtype).tiny)  # a constant group stays as it is
-    return torch.where(finite, ((x - low) / scale).round_().mul_(scale).add_(low), x)
+    x, counted, bits = stored.x, stored.hit & stored.x.isfinite(), int(stored.parameter)
+    if stored.is_key:
+        return quantise_in_groups(x.mT, counted.mT, bits, group).mT
+    return quantise_in_groups(x, counted, bits, group)
 
 
 # --- the types --------------------------------------------------------------------------------------------------------

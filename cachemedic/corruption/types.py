@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from cachemedic.core.errors import nearest_valid
+from cachemedic.core.quantise import UniformLevels
 from cachemedic.core.registry import Registry
 
 BITFLIP_JUMP = 8.0  # a flipped exponent bit, roughly: the element moves by this many times its magnitude
@@ -170,15 +171,14 @@ def quant_noise(stored: Stored) -> torch.Tensor:
     NaN and infinities stay.
     """
     x, bits = stored.x, int(stored.parameter)
-    finite = x.isfinite()
-    counted = stored.hit & finite
+    counted = stored.hit & x.isfinite()
     magnitude = torch.where(counted, x.abs(), 0.0)
     if bits == 1:
         count = counted.sum((-2, -1), keepdim=True).clamp_(min=1)
-        return torch.where(finite, x.sign() * (magnitude.sum((-2, -1), keepdim=True) / count), x)
-    scale = magnitude.amax((-2, -1), keepdim=True) / (2 ** (bits - 1) - 1)
-    scale.clamp_(min=torch.finfo(x.dtype).tiny)  # a head of zeros stays zero
-    return torch.where(finite, (x / scale).round_().mul_(scale), x)
+        return torch.where(counted, x.sign() * (magnitude.sum((-2, -1), keepdim=True) / count), x)
+    largest = 2 ** (bits - 1) - 1
+    levels = UniformLevels.symmetric(magnitude.amax((-2, -1), keepdim=True), largest)
+    return torch.where(counted, levels.read(levels.codes(x, -largest, largest)), x)
 
 
 @register_corruption(

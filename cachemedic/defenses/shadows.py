@@ -9,8 +9,8 @@ from abc import abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
+from cachemedic.core.quantise import extremes, quantise_in_groups
 from cachemedic.defenses.clean_ranges import is_first, plausible
 from cachemedic.defenses.defense import WORD_BITS, CachedTokens, Defense, cache_bytes_per_token
 from cachemedic.defenses.ecc import CHECKSUM_BITS, token_checksums
@@ -87,24 +87,16 @@ def group_quantise(x: torch.Tensor, bits: int, present: torch.Tensor) -> torch.T
     The levels span a group from its least to its largest value; the two levels of 1 bit are the mean plus and minus the
     mean deviation. Entries that are not `present` (bool, broadcast to x) belong to no group and come back as they are.
     """
-    n = x.shape[-1]
-    pad = -n % GROUP
-    present = F.pad(present.expand(x.shape), (0, pad)).unflatten(-1, (-1, GROUP))
-    groups = F.pad(x.float(), (0, pad)).unflatten(-1, (-1, GROUP))
-    if bits == 1:
-        count = present.sum(-1, keepdim=True).clamp_min(1)
-        mean = (groups * present).sum(-1, keepdim=True) / count
-        deviation = ((groups - mean).abs() * present).sum(-1, keepdim=True) / count
-        low, high = mean - deviation, mean + deviation
-    else:
-        low = groups.masked_fill(~present, torch.inf).amin(-1, keepdim=True)
-        high = groups.masked_fill(~present, -torch.inf).amax(-1, keepdim=True)
-    levels = 2**bits - 1
-    zero = low.bfloat16().float()
-    scale = ((high - zero) / levels).bfloat16().float()
-    codes = ((groups - zero) / scale.clamp_min(torch.finfo(scale.dtype).tiny)).round_().clamp_(0, levels)
-    read = torch.where(present, codes * scale + zero, groups)
-    return read.flatten(-2)[..., :n].to(x.dtype)
+    span = _mean_deviation if bits == 1 else extremes
+    return quantise_in_groups(x.float(), present, bits, GROUP, span, torch.bfloat16).to(x.dtype)
+
+
+def _mean_deviation(groups: torch.Tensor, present: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean minus and plus the mean deviation of the present entries of groups [..., g]: [..., 1] each."""
+    count = present.sum(-1, keepdim=True).clamp_min(1)
+    mean = (groups * present).sum(-1, keepdim=True) / count
+    deviation = ((groups - mean).abs() * present).sum(-1, keepdim=True) / count
+    return mean - deviation, mean + deviation
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cachemedic.core.files import digest, read_sealed, replace_together, seal
+from cachemedic.core.quantise import UniformLevels
 
 WEIGHTS, CONFIG = "quantiser.safetensors", "quantiser.json"
 BITS = (4, 3, 2)
@@ -102,14 +103,12 @@ class KVQuantiser(nn.Module):
         log_key = _normalised(self.log_key, tokens, levels)[:, None, :, :, None]  # [R, 1, L, G, 1, d]
         step = self.key_step[:, :, None] * log_key.exp()
         middle = self.key_middle[:, :, None]
-        by_run = (keys - middle).repeat_interleave(each, 0)
-        quantised_keys = _snap(by_run / step, levels) * step + middle
+        quantised_keys = _snap(keys.repeat_interleave(each, 0), UniformLevels(step, middle), levels)
         groups = self.log_value.shape[-1]
         group = values.shape[-1] // groups
         grouped, centre, width = (x.repeat_interleave(each, 0) for x in _ranges(values, group, levels))
         log_value = _normalised(self.log_value, tokens * group, levels)[:, None, :, :, None, :, None]
-        width = width * log_value.exp()
-        quantised_values = _snap((grouped - centre) / width, levels) * width + centre
+        quantised_values = _snap(grouped, UniformLevels(width * log_value.exp(), centre), levels)
         return quantised_keys, quantised_values.flatten(-2)
 
     def bits_per_token(self) -> int:
@@ -151,11 +150,15 @@ class KVQuantiser(nn.Module):
         return KVQuantiser(QuantiserConfig(**record), tensors, parameters)
 
 
-def _snap(x: Tensor, levels: int) -> Tensor:
-    """The nearest of `levels` points one apart, symmetric about zero; the gradient passes within their span only."""
-    inside = x.clamp(-levels / 2, levels / 2)
-    nearest = ((x - 0.5).round() + 0.5).clamp(-(levels - 1) / 2, (levels - 1) / 2)
-    return inside + (nearest - inside).detach()
+def _snap(x: Tensor, uniform: UniformLevels, levels: int) -> Tensor:
+    """x as it is read from the nearest of an even number of `levels` about the zero, at half a step and so on.
+
+    The gradient passes within their span only.
+    """
+    place = uniform.place(x)
+    inside = place.clamp(-levels / 2, levels / 2)
+    nearest = ((place - 0.5).round() + 0.5).clamp(-(levels - 1) / 2, (levels - 1) / 2)
+    return uniform.read(inside + (nearest - inside).detach())
 
 
 def _ranges(values: Tensor, group: int, levels: int) -> tuple[Tensor, Tensor, Tensor]:
