@@ -185,7 +185,7 @@ def _bank(folder: Path) -> FileKind:
         bank = open_bank(base, BankConfig(samples=2, prefix=8, seed=seed, source=_FewSentences()), place.parent)
         return _known((bank.keys, bank.values, bank.logits, bank.hidden, bank.ids))
 
-    places = []
+    places: list[Path] = []
     for seed in (0, 1):
         read(folder / "new", seed)
         (made,) = set(folder.glob("*/complete.json")) - set(places)

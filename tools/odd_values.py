@@ -84,7 +84,8 @@ def calls(folder: Path) -> dict[str, Call]:
 
     def repair(**arguments: Any) -> None:
         cache = sketch()
-        cache.layers[0].keys[0, :, 3] = 7
+        layers: list[Any] = cache.layers
+        layers[0].keys[0, :, 3] = 7
         cache.repair(**arguments)
 
     sketch().save(folder)

@@ -81,7 +81,7 @@ class RepairOperator(nn.Module, Defense, ABC):
         for name in options:
             if name not in cls.default_options:
                 raise nearest_valid(f"option of operator family {family}", name, cls.default_options)
-        if isinstance(seed, Iterable) and getattr(seed, "ndim", 1):  # one number of NumPy or torch is no list
+        if isinstance(seed, Iterable) and getattr(seed, "ndim", None) != 0:  # one number of NumPy or torch is no list
             seeds = list(whole_numbers("seed", seed))
         else:
             seeds = [whole_number("seed", seed) + run for run in range(whole_number("runs", runs))]
