@@ -36,12 +36,6 @@ def gallery() -> Iterator[str]:
         yield f"Notebook: [{name}](notebooks/{name}.ipynb). Data: {data}."
         for figure in made.get("figures", ()):
             yield from ("", f"`make figures/{figure}.pdf`", "", f"![{figure}](figures/{figure}.png)")
-    of_notebooks = {figure for made in graph.values() for figure in made.get("figures", ())}
-    others = sorted({path.stem for path in (ROOT / "figures").glob("*.png")} - of_notebooks)
-    if others:
-        yield from ("", "## Text from outside", "", "`cachemedic/studies/real_text.py` says how these are made.")
-    for figure in others:
-        yield from ("", f"![{figure}](figures/{figure}.png)")
 
 
 def main() -> None:

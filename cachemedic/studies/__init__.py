@@ -19,7 +19,7 @@ fault_grid     every defense at every parameter of every fault
 quantised_evaluation  language modelling on a cache of few bits
 second_model   the main result on any base and any text
 pretrained     the operators, texts and conditions of the studies of a pretrained model
-real_text      the results of notebook 13 on outside text
+real_text      how well a base reads text from outside
 valence_report what the valence experiments report
 computing/     the studies: what each notebook computes
 drawing/       figures and tables, from data frames alone
