@@ -1,7 +1,7 @@
 """What the notebook `playground` shows: how a model goes on from a clean, a damaged and a repaired cache.
 
-    play = Playground(load_base("embedded-gpt2"), text, question, other)
-    play.result(Settings("gaussian", severity=0.4, method="estimate"))  # a page of HTML in a notebook
+play = Playground(load_base("embedded-gpt2"), text, question, other)
+play.result(Settings("gaussian", severity=0.4, method="estimate"))  # a page of HTML in a notebook
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from cachemedic import load_base
 from cachemedic.data.text import needle_fact, needle_question
 from cachemedic.studies.playground import METHODS, Continuation, Playground, Settings, coloured, damage_types
 
-TEXT = f"Merge two tables by the values of a column.{needle_fact('falcon', 'copper lantern')}\n\nThe rest is <left> out."
+TEXT = f"Merge two tables by a column.{needle_fact('falcon', 'copper lantern')}\n\nThe rest is <left> out."
 
 
 @pytest.fixture(scope="module")
