@@ -29,6 +29,7 @@ compare        results of now beside those of the last commit
 verify_sample  what a sample of committed rows is
 verify_samples, verify_sweep_samples  the samples
 verify         checks committed results
+playground     what the notebook of that name shows
 ship_operators makes the operators that come with the package
 paper_numbers  the numbers of the paper
 """

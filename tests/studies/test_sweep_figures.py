@@ -71,7 +71,7 @@ def test_stability_figures_hold_curves_and_maps():
     axes = sweep_figures.amplification_maps(maps).axes
     doublings = axes[3].images[0].get_array()
     assert doublings[1, 2] == pytest.approx(np.log2(1.2 / 0.6))  # head 1 of layer 2
-    assert axes[3].get_title() == "over none"
+    assert axes[3].get_title() == "over no defence"
 
 
 def test_overhead_figures_name_every_reader():
@@ -79,10 +79,13 @@ def test_overhead_figures_name_every_reader():
     rows["kind"] = np.where(rows.reader == "masking", "defence", "operator")
     rows = with_bounds(rows.assign(ratio=rows.ratio + 1, peak_mebibytes=2.0, clean_regression=0.5), "ratio")
     figure = sweep_figures.overhead(rows)
-    assert [part.legends[0].get_texts()[0].get_text() for part in figure.subfigs] == ["masking", "operator A"]
+    assert [part.legends[0].get_texts()[0].get_text() for part in figure.subfigs] == [
+        "masking",
+        "A, linear",
+    ]
     longest = with_bounds(rows[rows.positions == 64], "clean_regression")
     longest["recovery"] = np.where(longest.reader == "masking", np.nan, 0.9)
     figure = sweep_figures.pareto(with_bounds(longest, "recovery"), 64)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["operator A"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["masking", "A, linear"]
     assert [text.get_text() for text in figure.axes[0].texts] == ["masking"]
     assert not figure.axes[1].texts, "a reader whose recovery was not measured has no dot"

@@ -1,4 +1,4 @@
 """Figures and tables, from the CSVs alone: nothing here computes, so that to edit it makes no result stale.
 
-From the bottom up: style, tables, then figures and tables by subject.
+From the bottom up: style, readers, tables, then figures and tables by subject.
 """

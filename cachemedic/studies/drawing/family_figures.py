@@ -8,19 +8,20 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cachemedic.studies.drawing.style import COLOURS, MARKERS, TEXT_WIDTH, errors, line_styles
+from cachemedic.studies.drawing.readers import reader_styles
+from cachemedic.studies.drawing.style import COLOURS, MARKERS, TEXT_WIDTH, errors
 
 
 def recovery_by_type(rows: pd.DataFrame, readers: Sequence[str], types: Sequence[str]) -> Figure:
     """Recovery of the lost NLL, a panel per base, a row per type: rows of `summaries.recovery_by_type` with `base`."""
-    styles, bases = line_styles(readers), list(rows["base"].unique())
+    styles, bases = reader_styles(readers), list(rows["base"].unique())
     figure, axes = plt.subplots(1, len(bases), figsize=(TEXT_WIDTH, 3.9), sharey=True, sharex=True, squeeze=False)
     for ax, base in zip(axes[0], bases, strict=True):
         for i, reader in enumerate(readers):
             own = rows[(rows["base"] == base) & (rows["reader"] == reader)].set_index("type").reindex(types)
             places = [y + 0.7 * (i / max(len(readers) - 1, 1) - 0.5) for y in range(len(types))]
             style = styles[reader] | {"linestyle": "none"}
-            ax.errorbar(own["recovery"], places, xerr=errors(own, "recovery"), label=reader.replace("_", " "), **style)
+            ax.errorbar(own["recovery"], places, xerr=errors(own, "recovery"), **style)
         ax.set_xlim(-0.5, 1.1)
         ax.axvline(0, color="0.6", linewidth=0.8, zorder=0)
         ax.axvline(1, color="0.6", linewidth=0.8, zorder=0)
@@ -34,32 +35,32 @@ def recovery_by_type(rows: pd.DataFrame, readers: Sequence[str], types: Sequence
     return figure
 
 
-def pareto(rows: pd.DataFrame, lines: Mapping[str, Sequence[str]], axis: str, label: str, score: str) -> Figure:
+def pareto(
+    rows: pd.DataFrame, lines: Mapping[str, tuple[str, Sequence[str]]], axis: str, label: str, score: str
+) -> Figure:
     """A mean `score` of readers against what they cost (column `axis`, drawn on a scale that has a zero).
 
-    A panel per base; the readers of each of `lines` are joined, all others are points with their names.
+    A panel per base; lines: by the reader whose colour and marker it has, the name of a line and the readers that it
+    joins. All others are points. Recoveries below -0.5 are not shown.
     """
     bases = list(rows["base"].unique())
     figure, axes = plt.subplots(1, len(bases), figsize=(TEXT_WIDTH, 3.6), sharey=True, sharex=True, squeeze=False)
     for ax, base in zip(axes[0], bases, strict=True):
         own = rows[rows["base"] == base].set_index("reader")
-        others = [name for name in own.index if not any(name in names for names in lines.values())]
-        for i, (line, names) in enumerate(lines.items()):
+        others = [name for name in own.index if not any(name in names for _, names in lines.values())]
+        for (line, names), style in zip(lines.values(), reader_styles(list(lines)).values(), strict=True):
             part = own.reindex(names).dropna(subset=[score]).sort_values(axis)
-            ax.errorbar(
-                part[axis], part[score], errors(part, score), color=COLOURS[i + 1], marker=MARKERS[i + 1], label=line
-            )
-        for name in others:
+            ax.errorbar(part[axis], part[score], errors(part, score), **style | {"label": line, "linestyle": "-"})
+        for name, style in reader_styles(others).items():
             x, y = own.loc[name, axis], own.loc[name, score]
             if y > -0.5:
-                ax.plot([x], [y], marker="x", color="0.35", linestyle="none")
-                ax.annotate(name.replace("_", " "), (x, y), xytext=(3, -8), textcoords="offset points", fontsize=6)
+                ax.plot([x], [y], **style | {"linestyle": "none"})
         ax.set_xscale("symlog", linthresh=0.002, linscale=0.4)
         ax.set(title=base.removeprefix("embedded-"), xlabel=label, ylim=(-0.55, 1.08), xlim=(-0.0004, 0.5))
         ax.axhline(1, color="0.6", linewidth=0.8, zorder=0)
         ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     axes[0, 0].set_ylabel("recovered share of the lost NLL")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure
 
 
@@ -85,7 +86,7 @@ def rate_distortion(rows: pd.DataFrame) -> Figure:
 
 def against_parameter(rows: pd.DataFrame, readers: Sequence[str], faults: Mapping[str, str], score: str) -> Figure:
     """A `score` of readers against the parameter of each fault: a row of panels per base; `faults`: axis labels."""
-    styles, bases = line_styles(readers), list(rows["base"].unique())
+    styles, bases = reader_styles(readers), list(rows["base"].unique())
     size = (1.3 * TEXT_WIDTH, 2.4 * len(bases) + 0.5)
     figure, axes = plt.subplots(len(bases), len(faults), figsize=size, sharey=True, squeeze=False)
     for line, base in zip(axes, bases, strict=True):
@@ -93,8 +94,7 @@ def against_parameter(rows: pd.DataFrame, readers: Sequence[str], faults: Mappin
             for reader in readers:
                 own = rows[(rows["base"] == base) & (rows["type"] == fault) & (rows["reader"] == reader)]
                 own = own.sort_values("parameter")
-                label = reader.replace("_", " ")
-                ax.errorbar(own["parameter"], own[score], errors(own, score), label=label, **styles[reader])
+                ax.errorbar(own["parameter"], own[score], errors(own, score), **styles[reader])
             if "probability" in axis:
                 ax.set_xscale("log")
             ax.set(title=fault.replace("_", " "), xlabel=axis)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from cachemedic.studies.drawing.readers import reader_label
 from cachemedic.studies.drawing.tables import brackets
 
 
@@ -16,7 +17,7 @@ def results(rows: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame(
         {
             "base": _names(rows["base"]),
-            "reader": _names(rows["reader"]),
+            "reader": rows["reader"].map(reader_label),
             "bytes, %": 100 * rows["share"],
             "NLL recovered": brackets(rows, "recovery"),
             "KL recovered": brackets(rows, "kl_recovery"),
@@ -32,8 +33,8 @@ def paired(rows: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame(
         {
             "base": _names(rows["base"]),
-            "reader": _names(rows["reader"]),
-            "against": rows["reference"],
+            "reader": rows["reader"].map(reader_label),
+            "against": rows["reference"].map(reader_label),
             "NLL": brackets(rows, "nll_advantage"),
             "KL": brackets(rows, "kl_advantage"),
         }
@@ -46,14 +47,14 @@ def held_out(rows: pd.DataFrame) -> pd.DataFrame:
     table = rows[rows["reader"] != "none"].groupby(["base", "reader", "type"])["recovery"].mean().unstack("type")
     table.insert(0, "mean", table.mean(axis=1))
     table = table.rename(columns=lambda name: name.replace("_", " ")).reset_index()
-    return table.assign(base=_names(table["base"]))
+    return table.assign(base=_names(table["base"]), reader=table["reader"].map(reader_label))
 
 
 def ablations(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of `summaries.summary` with share."""
     table = pd.DataFrame(
         {
-            "condition": rows["reader"],
+            "condition": rows["reader"].map(reader_label),
             "bytes, %": 100 * rows["share"],
             "NLL recovered": brackets(rows, "recovery"),
             "KL recovered": brackets(rows, "kl_recovery"),
@@ -67,7 +68,7 @@ def quality(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "base": _names(rows["base"]),
-            "reader": rows["reader"],
+            "reader": rows["reader"].map(reader_label),
             "type": _names(rows["type"]),
             "rho": brackets(rows, "rho", 2),
             "score error": brackets(rows, "score_error", 2),
@@ -79,6 +80,6 @@ def faults(rows: pd.DataFrame, fault: str) -> pd.DataFrame:
     """KL to the clean model of every reader (rows) at every parameter (columns) of one fault, without intervals."""
     own = rows[rows["type"] == fault]
     cells = [f"{kl:.4f}" if failed == 0 else "fails" for kl, failed in zip(own["kl"], own["failed"], strict=True)]
-    own = own.assign(cell=cells, base=_names(own["base"]), reader=_names(own["reader"]))
+    own = own.assign(cell=cells, base=_names(own["base"]), reader=own["reader"].map(reader_label))
     table = own.pivot_table(index=["base", "reader"], columns="parameter", values="cell", aggfunc="first", sort=False)
     return table.rename(columns=lambda parameter: f"{parameter:g}").reset_index()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from cachemedic.studies.drawing.readers import reader_styles
 from cachemedic.studies.drawing.style import TEXT_WIDTH, errors, line_styles
 from cachemedic.studies.summaries import types_of
 
@@ -60,23 +61,23 @@ def damage(rows: pd.DataFrame) -> Figure:
 
 
 def score_against_severity(
-    curves: pd.DataFrame, readers: Mapping[str, str], scores: Mapping[str, str], title: str
+    curves: pd.DataFrame, readers: Sequence[str], scores: Mapping[str, str], title: str
 ) -> Figure:
     """The score of each reader against severity: a row of panels per task, a column per type; grey: the clean score.
 
-    curves: `summaries.intervals` of one base and setting; readers: labels by name; scores: axis labels by task.
+    curves: `summaries.intervals` of one base and setting; scores: axis labels by task.
     """
-    styles, types = line_styles(list(readers)), types_of(curves)
+    styles, types = reader_styles(readers), types_of(curves)
     figure, axes = plt.subplots(len(scores), len(types), figsize=(1.35 * TEXT_WIDTH, 5.4), sharex=True, sharey="row")
     for row, (task, label) in zip(axes, scores.items(), strict=True):
         of_task = curves[curves["task"] == task]
         at_rest = of_task[(of_task["type"] == "none") & (of_task["reader"] == "none")]["score"].item()
         for ax, kind in zip(row, types, strict=True):
-            for reader, name in readers.items():
+            for reader in readers:
                 part = of_task[(of_task["reader"] == reader) & of_task["type"].isin([kind, "none"])]
                 part = part.sort_values("severity")
                 bars = errors(part, "score")
-                ax.errorbar(part["severity"], part["score"], bars, label=name, **styles[reader])
+                ax.errorbar(part["severity"], part["score"], bars, **styles[reader])
             ax.axhline(at_rest, color="0.7", linewidth=0.8, zorder=0)
         row[0].set_ylabel(f"{task}\n{label}")
     for ax, kind in zip(axes[0], types, strict=True):

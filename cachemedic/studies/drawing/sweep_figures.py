@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
+from cachemedic.studies.drawing.readers import reader_label, reader_styles
 from cachemedic.studies.drawing.style import TEXT_WIDTH, errors, line_styles
 
 REFERENCES = {
@@ -39,7 +40,7 @@ def forest(rows: pd.DataFrame, label: str, measures: Mapping[str, str], group: s
         ax.axvline(0, color="0.6", linewidth=0.8, zorder=0)
         ax.set_xlabel(axis)
         ax.grid(axis="y", visible=False)
-    axes[0, 0].set_yticks(range(len(labels)), [str(x).replace("_", " ") for x in labels])
+    axes[0, 0].set_yticks(range(len(labels)), [reader_label(str(x)) for x in labels])
     axes[0, 0].invert_yaxis()
     if group is not None:
         handles, names = axes[0, 0].get_legend_handles_labels()
@@ -109,7 +110,7 @@ def sensitivity(rows: pd.DataFrame) -> Figure:
     rows: means over seeds with columns reader, noise, sensitivity and distance, with their bounds.
     """
     readers = list(rows["reader"].unique())
-    styles = line_styles(readers)
+    styles = reader_styles(readers)
     titles = {
         "sensitivity": r"$\|z(S+\delta)-z(S)\|_2$, the reader's own $z$",
         "distance": r"$\|z(S+\delta)-z_0(S)\|_2$, from the clean model",
@@ -118,7 +119,7 @@ def sensitivity(rows: pd.DataFrame) -> Figure:
     for ax, (name, title) in zip(axes, titles.items(), strict=True):
         for reader in readers:
             own = rows[rows["reader"] == reader]
-            ax.errorbar(own["noise"], own[name], errors(own, name), **styles[reader], label=reader)
+            ax.errorbar(own["noise"], own[name], errors(own, name), **styles[reader])
         ax.set_xscale("symlog", linthresh=0.01, linscale=0.5)
         levels = sorted(rows["noise"].unique())
         ax.set_xticks(levels, [f"{level:g}" for level in levels])
@@ -144,7 +145,7 @@ def amplification_maps(rows: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(len(readers), 2, figsize=size, sharex=True, sharey=True, squeeze=False)
     for (left, right), (name, table) in zip(axes, maps.items(), strict=True):
         image = left.imshow(table, cmap="viridis", vmin=0, vmax=highest, aspect="auto")
-        left.set_title(name)
+        left.set_title(reader_label(name))
         left.set_ylabel("head")
         figure.colorbar(image, ax=left, label=r"$\gamma$", pad=0.01)
         if table is first:
@@ -153,7 +154,7 @@ def amplification_maps(rows: pd.DataFrame) -> Figure:
         doublings = np.log2((table / first).clip(1 / 16, 16))
         span = max(0.02, float(doublings.abs().to_numpy().max()))
         image = right.imshow(doublings, cmap="PuOr_r", vmin=-span, vmax=span, aspect="auto")
-        right.set_title(f"over {readers[0]}")
+        right.set_title(f"over {reader_label(readers[0])}")
         figure.colorbar(image, ax=right, label=r"$\log_2$ ratio", pad=0.01)
     for ax in axes.flat:
         ax.grid(visible=False)
@@ -176,10 +177,10 @@ def overhead(rows: pd.DataFrame) -> Figure:
     for part, kind in zip(figure.subfigures(len(kinds), 1, squeeze=False)[:, 0], kinds, strict=True):
         left, right = part.subplots(1, 2)
         of_kind = rows[rows["kind"] == kind]
-        for i, (reader, style) in enumerate(line_styles(list(of_kind["reader"].unique())).items()):
+        for i, (reader, style) in enumerate(reader_styles(list(of_kind["reader"].unique())).items()):
             own = of_kind[of_kind["reader"] == reader]
             x = own["positions"] * 1.05 ** (i - 1)  # side by side
-            left.errorbar(x, own["ratio"], errors(own, "ratio"), **style, label=reader.replace("_", " "))
+            left.errorbar(x, own["ratio"], errors(own, "ratio"), **style)
             right.plot(x, own["peak_mebibytes"], **style)
         left.axhline(1, color="0.6", linewidth=0.8, zorder=0)
         left.set_ylabel(f"{kind}s\ntime over plain step")
@@ -203,10 +204,10 @@ def overhead(rows: pd.DataFrame) -> Figure:
 def pareto(rows: pd.DataFrame, positions: int) -> Figure:
     """Clean cost, and recovery, against decode overhead behind `positions` tokens: a dot with intervals per reader.
 
-    rows: columns reader, kind ("defence": named grey dots, "operator": named below), ratio, clean_regression and
-    recovery, with their bounds; readers without a recovery are left out on the right.
+    rows: columns reader, ratio, clean_regression and recovery, with their bounds; readers without a recovery are left
+    out on the right.
     """
-    styles = line_styles(list(rows.loc[rows["kind"] == "operator", "reader"]))
+    styles = reader_styles(list(rows["reader"]))
     figure, axes = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 4.0), sharex=True)
     measures = {
         "clean_regression": "clean cost, % perplexity\n(linear below 0.1, then log)",
@@ -215,12 +216,8 @@ def pareto(rows: pd.DataFrame, positions: int) -> Figure:
     for ax, (measure, label) in zip(axes, measures.items(), strict=True):
         for row in rows.dropna(subset=measure).itertuples():
             own = rows.loc[[row.Index]]
-            name = str(row.reader).replace("_", " ")
-            style = styles.get(str(row.reader), {"marker": "o", "color": "0.5"}) | {"linestyle": "none"}
-            ax.errorbar(own["ratio"], own[measure], errors(own, measure), errors(own, "ratio"), **style, label=name)
-            if row.kind == "defence":
-                place = row.ratio, getattr(row, measure)
-                ax.annotate(name, place, (4, 4), textcoords="offset points", fontsize=6)
+            style = styles[str(row.reader)] | {"linestyle": "none"}
+            ax.errorbar(own["ratio"], own[measure], errors(own, measure), errors(own, "ratio"), **style)
         ax.set_xscale("log")
         ax.set_xticks([1, 2, 5, 10], ["1", "2", "5", "10"])
         ax.xaxis.set_minor_formatter(NullFormatter())
@@ -230,6 +227,5 @@ def pareto(rows: pd.DataFrame, positions: int) -> Figure:
         ax.set_ylabel(label)
     axes[0].set_yscale("symlog", linthresh=0.1)
     axes[0].yaxis.set_major_formatter("{x:g}")
-    shown = {name: handle for handle, name in zip(*axes[0].get_legend_handles_labels(), strict=True) if name in styles}
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from cachemedic.evaluation import statistics as stats
+from cachemedic.studies.drawing.readers import reader_label
 
 
 def brackets(rows: pd.DataFrame, name: str, digits: int = 3) -> pd.Series:
@@ -26,7 +27,7 @@ def results_table(rows: pd.DataFrame) -> pd.DataFrame:
         "task": rows["task"],
         "base": rows["base"].str.removeprefix("embedded-"),
         "setting": rows["setting"],
-        "reader": rows["reader"].str.replace("_", " ") + np.where(rows["best_heuristic"], " *", ""),
+        "reader": rows["reader"].map(reader_label) + np.where(rows["best_heuristic"], " *", ""),
         "kept, bytes": (rows["bits_per_token"] / 8).round().astype(int),
     })  # fmt: skip
     return conditions.join(measures(rows))
