@@ -8,17 +8,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from cachemedic.studies.drawing.readers import reader_label
 from cachemedic.studies.drawing.style import TEXT_WIDTH
 from cachemedic.studies.drawing.tables import brackets
 
-READERS = {  # what people call them; any other reader keeps its name
-    "none": "no defence",
-    "range_restriction": "range limits",
-    "checksum_erase": "checksum, erase",
-    "secded_ecc_in_page": "SECDED in the page",
-    "shadow_2bit": "2-bit copy",
-    "recompute": "recompute",
-}
 INCIDENTS = {
     "overwritten_prefix": "overwritten shared prefix",
     "rejected_drafts": "rejected draft tokens",
@@ -34,8 +27,8 @@ DARK = 0.55  # shares from here on are written in white
 LEAST = -0.99  # lower shares are written as "<-99"
 
 
-def _named(column: pd.Series, names: dict[str, str]) -> pd.Series:
-    return column.replace(names).str.replace("_", " ")
+def _incidents(column: pd.Series) -> pd.Series:
+    return column.replace(INCIDENTS).str.replace("_", " ")
 
 
 def _shown(share: float) -> str:
@@ -58,10 +51,10 @@ def repaired(rows: pd.DataFrame) -> Figure:
         shares = own.pivot(index="incident", columns="reader", values="repaired").loc[incidents, readers]
         before = own.drop_duplicates("incident").set_index("incident").loc[incidents, "kl_before"]
         _panel(ax, before.to_numpy(), shares.to_numpy(float))
-        labels = ["no defence:\nKL, nats", *_named(pd.Series(readers), READERS)]
+        labels = ["no defence:\nKL, nats", *map(reader_label, readers)]
         ax.set_xticks(range(len(labels)), labels, rotation=90)
         ax.set_title(base.removeprefix("embedded-"))
-    axes[0, 0].set_yticks(range(len(incidents)), _named(pd.Series(incidents), INCIDENTS))
+    axes[0, 0].set_yticks(range(len(incidents)), _incidents(pd.Series(incidents)))
     return figure
 
 
@@ -84,7 +77,7 @@ def found(rows: pd.DataFrame) -> pd.DataFrame:
     own = rows[rows["reader"] == "E"].reset_index(drop=True)
     return pd.DataFrame({
         "base": own["base"].str.removeprefix("embedded-"),
-        "incident": _named(own["incident"], INCIDENTS),
+        "incident": _incidents(own["incident"]),
         "tokens, %": 100 * own["damaged"],
         "KL": own["kl_before"],
         "hashes: found, %": 100 * own["found"],
@@ -112,4 +105,4 @@ def costs(rows: pd.DataFrame) -> pd.DataFrame:
         "mean repaired": by_reader["repaired"].apply(lambda shares: shares.clip(-1).mean()),
         "least repaired": by_reader["repaired"].min(),
     }).reset_index()  # fmt: skip
-    return table.assign(base=table["base"].str.removeprefix("embedded-"), reader=_named(table["reader"], READERS))
+    return table.assign(base=table["base"].str.removeprefix("embedded-"), reader=table["reader"].map(reader_label))

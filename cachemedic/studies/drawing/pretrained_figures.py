@@ -6,19 +6,20 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cachemedic.studies.drawing.style import TEXT_WIDTH, errors, line_styles
+from cachemedic.studies.drawing.readers import reader_styles
+from cachemedic.studies.drawing.style import TEXT_WIDTH, errors
 
 
 def kinds(rows: pd.DataFrame) -> Figure:
     """KL of readers by kind of text: means over seeds of `pretrained_kinds`."""
     names, readers = list(rows["kind"].unique()), list(rows["reader"].unique())
-    styles = line_styles(readers)
+    styles = reader_styles(readers)
     figure, ax = plt.subplots(figsize=(TEXT_WIDTH, 2.8))
     for i, reader in enumerate(readers):
         own = rows[rows["reader"] == reader].set_index("kind").reindex(names)
         places = [y + 0.7 * (i / max(len(readers) - 1, 1) - 0.5) for y in range(len(names))]
         style = styles[reader] | {"linestyle": "none"}
-        ax.errorbar(own["kl"], places, xerr=errors(own, "kl"), label=reader.replace("_", " "), **style)
+        ax.errorbar(own["kl"], places, xerr=errors(own, "kl"), **style)
     for y in range(len(names) - 1):
         ax.axhline(y + 0.5, color="0.9", linewidth=0.6, zorder=0)
     ax.grid(axis="y", visible=False)
@@ -37,7 +38,7 @@ def frontier(rows: pd.DataFrame) -> Figure:
     """
     faults, shares = (list(rows[name].unique()) for name in ("fault", "damaged"))
     readers = [name for name in rows["reader"].unique() if name != "none"]
-    styles = line_styles(readers)
+    styles = reader_styles(readers)
     size = (TEXT_WIDTH, 2.3 * len(faults) + 0.6)
     figure, axes = plt.subplots(len(faults), len(shares), figsize=size, sharex=True, sharey="row", squeeze=False)
     for line, fault in zip(axes, faults, strict=True):
@@ -48,8 +49,7 @@ def frontier(rows: pd.DataFrame) -> Figure:
                 row = own.loc[[reader]]
                 area = 4 + 10 * float(row["share"].iloc[0]) ** 0.5
                 style = styles[reader] | {"linestyle": "none", "markersize": area}
-                label = reader.replace("_", " ")
-                ax.errorbar(row["time"], row["kl"], errors(row, "kl"), errors(row, "time"), label=label, **style)
+                ax.errorbar(row["time"], row["kl"], errors(row, "kl"), errors(row, "time"), **style)
             ax.set_xscale("symlog", linthresh=0.01, linscale=0.5)
             ax.set_yscale("symlog", linthresh=1e-4, linscale=0.5)
             ax.set(xlim=(-0.002, 3), ylim=(-2e-5, None))
