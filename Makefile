@@ -135,6 +135,10 @@ lab: $(READY)  ## JupyterLab with the notebooks open (CONTAINER=1: as root, reac
 torture: $(READY)  ## Damage every kind of file, give odd values to public functions (ROUNDS=3000: about 20 minutes)
 	@TQDM_DISABLE=1 $(RUN) tools/torture.py $(if $(value ROUNDS),$(call given,ROUNDS))
 
+.PHONY: site
+site: $(READY)  ## Gallery, executed notebooks, paper and API as HTML, into build/site
+	@$(RUN) tools/site.py
+
 .PHONY: bench
 bench: $(READY)  ## Benchmarks into results/bench_*.csv
 	$(RUN) -m cachemedic bench
