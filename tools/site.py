@@ -8,7 +8,6 @@ Notebooks are shown as they were last executed in the paper profile; one that wa
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import markdown2
 import nbconvert

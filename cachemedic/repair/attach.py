@@ -30,17 +30,6 @@ from cachemedic.repair.attention import Attention, AttentionRepair, Gates
 EAGER = "eager"
 
 
-@dataclass(eq=False)
-class Watch:
-    """Whether a protection still tells caches of the tokens that they get."""
-
-    active: bool = True
-
-
-# What is called before each forward pass under an operator of a class; it takes the operator and a `Watch` as well.
-FORWARD_HOOKS: dict[type, Callable[..., None]] = {}
-
-
 class IdleOperatorWarning(UserWarning):
     """An operator protects a model that would change nothing, because it was never trained or acts elsewhere."""
 
@@ -241,18 +230,9 @@ def protect(model: PreTrainedModel, operator: AttentionRepair, record_gates: boo
         for module in modules:
             _protections.setdefault(module, []).append(protection)
         _stand_before_all()
-    hooks, watch = [], Watch()
-    for cls, before in FORWARD_HOOKS.items():
-        if isinstance(operator, cls):
-            # A head calls the base model or, in OPT, a part of it; a caller may leave the head out.
-            for module in {model, model.base_model}:
-                hooks.append(module.register_forward_pre_hook(partial(before, operator, watch), with_kwargs=True))
     try:
         yield protection
     finally:
-        watch.active = False
-        for hook in hooks:
-            hook.remove()
         with _changing:
             for module in modules:
                 _protections[module].remove(protection)

@@ -17,7 +17,7 @@ from cachemedic.core.errors import check_given
 from cachemedic.models.usable import check_mode
 from cachemedic.token.cache_files import load_cache, save_cache
 from cachemedic.token.check import Report, check
-from cachemedic.token.forward_hook import Watch
+from cachemedic.token.forward_hook import ForwardHooks
 from cachemedic.token.hashes import HASH_BYTES, PART_BYTES
 from cachemedic.token.joint import SINKS
 from cachemedic.token.joint_operator import JointOperator
@@ -62,7 +62,7 @@ class SketchCache(RecordedCache):
         self.know(model, operator, seed)
         self._store_in(DynamicCache() if storage is None else _empty(storage))
         self.report: Report | None = None  # of the last check
-        self._watch = Watch.of(model)
+        self._hooks = ForwardHooks.of(model)
         self._new: tuple[Tensor, Tensor] | None = None  # ids and positions, during a forward pass
         self._written: tuple[list[Tensor], list[Tensor]] = [], []  # keys and values of its layers so far
 

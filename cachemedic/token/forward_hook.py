@@ -33,8 +33,8 @@ class ToldCache(Cache, ABC):
         """Cached tokens [B, T] that attention must not read although they are no padding; None if there are none."""
 
 
-class Watch:
-    """Keeps the hooks on a model for as long as a cache holds this object. One a model: `Watch.of`."""
+class ForwardHooks:
+    """Keeps the hooks on a model for as long as a cache holds this object. One a model: `ForwardHooks.of`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         modules = {model, model.base_model}  # a head calls the base model; a caller may leave the head out
@@ -43,17 +43,17 @@ class Watch:
         weakref.finalize(self, _remove, handles)
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Watch:
+    def of(cls, model: PreTrainedModel) -> ForwardHooks:
         """The one that the caches of a model share."""
-        known = _watches.get(model)
-        watch = None if known is None else known()
-        if watch is None:
-            watch = cls(model)
-            _watches[model] = weakref.ref(watch)
-        return watch
+        known = _hooks_of.get(model)
+        hooks = None if known is None else known()
+        if hooks is None:
+            hooks = cls(model)
+            _hooks_of[model] = weakref.ref(hooks)
+        return hooks
 
 
-_watches: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watch]] = weakref.WeakKeyDictionary()
+_hooks_of: weakref.WeakKeyDictionary[nn.Module, weakref.ref[ForwardHooks]] = weakref.WeakKeyDictionary()
 
 
 def _remove(handles: list[Any]) -> None:
