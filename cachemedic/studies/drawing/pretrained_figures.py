@@ -39,7 +39,7 @@ def frontier(rows: pd.DataFrame) -> Figure:
     faults, shares = (list(rows[name].unique()) for name in ("fault", "damaged"))
     readers = [name for name in rows["reader"].unique() if name != "none"]
     styles = reader_styles(readers)
-    size = (TEXT_WIDTH, 2.3 * len(faults) + 0.6)
+    size = (1.15 * TEXT_WIDTH, 2.3 * len(faults) + 0.6)
     figure, axes = plt.subplots(len(faults), len(shares), figsize=size, sharex=True, sharey="row", squeeze=False)
     for line, fault in zip(axes, faults, strict=True):
         for ax, share in zip(line, shares, strict=True):
@@ -52,8 +52,7 @@ def frontier(rows: pd.DataFrame) -> Figure:
                 ax.errorbar(row["time"], row["kl"], errors(row, "kl"), errors(row, "time"), **style)
             ax.set_xscale("symlog", linthresh=0.01, linscale=0.5)
             ax.set_yscale("symlog", linthresh=1e-4, linscale=0.5)
-            ax.set(xlim=(-0.002, 3), ylim=(-2e-5, None))
-            ax.set_title(f"{fault}, {share:.0%} of the tokens")
+            ax.set(xlim=(-0.002, 3), ylim=(-2e-5, 5), title=f"{fault}, {share:.0%} of tokens")
         line[0].set_ylabel("KL left, nats per token")
     for ax in axes[-1]:
         ax.set_xlabel("time, share of a prefill")
