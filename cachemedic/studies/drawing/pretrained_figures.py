@@ -24,7 +24,7 @@ def kinds(rows: pd.DataFrame) -> Figure:
         ax.axhline(y + 0.5, color="0.9", linewidth=0.6, zorder=0)
     ax.grid(axis="y", visible=False)
     ax.set_xscale("symlog", linthresh=0.01, linscale=0.3)
-    ax.set(xlabel="KL to the clean model, nats per token")
+    ax.set(xlabel="KL to the clean model, nats per token", xlim=(0, None))
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     figure.legend(loc="outside right center")
