@@ -70,7 +70,7 @@ $(NOTEBOOKS) $(APART): $(READY) | parameters
 		--goals $(foreach goal,$(MAKECMDGOALS),$(call quote,$(goal)))
 
 # Once, before the first notebook: a wrong value is told at once, not after an hour.
-VALUES := $(foreach name,BASE SEEDS DEVICE TEXT REVIEWS,$(if $(value $(name)),$(name)))
+VALUES := $(strip $(foreach name,BASE SEEDS DEVICE TEXT REVIEWS,$(if $(value $(name)),$(name))))
 .PHONY: parameters
 parameters: $(READY)
 	@$(if $(VALUES),$(RUN) tools/parameters.py $(foreach name,$(VALUES),$(name)=$(call given,$(name))))

@@ -58,6 +58,11 @@ def test_options_reach_the_program_as_they_are(project, given):
     assert set(checked) == {f"{name}={given}" for name in ("BASE", "SEEDS", "TEXT", "REVIEWS", "DEVICE")}
 
 
+def test_nothing_is_checked_where_nothing_is_given(project):
+    arguments_of(project, "13_second_model")
+    assert not (project / "checked.json").exists()
+
+
 def test_goals_are_words_to_the_shell(project):
     goal = "figures/x;touch y;.pdf"
     assert arguments_of(project, goal) == ["explain", goal]
