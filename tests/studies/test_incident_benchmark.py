@@ -18,6 +18,7 @@ from cachemedic.defenses.registry import DEFENSES, Calibration, register_defense
 from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.studies.computing.incidents import ALL, benchmark, incidents_of, readers_on, turn_of
 from cachemedic.studies.drawing import incidents as drawing
+from cachemedic.studies.drawing.readers import reader_label
 from cachemedic.studies.run import Run
 from cachemedic.token.lowest_layer import stored_in_lowest_layer
 from cachemedic.token.token_repair import TokenRepair
@@ -114,7 +115,7 @@ def test_the_figure_and_the_tables_say_what_the_rows_say(rows: pd.DataFrame) -> 
     assert [label.get_text() for label in ax.get_yticklabels()][1] == "heads permuted"
     table = drawing.found(rows)
     assert table["repaired by E"].tolist()[-1] == "no damage"
-    assert set(drawing.costs(rows)["reader"]) == {"no defence", "recompute", "whole copy", "E"}
+    assert set(drawing.costs(rows)["reader"]) == {"no defence", "recompute", "whole copy", reader_label("E")}
 
 
 def test_keys_turn_as_the_model_turns_them() -> None:

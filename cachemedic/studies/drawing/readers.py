@@ -40,7 +40,7 @@ LOOKS = {
     "checksum_recompute_2": Look("recompute two layers", GREY, "*", 4),
     "shadow_1bit": Look("1-bit copy", BLUE, "<", 5),
     "shadow_2bit": Look("2-bit copy", BLUE, ">", 5),
-    "shadow_4bit": Look("4-bit copy", BLUE, "^", 5),
+    "shadow_4bit": Look("4-bit copy", BLUE, "8", 5),
     "low_rank_shadow": Look("low-rank shadow", PINK, "p", 2),
     "low_rank_shadow_3pct": Look("low-rank shadow, 3%", PINK, "D", 2),
     "low_rank_shadow_6pct": Look("low-rank shadow, 6%", PINK, "H", 2),
@@ -58,8 +58,6 @@ LOOKS = {
     "D, untrained": Look("D, calibrated only", GREEN, "d", 3),
     "E": Look("E, code and hashes", VERMILION, "o", 0),
     "E, code alone": Look("E, code alone", YELLOW, "X", 7),
-    "E, restore": Look("E, from its code", YELLOW, "X", 7),
-    "E, estimate": Look("E, estimate", VERMILION, "o", 0),
     "auto, 15% of a prefill": Look("E, within 15% of a prefill", PINK, "P", 2),
     "E, untrained": Look("E, calibrated only", VERMILION, "d", 3),
 }
@@ -70,6 +68,8 @@ SYNONYMS = {
     "A, no contraction term": "A, no contraction",
     "D, nothing stored": "D",
     "E, sketch": "E",
+    "E, restore": "E, code alone",
+    "E, estimate": "E",
 }  # of some studies
 
 
