@@ -70,6 +70,11 @@ def test_notebooks_that_make_results_take_the_common_parameters(path: Path) -> N
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_notebook_takes_a_base_and_a_device(path: Path) -> None:
+    assert set(parameter_names(Graph(), path.stem)) >= {"base", "device"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_are_committed_clean(path: Path) -> None:
     for cell in json.loads(path.read_text())["cells"]:
         assert not cell.get("outputs"), f"{path.name} has outputs; clear them before committing"
