@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cachemedic.core.errors import check_given, shown
+from cachemedic.core.errors import shown
 from cachemedic.core.severity_map import SeverityMap, Shape
 from cachemedic.corruption.severity import shipped_map
 from cachemedic.corruption.storage_faults import page_mask, page_offset
@@ -49,9 +49,9 @@ class CorruptionSpec:
     def __post_init__(self) -> None:
         check_type(self.type)
         for name in ("severity", "parameter", "share"):
-            if (number := getattr(self, name)) is not None and not isinstance(number, Real):
+            number = getattr(self, name)
+            if not isinstance(number, Real) and (number is not None or name == "share"):
                 raise TypeError(f"{name} must be a number, not {shown(number)}")
-        check_given("share", self.share, Real)
         given = [name for name in ("severity", "parameter") if getattr(self, name) is not None]
         if self.type == NONE:
             if given:

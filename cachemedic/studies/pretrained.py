@@ -21,7 +21,7 @@ from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.corruption.types import NONE
 from cachemedic.data.task_data import TaskData
 from cachemedic.data.tasks import perplexity_task
-from cachemedic.data.text import LABELS, documentation, sentiment_prompt, source_code
+from cachemedic.data.text import documentation, source_code
 from cachemedic.data.text_source import TextSource
 from cachemedic.defenses.defense import Defense
 from cachemedic.evaluation.decoding import CleanBank, clean_pass
@@ -30,22 +30,12 @@ from cachemedic.evaluation.experiments import SPLIT_OFFSET, TYPES, kept_frame, p
 from cachemedic.models.load import Base
 from cachemedic.models.shape import ModelShape
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.token.calibration_text import default_texts, dialogues
+from cachemedic.token.calibration_text import dialogues, source_texts
 from cachemedic.token.joint_calibrate import calibrate
 from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.token_repair import TokenRepair
 
 PREFIX, SCORED = 128, 16  # tokens
-
-
-def calibration_texts(base: Base, source: TextSource) -> dict[str, Sequence[str]]:
-    """The default texts of a base, by kind, and the source's documents and reviews of the calibration split."""
-    texts: dict[str, Sequence[str]] = dict(default_texts(base))
-    if source.documents:
-        texts["articles"] = source.documents_of("calibration")
-    if (reviews := source.reviews_of("calibration")) is not None:
-        texts["reviews"] = [f"{sentiment_prompt(text)} {LABELS[label]}" for text, label in reviews]
-    return texts
 
 
 def operators(base: Base, source: TextSource) -> dict[str, JointOperator]:
@@ -56,7 +46,7 @@ def operators(base: Base, source: TextSource) -> dict[str, JointOperator]:
     for family in ("D", "E"):
         if not (folder / family / "config.json").is_file():
             operator = RepairOperator.create(family, base.config, layers="all")
-            calibrate(operator, base, calibration_texts(base, source), joint).save_pretrained(folder / family)
+            calibrate(operator, base, source_texts(base, source), joint).save_pretrained(folder / family)
         operator = RepairOperator.from_pretrained(folder / family)
         assert isinstance(operator, JointOperator)
         found[family], joint = operator, operator.calibrated

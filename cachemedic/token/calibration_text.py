@@ -41,10 +41,10 @@ def dialogues(base: Base, prose: Sequence[str]) -> tuple[str, ...]:
 
 
 def source_texts(base: Base, source: TextSource) -> dict[str, Sequence[str]]:
-    """The default texts of a base, with documents and reviews from the source where it has some."""
+    """The default texts of a base; documents of the source are a kind more, its reviews replace the generated ones."""
     found: dict[str, Sequence[str]] = dict(default_texts(base))
     if source.documents:
-        found = {"prose": source.documents_of("calibration"), "reviews": found["reviews"]}
+        found["articles"] = source.documents_of("calibration")
     if (reviews := source.reviews_of("calibration")) is not None:
         found["reviews"] = [f"{sentiment_prompt(text)} {LABELS[label]}" for text, label in reviews]
     return found

@@ -95,11 +95,11 @@ def test_a_bank_holds_windows_of_the_text(source, tmp_path, split):
 
 def test_calibration_reads_documents_and_prompted_reviews(source):
     texts = source_texts(tiny_base(), source)
-    assert list(texts) == ["prose", "reviews"]
-    assert texts["prose"] == tuple(f"train: {document}" for document in DOCUMENTS)
+    assert list(texts) == ["prose", "code", "reviews", "articles"]
+    assert texts["articles"] == tuple(f"train: {document}" for document in DOCUMENTS)
     assert texts["reviews"][0] == "Review: train the boats sink and wait\nSentiment: negative"
     reviews_alone = source_texts(tiny_base(), TextSource(reviews=source.reviews))
-    assert list(reviews_alone) == ["prose", "code", "reviews"], "what is not from outside is the embedded text"
+    assert list(reviews_alone) == ["prose", "code", "reviews"]
     assert reviews_alone["reviews"] == texts["reviews"]
 
 
