@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -63,6 +64,7 @@ def place_on_the_machine(root: Path, alone: bool) -> AbstractContextManager[None
 def execute(variant: Variant, name: str, parameters: dict[str, Any], threads: int, retrain: bool) -> None:
     """Runs all cells in a fresh kernel; the outputs end up in `variant.work(name)`."""
     import papermill  # slow, and not needed to find that nothing is to be done
+    from traitlets.config import Config
 
     root, work = variant.graph.root, variant.work(name)
     shutil.rmtree(work, ignore_errors=True)
@@ -91,12 +93,16 @@ def execute(variant: Variant, name: str, parameters: dict[str, Any], threads: in
     }
     copy = root / "build" / "notebooks" / variant.label / f"{name}.ipynb"
     copy.parent.mkdir(parents=True, exist_ok=True)
+    sockets = tempfile.TemporaryDirectory(prefix="cachemedic-")  # two kernels that start at once may draw one port
+    transport = {"transport": "ipc", "ip": f"{sockets.name}/kernel"}
     try:
-        papermill.execute_notebook(
-            variant.graph.path(name), copy, parameters=parameters, kernel_name="python3", language="python", cwd=root,
-            log_output=True, progress_bar=False, start_timeout=300,
-            extra_arguments=["--log-level=CRITICAL"],  # of the kernel: what fails in a cell is told below
-        )  # fmt: skip
+        with sockets:
+            papermill.execute_notebook(
+                variant.graph.path(name), copy, parameters=parameters, kernel_name="python3", language="python",
+                cwd=root, log_output=True, progress_bar=False, start_timeout=300,
+                config=Config(KernelManager=transport),
+                extra_arguments=["--log-level=CRITICAL"],  # of the kernel: what fails in a cell is told below
+            )  # fmt: skip
     except papermill.PapermillExecutionError as error:
         # papermill adds cells: count in the notebook as it is
         sources = ["".join(cell["source"]) for cell in variant.graph.cells(name)]

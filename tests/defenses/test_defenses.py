@@ -23,7 +23,7 @@ from cachemedic.defenses.heuristics import (
     damaged_vectors,
     oracles,
 )
-from cachemedic.defenses.registry import Calibration, register_defense
+from cachemedic.defenses.registry import DEFENSES, Calibration, register_defense
 
 N, L, G, T, D = 5, 2, 3, 12, 4
 PADS = torch.tensor([0, 3, 0, 1, 0])
@@ -160,6 +160,16 @@ def test_references_read_the_clean_cache() -> None:
     assert torch.equal(erased.readable, ~HIT.any(2).any(1))
 
 
+@pytest.fixture
+def _own_defenses():
+    """The defenses of a test are gone after it."""
+    shipped = set(DEFENSES)
+    yield
+    for name in set(DEFENSES) - shipped:
+        DEFENSES.remove(name)
+
+
+@pytest.mark.usefixtures("_own_defenses")
 def test_a_defense_registers_by_name_from_any_module() -> None:
     @register_defense("zero values")
     class ZeroValues(Defense):

@@ -75,6 +75,13 @@ def test_what_make_made_is_compared_with_what_is_committed(made: Project) -> Non
     assert "compared" not in made.make("30_apart")
 
 
+def test_a_kernel_opens_no_port(fresh: Project) -> None:
+    code = "import json\nfrom ipykernel.connect import get_connection_info\nfrom cachemedic import write\n"
+    code += "assert json.loads(get_connection_info())['transport'] == 'ipc'\nwrite('results/map.csv')"
+    fresh.notebook("10_map", code)
+    assert fresh.ran("10_map") == {"10_map"}
+
+
 def test_touching_files_reruns_nothing(made: Project) -> None:
     for path in [*made.root.glob("notebooks/*"), *made.root.glob("cachemedic/*"), *made.root.glob("tools/*.py")]:
         path.touch()
