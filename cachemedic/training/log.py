@@ -62,13 +62,14 @@ def log_records(
             "events": of_run,
         })  # fmt: skip
         if verdict is not None:
-            records[-1]["gate"] = {
+            check: dict[str, Any] = {
                 **_projection((verdict.projected, verdict.baseline), run),
                 "blocked": bool(verdict.blocked[run]),
                 "message": verdict.message[run],
             }
             if verdict.other is not None:
-                records[-1]["gate"]["other"] = _projection(verdict.other, run)
+                check["other"] = _projection(verdict.other, run)
+            records[-1]["gate"] = check
     return records
 
 
