@@ -24,7 +24,6 @@ from cachemedic.training.valence.gate import MercyGate
 from cachemedic.training.valence.head import shipped_valence
 from cachemedic.training.valence.projection import project
 
-HORIZON = 30  # steps of a rollout behind a held-out prompt
 CURVES = ("loss_kd", "loss_id", "loss_contr", "rho_mean", "rho_p95")
 
 
@@ -33,8 +32,8 @@ def projected_ratio(
 ) -> pd.DataFrame:
     """Valence of sampled rollouts behind the damaged and repaired cache over that behind the clean one, by seed.
 
-    `prompts` texts of a documentation split and reviews for each seed, each with a fault and a rollout of `HORIZON`
-    tokens; operator: one run a seed, None to leave caches as they are. Columns seed, student, teacher, ratio.
+    `prompts` texts of a documentation split and reviews for each seed, each with a fault and a rollout; operator: one
+    run a seed, None to leave caches as they are. Columns seed, student, teacher, ratio.
     """
     seeds = config.seeds
     bank = open_bank(base, replace(config.bank, split=split + WITH_REVIEWS, samples=prompts * len(seeds)))
@@ -44,7 +43,7 @@ def projected_ratio(
         )
     students = Students(base, config, bank, operator, config.first_layer, valence=shipped_valence(base))
     with warnings.catch_warnings(action="ignore", category=IdleOperatorWarning):  # to leave caches as they are
-        student, teacher = project(students, MercyGate(probe=prompts, horizon=HORIZON, greedy=False))
+        student, teacher = project(students, MercyGate(probe=prompts, greedy=False))
     found = {"seed": seeds, "student": student.tolist(), "teacher": teacher.tolist()}
     return pd.DataFrame(found).assign(ratio=lambda x: x["student"] / x["teacher"])
 

@@ -18,7 +18,7 @@ from cachemedic.training.config import TrainConfig
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.valence.gate import LEAST_PROBE, MercyGate
 
-STEPS = 60
+STEPS = 40
 LEARNING_RATES = (0.1, 0.3, 1.0)
 THRESHOLD = MercyGate.threshold
 PROMPTS = 64  # a seed, held out
