@@ -19,7 +19,7 @@ from cachemedic.training.objective import RepairObjective
 from cachemedic.training.valence.gate import LEAST_PROBE, MercyGate
 
 STEPS = 40
-LEARNING_RATES = (0.1, 0.3, 1.0)
+LEARNING_RATES = (0.3, 1.0, 3.0)
 THRESHOLD = MercyGate.threshold
 PROMPTS = 64  # a seed, held out
 SEVERITIES = (0.5, 1.0)
@@ -61,10 +61,10 @@ def gated(run: Run, base: Base, rate: float) -> dict[str, TrainConfig]:
 
 
 def chosen(rates: pd.DataFrame) -> float:
-    """The least learning rate whose mean ratio on validation is below the threshold, else the one of the lowest."""
-    means = rates.groupby("learning_rate")["ratio"].mean()
-    low = means[means < THRESHOLD]
-    return float(low.index.min() if len(low) else means.idxmin())
+    """The least learning rate at which most runs end below the threshold on validation, else the one of most."""
+    below = (rates["ratio"] < THRESHOLD).groupby(rates["learning_rate"]).mean()
+    lost = below[below > 0.5]
+    return float(lost.index.min() if len(lost) else below.idxmax())
 
 
 def trained(run: Run, base: Base, conditions: Mapping[Any, TrainConfig]) -> dict[Any, RepairOperator]:

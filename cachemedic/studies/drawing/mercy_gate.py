@@ -63,13 +63,14 @@ def training_curves(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def rates_table(rows: pd.DataFrame) -> pd.DataFrame:
+def rates_table(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """The ratio on validation by learning rate of training without a gate."""
     groups = rows.groupby("learning_rate")
     return pd.DataFrame({
         "learning rate": [f"{rate:g}" for rate, _ in groups],
         "projected / teacher's": [str(stats.t_interval(part["ratio"])) for _, part in groups],
         "least of a seed": [part["ratio"].min() for _, part in groups],
+        f"below {threshold:g}": [f"{(part['ratio'] < threshold).sum()} of {len(part)}" for _, part in groups],
         "chosen": ["yes" if part["chosen"].all() else "" for _, part in groups],
     })  # fmt: skip
 
