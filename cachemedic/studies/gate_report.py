@@ -52,7 +52,8 @@ def checks_of(folders: Mapping[str, Path]) -> pd.DataFrame:
     """The checks of mercy gates beside trained operators, by a name for each folder.
 
     Columns gate, seed, step; rollout and proxy, what either projects over the teacher's valence (NaN where it was not
-    measured); blocked.
+    measured); blocked; kept, the ratio by the gate's own projection of the state that the run goes on from (NaN: that of
+    before training).
     """
     rows = []
     for name, folder in folders.items():
@@ -65,7 +66,10 @@ def checks_of(folders: Mapping[str, Path]) -> pd.DataFrame:
             by = ("proxy", "rollout") if name.endswith("proxy") else ("rollout", "proxy")
             measured = {projection: ratio.get(which) for projection, which in zip(by, ("own", "other"), strict=True)}
             rows.append({"gate": name, "seed": seed, "step": check["step"], **measured, "blocked": check["blocked"]})
-    return pd.DataFrame(rows)[["gate", "seed", "step", "rollout", "proxy", "blocked"]]
+    checks = pd.DataFrame(rows)
+    own = checks["proxy"].where(checks["gate"].str.endswith("proxy"), checks["rollout"])
+    kept = own.mask(checks["blocked"]).groupby([checks["gate"], checks["seed"]]).ffill()
+    return checks[["gate", "seed", "step", "rollout", "proxy", "blocked"]].assign(kept=kept)
 
 
 def agreement(checks: pd.DataFrame, threshold: float) -> pd.DataFrame:

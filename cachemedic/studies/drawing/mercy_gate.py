@@ -113,17 +113,23 @@ def found(
     for gate in agreement["gate"]:
         reader, ends = own.loc[gate], ratios.loc[ratios["reader"] == gate, "ratio"]
         ratio = str(stats.Interval(*(reader[f"ratio{limit}"] for limit in ("", "_low", "_high"))))
-        blocked = int(rows.loc[rows["gate"] == gate, "blocked"].sum())
+        of_gate = rows[rows["gate"] == gate]
         said.append(
             f"With {LABELS.get(gate, gate)} the valence on held-out prompts ends at "
             f"{ratio} of the teacher's, below {threshold:g} in {(ends < threshold).sum()} of {len(ends)} runs; "
-            f"{blocked} checks failed."
+            f"{of_gate['blocked'].sum()} of {len(of_gate)} checks failed, and after {(of_gate['kept'] < threshold).sum()} "
+            f"the state that was kept was below {threshold:g}. The recovered KL is {reader['kl_recovery']:.2f}."
         )
         if reader["difference_low"] > 0 or reader["difference_high"] < 0:
             more = "more" if reader["difference"] > 0 else "less"
             said.append(f"That is {more} than without a gate, by {abs(reader['difference']):.3f}.")
         elif reader["difference"] != 0:
             said.append("A difference to training without a gate is not shown.")
+    if (own.loc[list(agreement["gate"]), "kl_recovery_high"] < 0).all():
+        said.append(
+            "At this learning rate every operator does more damage than the faults, with a gate as without: valence is a "
+            "level, not a quality, and a state whose rollouts are as positive as the teacher's passes whatever it says."
+        )
     total = agreement.sum(numeric_only=True)
     said.append(
         f"Of {total['by_rollouts']:.0f} updates that rollouts put below {threshold:g}, the proxy passed "
