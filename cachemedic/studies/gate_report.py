@@ -52,8 +52,8 @@ def checks_of(folders: Mapping[str, Path]) -> pd.DataFrame:
     """The checks of mercy gates beside trained operators, by a name for each folder.
 
     Columns gate, seed, step; rollout and proxy, what either projects over the teacher's valence (NaN where it was not
-    measured); blocked; kept, the ratio by the gate's own projection of the state that the run goes on from (NaN: that of
-    before training).
+    measured); blocked; kept, the ratio by the gate's own projection of the state that the run goes on from (NaN: that
+    of before training).
     """
     rows = []
     for name, folder in folders.items():

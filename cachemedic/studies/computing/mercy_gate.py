@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -71,6 +72,12 @@ def trained(run: Run, base: Base, conditions: Mapping[Any, TrainConfig]) -> dict
     return train_sweep(base, conditions, run.trained, run.work, run.retrain or run.smoke)
 
 
+def folders_of(run: Run, base: Base, conditions: Mapping[Any, TrainConfig]) -> dict[str, Path]:
+    """Where operators lie beside their logs, by a name for each condition; a learning rate is one of no gate."""
+    named = {f"{UNGATED}, rate {name:g}" if isinstance(name, float) else name: c for name, c in conditions.items()}
+    return {name: run.trained / config.key(base) for name, config in named.items()}
+
+
 def results(run: Run) -> dict[str, pd.DataFrame]:
     base = base_of(run)
     prompts = LEAST_PROBE if run.smoke else PROMPTS
@@ -92,7 +99,7 @@ def results(run: Run) -> dict[str, pd.DataFrame]:
     final = {name: held_out(conditions[name], operator, "test") for name, operator in operators.items()}
     final = {"none": held_out(watched[rate], None, "test"), **final}
     ratios = pd.concat([rows.assign(reader=name) for name, rows in final.items()], ignore_index=True)
-    folders = {name: run.trained / config.key(base) for name, config in conditions.items()}
+    folders = folders_of(run, base, conditions)
     checks = checks_of(folders)
     rows = text_grid(run, base, defenses_of(base, operators), 3 if run.smoke else 16, severities=SEVERITIES)
     return {
@@ -103,5 +110,7 @@ def results(run: Run) -> dict[str, pd.DataFrame]:
         "gate_results": outcome(ratios, rows, UNGATED),
         "gate_cost": cost(conditions, checks),
         "gate_grid": rows,
-        "gate_curves": training_curves(folders),
+        "gate_curves": training_curves(
+            {**folders_of(run, base, watched), **{n: f for n, f in folders.items() if n != UNGATED}}
+        ),
     }

@@ -49,16 +49,15 @@ def checks(rows: pd.DataFrame, threshold: float) -> Figure:
 def training_curves(rows: pd.DataFrame) -> Figure:
     """Losses and contraction ratios of training logs by update, a line per reader; what a log lacks is left out."""
     measured = {name: label for name, label in CURVES.items() if rows[name].notna().any()}
-    figure, axes = plt.subplots(2, 3, figsize=(TEXT_WIDTH, 3.8), sharex=True)
+    figure, axes = plt.subplots(2, 3, figsize=(TEXT_WIDTH, 4.2))
     styles = line_styles(list(rows["reader"].unique()))
     for ax, (name, label) in zip(axes.flat, measured.items(), strict=False):
         for reader, style in styles.items():
             own = rows[rows["reader"] == reader]
             ax.plot(own["step"], own[name], **style | {"marker": ""}, label=reader)
-        ax.set_title(label)
+        ax.set(title=label, xlabel="update", yscale="log")
     for ax in axes.flat[len(measured) :]:
         ax.set_axis_off()
-    figure.supxlabel("update", fontsize=9)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
@@ -117,8 +116,9 @@ def found(
         said.append(
             f"With {LABELS.get(gate, gate)} the valence on held-out prompts ends at "
             f"{ratio} of the teacher's, below {threshold:g} in {(ends < threshold).sum()} of {len(ends)} runs; "
-            f"{of_gate['blocked'].sum()} of {len(of_gate)} checks failed, and after {(of_gate['kept'] < threshold).sum()} "
-            f"the state that was kept was below {threshold:g}. The recovered KL is {reader['kl_recovery']:.2f}."
+            f"{of_gate['blocked'].sum()} of {len(of_gate)} checks failed, and after "
+            f"{(of_gate['kept'] < threshold).sum()} the state that was kept was below {threshold:g}. The recovered KL is "
+            f"{reader['kl_recovery']:.2f}."
         )
         if reader["difference_low"] > 0 or reader["difference_high"] < 0:
             more = "more" if reader["difference"] > 0 else "less"
@@ -127,8 +127,8 @@ def found(
             said.append("A difference to training without a gate is not shown.")
     if (own.loc[list(agreement["gate"]), "kl_recovery_high"] < 0).all():
         said.append(
-            "At this learning rate every operator does more damage than the faults, with a gate as without: valence is a "
-            "level, not a quality, and a state whose rollouts are as positive as the teacher's passes whatever it says."
+            "At this learning rate every operator does more damage than the faults, with a gate as without: valence is "
+            "a level, not a quality, and a state whose rollouts are as positive as the teacher's passes whatever it says."
         )
     total = agreement.sum(numeric_only=True)
     said.append(
