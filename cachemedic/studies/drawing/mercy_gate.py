@@ -117,8 +117,8 @@ def found(
             f"With {LABELS.get(gate, gate)} the valence on held-out prompts ends at "
             f"{ratio} of the teacher's, below {threshold:g} in {(ends < threshold).sum()} of {len(ends)} runs; "
             f"{of_gate['blocked'].sum()} of {len(of_gate)} checks failed, and after "
-            f"{(of_gate['kept'] < threshold).sum()} the state that was kept was below {threshold:g}. The recovered KL is "
-            f"{reader['kl_recovery']:.2f}."
+            f"{(of_gate['kept'] < threshold).sum()} the state that was kept was below {threshold:g}. The recovered KL "
+            f"is {reader['kl_recovery']:.2f}."
         )
         if reader["difference_low"] > 0 or reader["difference_high"] < 0:
             more = "more" if reader["difference"] > 0 else "less"
@@ -127,8 +127,9 @@ def found(
             said.append("A difference to training without a gate is not shown.")
     if (own.loc[list(agreement["gate"]), "kl_recovery_high"] < 0).all():
         said.append(
-            "At this learning rate every operator does more damage than the faults, with a gate as without: valence is "
-            "a level, not a quality, and a state whose rollouts are as positive as the teacher's passes whatever it says."
+            "At this learning rate every operator does more damage than the faults, with a gate as without: valence "
+            "is a level, not a quality, and a state whose rollouts are as positive as the teacher's passes, "
+            "whatever it says."
         )
     total = agreement.sum(numeric_only=True)
     said.append(
