@@ -1,4 +1,4 @@
-"""The figures of valence-weighted distillation and of the quantised cache."""
+"""The figures of valence-weighted distillation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cachemedic.studies.drawing.style import TEXT_WIDTH, errors, line_styles
+from cachemedic.studies.drawing.style import TEXT_WIDTH, errors
 
 
 def differences(rows: pd.DataFrame, title: str) -> Figure:
@@ -24,19 +24,4 @@ def differences(rows: pd.DataFrame, title: str) -> Figure:
     axes[0, 0].set_yticks(range(len(readers)), readers)
     axes[0, 0].set_ylim(len(readers) - 0.5, -0.5)
     figure.suptitle(title)
-    return figure
-
-
-def bits(rows: pd.DataFrame) -> Figure:
-    """NLL lost to storage in few bits against bytes a token, a line per kind (`valence_report.bits_table`)."""
-    figure, ax = plt.subplots(figsize=(0.7 * TEXT_WIDTH, 2.8))
-    kinds = rows[rows["bits"] < rows["bits"].max()]
-    kinds = kinds.assign(kind=kinds["reader"].str.partition(", ")[2])
-    for i, (kind, style) in enumerate(line_styles(list(kinds["kind"].unique())).items()):
-        part = kinds[kinds["kind"] == kind]
-        places = part["bytes_per_token"] * (1 + 0.008 * i)  # side by side
-        ax.errorbar(places, part["lost"], errors(part, "lost"), **style, label=kind)
-    ax.axhline(0, color="0.7", linewidth=0.8, zorder=0)
-    ax.set(xlabel="bytes a cached token", ylabel="NLL lost, nats per token")
-    figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -1,4 +1,4 @@
-"""The tables of valence-weighted distillation and of the quantised cache."""
+"""The tables of valence-weighted distillation."""
 
 from __future__ import annotations
 
@@ -24,18 +24,5 @@ def difference_table(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
         "clean cost, %": brackets(rows, "clean_regression", 2),
         f"KL less that of {reference}, 1e-3": brackets(1e3 * rows[["difference", "difference_low", "difference_high"]],
                                                         "difference"),
-        "seeds": rows["n_seeds"],
-    })  # fmt: skip
-
-
-def bits_for_paper(rows: pd.DataFrame) -> pd.DataFrame:
-    """`bits_table` rows for a reader of the paper."""
-    won = brackets(rows, "gain").where(rows["gain"].notna(), "--")
-    return pd.DataFrame({
-        "cache": rows["reader"],
-        "bytes a token": rows["bytes_per_token"].astype(int),
-        "perplexity": rows["perplexity"],
-        "NLL lost": brackets(rows, "lost"),
-        "won over nearest": won,
         "seeds": rows["n_seeds"],
     })  # fmt: skip
