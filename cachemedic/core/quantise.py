@@ -1,13 +1,19 @@
-"""Uniform quantisation: numbers are read back as the nearest of equally spaced levels."""
+"""Uniform quantisation: numbers are read back as the nearest of equally spaced levels; caches in the layout of KIVI.
+
+Rounding passes the gradient on (straight-through estimator), so that levels can be learned.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+SCALE_BITS = 16  # of each stored zero and scale of a group
 
 
 @dataclass(frozen=True)
@@ -35,14 +41,28 @@ class UniformLevels:
 
     def codes(self, x: Tensor, least: int, largest: int) -> Tensor:
         """The nearest code from `least` to `largest`, whole numbers in the format of `x`."""
-        return self.place(x).round().clamp(least, largest)
+        code: Tensor = _Nearest.apply(self.place(x).clamp(least, largest))
+        return code
 
     def read(self, codes: Tensor) -> Tensor:
         return codes * self.scale if self.zero is None else codes * self.scale + self.zero
 
 
+class _Nearest(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
 def _rounded(x: Tensor, stored: torch.dtype | None) -> Tensor:
-    return x if stored is None else x.to(stored).to(x)
+    return x if stored is None else x + (x.to(stored).to(x) - x).detach()  # the difference is exact, and so is the sum
+
+
+Span = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # from numbers of groups and their mask: the outermost levels
 
 
 def extremes(groups: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +76,7 @@ def quantise_in_groups(
     counted: Tensor,
     bits: int,
     group: int,
-    span: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = extremes,
+    span: Span = extremes,
     stored: torch.dtype | None = None,
 ) -> Tensor:
     """x [..., n] as it is read back from `bits` a number, in groups along the last dimension; the last may be short.
@@ -72,3 +92,29 @@ def quantise_in_groups(
     levels = UniformLevels.spanning(*span(groups, counted), largest, stored)
     read = levels.read(levels.codes(groups, 0, largest))
     return torch.where(counted, read, groups).flatten(-2)[..., :n]
+
+
+def quantise_cache(
+    keys: Tensor, values: Tensor, valid: Tensor, bits: int, group: int, spans: tuple[Span, Span] = (extremes, extremes)
+) -> tuple[Tensor, Tensor]:
+    """Keys and values [..., L, G, T, d] as they are read back in KIVI's layout (Liu et al. 2024, arXiv 2402.02750).
+
+    Keys share their levels by channel, over groups of tokens; values by token, over groups of channels of all heads of
+    a layer. spans: of keys and of values, see `quantise_in_groups`; zero and scale of a group are kept in bf16. Keys
+    that are padding (`valid` [..., T] is False) belong to no group and come back as they are.
+    """
+    at = valid[..., None, None, None, :]
+    by_channel = quantise_in_groups(keys.float().mT, at, bits, group, spans[0], torch.bfloat16).mT
+    tokens = values.float().movedim(-3, -2)  # [..., L, T, G, d]
+    every = torch.ones_like(valid.flatten()[:1])
+    by_token = quantise_in_groups(tokens.flatten(-2), every, bits, group, spans[1], torch.bfloat16)
+    return by_channel.to(keys), by_token.unflatten(-1, tokens.shape[-2:]).movedim(-2, -3).to(values)
+
+
+def cache_bits(heads: int, dim: int, bits: int, group: int) -> float:
+    """What `quantise_cache` stores of a token in each layer, in bits: numbers, and two of 16 bits for each group.
+
+    Groups of tokens count as full.
+    """
+    numbers, groups = heads * dim, -(heads * dim // -group)
+    return 2 * numbers * bits + 2 * SCALE_BITS * (numbers / group + groups)

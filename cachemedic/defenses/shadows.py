@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cachemedic.core.quantise import extremes, quantise_in_groups
+from cachemedic.core.quantise import cache_bits, extremes, quantise_cache
 from cachemedic.defenses.clean_ranges import is_first, plausible
 from cachemedic.defenses.defense import WORD_BITS, CachedTokens, Defense, cache_bytes_per_token
 from cachemedic.defenses.ecc import CHECKSUM_BITS, token_checksums
@@ -58,7 +58,7 @@ class GroupQuantisedShadow(Checksummed):
     """A copy in 1 to 8 bits a value: keys in groups of 32 positions per channel, values of 32 channels per position.
 
     The layout of KIVI (Liu et al. 2024). The scale and zero point of a group take 16 bits each and are counted; groups
-    of positions count as full.
+    of positions count as full. The two levels of 1 bit are the mean of a group plus and minus its mean deviation.
     """
 
     bits: int = 2
@@ -68,27 +68,12 @@ class GroupQuantisedShadow(Checksummed):
             raise ValueError(f"bits {self.bits} is out of range: 1 to 8")
 
     def copy_bits(self) -> float:
-        heads, dim, overhead = self.shape.num_kv_heads, self.shape.head_dim, 2 * WORD_BITS
-        keys = heads * dim * (self.bits + overhead / GROUP)
-        values = heads * dim * self.bits + -(heads * dim // -GROUP) * overhead
-        return self.shape.num_layers * (keys + values)
+        heads, dim = self.shape.num_kv_heads, self.shape.head_dim
+        return self.shape.num_layers * cache_bits(heads, dim, self.bits, GROUP)
 
     def copy(self, clean: CachedTokens) -> KeysValues:
-        valid = clean.valid
-        by_channel = group_quantise(clean.k.mT, self.bits, valid[:, None, None, None, :]).mT
-        tokens = clean.v.movedim(2, 3)  # [B, L, T, G, d]
-        by_token = group_quantise(tokens.flatten(3), self.bits, torch.ones_like(valid[:1, :1])).view(tokens.shape)
-        return by_channel, by_token.movedim(3, 2)
-
-
-def group_quantise(x: torch.Tensor, bits: int, present: torch.Tensor) -> torch.Tensor:
-    """x [..., n] after uniform quantisation to `bits` in groups of 32, with a bf16 scale and zero point each.
-
-    The levels span a group from its least to its largest value; the two levels of 1 bit are the mean plus and minus the
-    mean deviation. Entries that are not `present` (bool, broadcast to x) belong to no group and come back as they are.
-    """
-    span = _mean_deviation if bits == 1 else extremes
-    return quantise_in_groups(x.float(), present, bits, GROUP, span, torch.bfloat16).to(x.dtype)
+        span = _mean_deviation if self.bits == 1 else extremes
+        return quantise_cache(clean.k, clean.v, clean.valid, self.bits, GROUP, (span, span))
 
 
 def _mean_deviation(groups: torch.Tensor, present: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

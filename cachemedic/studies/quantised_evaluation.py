@@ -1,86 +1,147 @@
-"""Language modelling on a cache of few bits: what is lost, what learning wins back, and what is stored."""
+"""Language modelling on a cache of few bits: what is stored, how it is read back, and how far the model then is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from torch import Tensor
 
+from cachemedic.core.quantise import SCALE_BITS, UniformLevels, quantise_cache
 from cachemedic.data.task_data import TaskData, score
+from cachemedic.defenses.defense import cache_bytes_per_token
 from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.evaluation.decoding import CleanBank, batches, decode_through, tokens_of
+from cachemedic.evaluation.evaluate import divergence
 from cachemedic.models.load import Base
-from cachemedic.repair.operator import RepairOperator
-from cachemedic.studies.run import Run
-from cachemedic.studies.sweeps import defense_of
-from cachemedic.training.bank import open_bank
-from cachemedic.training.config import Objective, TrainConfig
-from cachemedic.training.trainer import CALIBRATION, load_or_train
-from cachemedic.training.valence.quantiser import KVQuantiser, QuantiserConfig
+from cachemedic.models.shape import ModelShape
+from cachemedic.token.token_repair import TokenRepair
+from cachemedic.training.valence.head import Valence
+from cachemedic.training.valence.quantiser import KVQuantiser
+from cachemedic.training.valence.rollouts import observing
 
 FULL_BITS = 16  # of a number of the usual cache
-NEAREST = "nearest"
 
-Readers = dict[str, tuple[KVQuantiser | None, RepairOperator | None]]
+KeysValues = tuple[Tensor, Tensor]
 
 
-def quantised_readers(
-    base: Base, config: TrainConfig, bits: Sequence[int], kinds: Mapping[str, tuple[Objective, bool]], run: Run
-) -> Readers:
-    """Rounding to nearest, and every kind of training, at each number of bits: readers named "2 bits, kind".
+@dataclass(frozen=True)
+class Storage:
+    """One way to store a cache.
 
-    kinds: the objective, and whether the steps are trained alone or with the operator of `config`.
+    method: its name; bits: of a number; group: numbers that share a range (0: neither applies); stored: bits of a
+    token, all layers, without what the repair keeps; read: keys and values [N, L, G, T, d] as they come back, R runs
+    reading N / R rows each, run-major; repair: what reads them then.
     """
-    bank, readers = open_bank(base, config.bank), Readers()
-    keys, values = (x[:CALIBRATION] for x in (bank.keys, bank.values))
-    for b in bits:
-        readers[f"{b} bits, {NEAREST}"] = KVQuantiser.calibrated(QuantiserConfig(b), keys, values), None
-        for kind, (objective, alone) in kinds.items():
-            own = replace(config, objectives=(objective,), quantiser=QuantiserConfig(b, alone=alone))
-            retrain = run.retrain or run.parameters["profile"] == "smoke"
-            operator = load_or_train(base, own, run.trained, run.work, retrain)
-            quantiser = KVQuantiser.from_pretrained(run.trained / own.key(base)).to(base.model.device)
-            readers[f"{b} bits, {kind}"] = quantiser, None if alone else operator
-    return readers
+
+    method: str
+    bits: int
+    group: int
+    stored: float
+    read: Callable[[Tensor, Tensor], KeysValues]
+    repair: TokenRepair | None = None
+
+    def bytes_per_token(self, length: int) -> float:
+        """In a cache of `length` tokens, over which what E keeps of the first positions is spread.
+
+        Hashes do not count: here is no damage to find.
+        """
+        kept = 0.0
+        if self.repair is not None:
+            kept = self.repair.operator.bytes_per_token + self.repair.cache_bytes / length
+        return self.stored / 8 + kept
+
+
+def quantised(method: str, quantiser: KVQuantiser, repair: TokenRepair | None = None) -> Storage:
+    """A cache in the layout of KIVI, by a quantiser of R runs."""
+
+    def read(keys: Tensor, values: Tensor) -> KeysValues:
+        by_run = (x.unflatten(0, (quantiser.runs, -1)) for x in (keys, values))
+        k, v = quantiser(*by_run)
+        return k.flatten(0, 1), v.flatten(0, 1)
+
+    return Storage(method, quantiser.config.bits, quantiser.config.group, quantiser.bits_per_token(), read, repair)
+
+
+def fixed_ranges(method: str, bits: int, keys: Tensor) -> Storage:
+    """Rounding with one range for each channel of keys, that of the clean `keys` [N, L, G, T, d]; values as in KIVI.
+
+    The ranges are constants of the model.
+    """
+    by_channel = keys.movedim(-2, 1).flatten(0, 1)  # [N*T, L, G, d]
+    low, high = (x[:, :, None] for x in by_channel.aminmax(dim=0))
+    largest, group = 2**bits - 1, 32
+    levels = UniformLevels.spanning(low, high, largest)
+    numbers = low.numel()
+
+    def read(k: Tensor, v: Tensor) -> KeysValues:
+        valid = torch.ones(k.shape[-2], dtype=torch.bool, device=k.device)
+        return levels.read(levels.codes(k, 0, largest)), quantise_cache(k, v, valid, bits, group)[1]
+
+    return Storage(method, bits, group, 2 * numbers * bits + 2 * SCALE_BITS * numbers / group, read)
+
+
+def code_alone(method: str, repair: TokenRepair) -> Storage:
+    """No cache but the code of E and the first positions: a repair that goes the way "restore", and reads nothing."""
+    return Storage(method, 0, 0, 0.0, lambda keys, values: (torch.zeros_like(keys), torch.zeros_like(values)), repair)
+
+
+def full(base: Base) -> Storage:
+    """The usual cache."""
+    stored = 8 * cache_bytes_per_token(ModelShape.of(base.model.config))
+    return Storage("16 bits", FULL_BITS, 0, stored, lambda keys, values: (keys, values))
 
 
 @torch.inference_mode()
 def quantised_scores(
-    base: Base,
-    task: TaskData,
-    clean: CleanBank,
-    readers: Readers,
+    base: Base, task: TaskData, clean: CleanBank, storages: Mapping[str, Storage], valence: Valence
 ) -> pd.DataFrame:
-    """The NLL of every reader on caches without other faults: one row per reader and seed.
+    """How far the model is from itself on caches that are stored each way, by name: one row per storage and seed.
 
-    A reader is a quantiser of the whole cache (None: 16 bits) and an operator (None: no repair); run i of R reads the
-    i-th block of N / R examples. Columns reader, bits, bytes_per_token (scales of the values and sketches included),
-    seed, nll, nll_clean, n_examples.
+    Columns storage, method, bits, group, bytes_per_token, seed, nll, nll_clean, kl (to the clean model, nats a token),
+    valence_gap (mean |v_S - v_T| over the decoded tokens, v the head's first dimension on the last hidden states),
+    n_examples.
     """
-    nll_clean = score(task, clean.logits)["nll"]
-    seeds = pd.Series(task.seeds.numpy(), name="seed")
-    frames = []
-    for name, (quantiser, operator) in readers.items():
-        keys, values = clean.k, clean.v
-        stored, bits = float(FULL_BITS * keys[0, :, :, 0].numel() * 2), FULL_BITS
-        if quantiser is not None:
-            stored, bits = quantiser.bits_per_token(), quantiser.config.bits
-            by_run = (x.unflatten(0, (quantiser.runs, -1)) for x in (keys, values))
-            keys, values = (x.flatten(0, 1) for x in quantiser(*by_run))
-        defense = NoDefense() if operator is None else defense_of(base, operator)
-        stored += 8 * defense.bytes_per_token
-        logits = torch.empty_like(clean.logits)
-        for rows in batches(base.model, task, defense.runs):
-            part = task.select(rows)
-            stored_tokens = tokens_of(part, keys[rows], values[rows])
-            logits[rows] = decode_through(base.model, part, defense, clean.tokens(task, rows), stored_tokens)
-        nll = score(task, logits)["nll"]
-        scores = pd.DataFrame({"nll": nll, "nll_clean": nll_clean}, dtype=float).groupby(seeds)
-        rows = scores.mean().reset_index().assign(n_examples=scores.size().to_numpy())
-        rows.insert(0, "reader", name)
-        rows.insert(1, "bits", bits)
-        rows.insert(2, "bytes_per_token", stored / 8)
+    _, teacher = _decoded(base, task, clean, full(base))
+    felt = _felt(base, valence, teacher)
+    seeds, frames = pd.Series(task.seeds.numpy(), name="seed"), []
+    for name, storage in storages.items():
+        logits, hidden = _decoded(base, task, clean, storage)
+        scores = {
+            "nll": score(task, logits)["nll"],
+            "nll_clean": score(task, clean.logits)["nll"],
+            "kl": divergence(task, clean.logits, logits),
+            "valence_gap": (_felt(base, valence, hidden) - felt).abs().mean(1).numpy(),
+        }
+        by_seed = pd.DataFrame(scores, dtype=float).groupby(seeds)
+        rows = by_seed.mean().reset_index().assign(n_examples=by_seed.size().to_numpy())
+        stored = storage.bytes_per_token(clean.k.shape[-2])
+        told = {"storage": name, "method": storage.method, "bits": storage.bits, "group": storage.group}
+        for place, (column, value) in enumerate((told | {"bytes_per_token": stored}).items()):
+            rows.insert(place, column, value)
         frames.append(rows)
     return pd.concat(frames, ignore_index=True)
+
+
+def _felt(base: Base, valence: Valence, hidden: Tensor) -> Tensor:
+    """The scalar valence [N, M] of last hidden states [N, M, width], on the CPU."""
+    return valence(hidden.to(base.model.device))[..., 0].cpu()
+
+
+def _decoded(base: Base, task: TaskData, clean: CleanBank, storage: Storage) -> tuple[Tensor, Tensor]:
+    """Logits [N, M, V] and last hidden states [N, M, width] of the continuations behind the cache as it is read."""
+    keys, values = storage.read(clean.k, clean.v)
+    defense = NoDefense() if storage.repair is None else storage.repair
+    logits, hidden = torch.empty_like(clean.logits), torch.empty(0)
+    for rows in batches(base.model, task, defense.runs):
+        part = task.select(rows)
+        with observing(base.model) as seen:
+            said = decode_through(
+                base.model, part, defense, clean.tokens(task, rows), tokens_of(part, keys[rows], values[rows])
+            )
+        last = seen.hidden[-1].float().cpu()
+        hidden = hidden if len(hidden) else torch.empty(len(task), *last.shape[1:])
+        logits[rows], hidden[rows] = said, last
+    return logits, hidden

@@ -192,18 +192,21 @@ class JointOperator(RepairOperator):
         return found
 
     def write_tokens(
-        self, model: PreTrainedModel, keys: Tensor, values: Tensor, ids: Tensor, positions: Tensor
+        self, model: PreTrainedModel, keys: Tensor, values: Tensor, ids: Tensor, positions: Tensor, lossy: bool = False
     ) -> Kept | None:
         """What is kept of clean keys and values [B, L, G, T, d] of all layers; None for D.
 
-        ids and positions [B, T], positions -1 for padding.
+        ids and positions [B, T], positions -1 for padding; lossy: of a cache stored in few bits (see `Kept`).
         """
         if self.code is None:
             return None
         layers = list(self.layers)
         x = TokenVectors(model, layers).of(keys[:, layers], values[:, layers], positions)
         prior = self.prior(model, ids, positions)
-        return Kept(self.code.encode(x, prior), hashes_of(keys, values, layers), sinks_of(keys, values, positions))
+        codes = self.code.encode(x, prior)
+        if lossy:
+            return Kept(codes)
+        return Kept(codes, hashes_of(keys, values, layers), sinks_of(keys, values, positions))
 
     def prior(self, model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Prior | None:
         """What ids [B, T] at positions [B, T] tell; None for an operator that does not use them."""
@@ -251,7 +254,7 @@ class JointOperator(RepairOperator):
             if sound is not None:
                 side = torch.where(sound[..., number].permute(0, 2, 1)[:, :, None, :, None], old, side)
             whole[:, layers] = side
-            if kept is not None:
+            if kept is not None and kept.sinks is not None:
                 whole = with_sinks(whole, kept.sinks[number].to(whole), positions)
             repaired.append(whole)
         return repaired[0], repaired[1]

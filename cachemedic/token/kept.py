@@ -25,18 +25,28 @@ class Told:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What family E keeps of T tokens: codes uint8 [B, T, bytes], hashes, sinks [2, B, L, G, SINKS, d] as stored."""
+    """What family E keeps of T tokens: codes uint8 [B, T, bytes], hashes, sinks [2, B, L, G, SINKS, d] as written.
+
+    Of a cache that is stored in few bits on purpose codes are all: hashes would match nowhere, and first positions in
+    full cost more than they save.
+    """
 
     codes: Tensor
-    hashes: Hashes
-    sinks: Tensor
+    hashes: Hashes | None = None
+    sinks: Tensor | None = None
 
     def rows(self, rows: Tensor) -> Kept:
         """The same of some rows of the batch."""
-        return Kept(self.codes[rows], self.hashes.rows(lambda x: x[rows]), self.sinks[:, rows])
+        hashes = None if self.hashes is None else self.hashes.rows(lambda x: x[rows])
+        return Kept(self.codes[rows], hashes, None if self.sinks is None else self.sinks[:, rows])
 
-    def sound(self, keys: Tensor, values: Tensor, layers: Sequence[int]) -> Tensor:
-        """Which keys and values of tokens, bool [B, T, L', 2], are what was written; [B, L, G, T, d] of all layers."""
+    def sound(self, keys: Tensor, values: Tensor, layers: Sequence[int]) -> Tensor | None:
+        """Which keys and values of tokens, bool [B, T, L', 2], are what was written; [B, L, G, T, d] of all layers.
+
+        None without hashes: nothing is known to be.
+        """
+        if self.hashes is None:
+            return None
         now = hashes_of(keys, values, layers)
         parts, changed = now.parts == self.hashes.parts, now.whole != self.hashes.whole
         unplaced = changed & parts.flatten(2).all(2)  # the short hashes of a changed part agree by chance

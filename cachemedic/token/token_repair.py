@@ -21,16 +21,19 @@ class TokenRepair(Defense):
     """A calibrated operator of family D or E at work on the caches of one model.
 
     way: "estimate", from the code and from what is left of a damaged token, or "restore", from the code alone. With the
-    hashes that E keeps, tokens that are as they were written keep every bit.
+    hashes that E keeps, tokens that are as they were written keep every bit. lossy: the cache is stored in few bits on
+    purpose, E keeps nothing of it but the code, and all of it is repaired.
     Raises `ValueError` for an operator that was not calibrated or is made for another model, and for an unknown way.
     """
 
-    def __init__(self, model: PreTrainedModel, operator: JointOperator, way: str = "estimate") -> None:
+    def __init__(
+        self, model: PreTrainedModel, operator: JointOperator, way: str = "estimate", lossy: bool = False
+    ) -> None:
         if way not in WAYS:
             raise nearest_valid("way of repair", way, WAYS)
         operator.check_model(model.config)
         self.fixed = operator.fixed_bytes  # raises without a joint model
-        self.model, self.operator, self.way = model, operator, way
+        self.model, self.operator, self.way, self.lossy = model, operator, way, lossy
 
     @property
     def runs(self) -> int:
@@ -40,14 +43,14 @@ class TokenRepair(Defense):
     @property
     def bytes_per_token(self) -> float:
         """Of code and hashes."""
-        hashes = HASH_BYTES + PART_BYTES * len(self.operator.layers)
+        hashes = 0 if self.lossy else HASH_BYTES + PART_BYTES * len(self.operator.layers)
         return self.operator.bytes_per_token + hashes if self.operator.code is not None else 0
 
     @property
     def cache_bytes(self) -> int:
         """Of the first positions, which are kept as they are."""
         whole = cache_bytes_per_token(self.operator.config.model)
-        return SINKS * whole if self.operator.code is not None else 0
+        return SINKS * whole if self.operator.code is not None and not self.lossy else 0
 
     @property
     def fixed_bytes(self) -> int:
@@ -56,7 +59,8 @@ class TokenRepair(Defense):
     @torch.no_grad()
     def write(self, clean: CachedTokens) -> Kept | None:
         """Codes, hashes and the first positions; None for D."""
-        return self.operator.write_tokens(self.model, clean.k, clean.v, clean.ids, clean.positions)
+        written = clean.k, clean.v, clean.ids, clean.positions
+        return self.operator.write_tokens(self.model, *written, lossy=self.lossy)
 
     @torch.no_grad()
     def read(self, damaged: CachedTokens, kept: Kept | None) -> CachedTokens:

@@ -34,7 +34,7 @@ Objective = RepairObjective | ValenceObjective
 class TrainConfig:
     """One sweep. `objectives` are the conditions, of either kind; each is trained under every seed.
 
-    With a quantiser the cache is stored in few bits, whose steps are trained together with the operator; with a gate
+    With a quantiser the cache is stored in few bits, whose steps are trained with the operator or alone; with a gate
     updates are checked (see `MercyGate`).
     """
 
@@ -95,6 +95,16 @@ class TrainConfig:
     @property
     def valence_objectives(self) -> list[ValenceObjective]:
         return [o for o in self.objectives if isinstance(o, ValenceObjective)]
+
+    @property
+    def repairs(self) -> bool:
+        """Whether the operator takes part."""
+        return self.quantiser is None or self.quantiser.trained != "steps"
+
+    @property
+    def learns_steps(self) -> bool:
+        """Whether the steps of a quantiser are learned."""
+        return self.quantiser is not None and self.quantiser.trained != "repair"
 
     @property
     def needs_valence(self) -> bool:

@@ -82,7 +82,8 @@ def forward(students: Students, draw: Draw) -> StepOutputs:
         sampled = max((o.tokens_sampled for o in config.valence_objectives), default=0)
         view = observe_step(base, bank, students.operator, read, draw, config.seeds, seen, students.valence, sampled)
         view.strength = students.strength
-        view.steps = None if students.quantiser is None else list(students.quantiser.parameters())
+        if students.quantiser is not None and config.learns_steps:
+            view.steps = list(students.quantiser.parameters())
         outputs.valence = view
     return outputs
 
@@ -104,8 +105,9 @@ def read_cache(students: Students, draw: Draw) -> Read:
 
 def repaired(students: Students, draw: Draw, found: Read) -> Read:
     """The caches that the students attend to: those of D and E are repaired before, others inside attention."""
-    if isinstance(students.operator, JointOperator):
-        return repair_read(students.base, students.bank, students.operator, draw, found)
+    if isinstance(students.operator, JointOperator) and students.config.repairs:
+        lossy = students.quantiser is not None
+        return repair_read(students.base, students.bank, students.operator, draw, found, lossy)
     return found
 
 

@@ -16,8 +16,11 @@ from cachemedic.training.valence.rollouts import Read
 TINY_DAMAGE = 0.01  # of the size of what is stored: rho counts less damage as so much
 
 
-def repair_read(base: Base, bank: Bank, operator: JointOperator, draw: Draw, read: Read) -> Read:
-    """The caches [R, B, L', G, T, d] that the operators of R runs make of those that are found."""
+def repair_read(base: Base, bank: Bank, operator: JointOperator, draw: Draw, read: Read, lossy: bool = False) -> Read:
+    """The caches [R, B, L', G, T, d] that the operators of R runs make of those that are found.
+
+    lossy: they were stored in few bits on purpose (see `Kept`).
+    """
     model, first, runs = base.model, read.first, operator.runs
     seeds, samples = draw.rows.shape
     rows = draw.rows.flatten()
@@ -26,7 +29,7 @@ def repair_read(base: Base, bank: Bank, operator: JointOperator, draw: Draw, rea
     with torch.no_grad():  # what the ids tell, and what was kept, are those of the clean cache
         prior = operator.prior(model, bank.ids[rows, : bank.prefix], positions)
         clean = [x[rows].to(read.keys) for x in (bank.keys, bank.values)]
-        kept = operator.write_tokens(model, clean[0], clean[1], bank.ids[rows, : bank.prefix], positions)
+        kept = operator.write_tokens(model, clean[0], clean[1], bank.ids[rows, : bank.prefix], positions, lossy)
 
     def by_run(x: Tensor) -> Tensor:  # [S*B, ...] -> [R*B, ...]
         x = x.unflatten(0, (seeds, samples)).repeat_interleave(runs // seeds, 0)

@@ -14,22 +14,22 @@ EVERY = 10  # steps between validations
 class KeepBest:
     """Remembers the parameters of each of R runs at their lowest validation loss."""
 
-    def __init__(self, operator: nn.Module, runs: int) -> None:
-        self.operator = operator
+    def __init__(self, trained: nn.Module, runs: int) -> None:
+        self.trained = trained
         self.loss = torch.full((runs,), torch.inf)
-        self.parameters = {name: p.detach().clone() for name, p in operator.named_parameters()}
+        self.parameters = {name: p.detach().clone() for name, p in trained.named_parameters()}
 
     def update(self, loss: Tensor) -> None:
         """Takes the present parameters of the runs whose loss [R] is lower than ever."""
         better = loss.cpu() < self.loss
-        for name, p in self.operator.named_parameters():
+        for name, p in self.trained.named_parameters():
             self.parameters[name][better] = p.detach()[better]
         self.loss = torch.where(better, loss.cpu(), self.loss)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Gives every run its best parameters."""
-        for name, p in self.operator.named_parameters():
+        for name, p in self.trained.named_parameters():
             p.copy_(self.parameters[name])
 
     def state_dict(self) -> dict[str, Any]:

@@ -46,7 +46,6 @@ from cachemedic.training.valence.quantiser import KVQuantiser
 CHECKPOINT = "checkpoint.safetensors"
 VALIDATION_STEP, VALIDATIONS = 1_000_000, 2  # draws of steps that no training reaches
 FITTED = 8  # texts of the bank that an untrained trust network sees
-CALIBRATION = 64  # caches of the bank from which an untrained quantiser takes the ranges of channels
 
 
 class Trainer:
@@ -54,7 +53,7 @@ class Trainer:
 
     `valence` is the head that a valence objective or a mercy gate needs, from last hidden states [..., width] to
     [0, 1]^m (None: the one that comes with the base). `joint` is the joint model of families D and E (None: `joint_of`
-    the configuration); they are validated as they train, and every run returns its best parameters.
+    the configuration). They and quantisers are validated as they train, and every run returns its best parameters.
     Raises `ValueError` for a configuration that does not fit the base, before the bank is computed.
     """
 
@@ -85,10 +84,12 @@ class Trainer:
         self.best: KeepBest | None = None
         if isinstance(self.operator, JointOperator):
             self.operator.set_joint(joint_of(base, config) if joint is None else joint)
-            fit_trust(self.operator, base.model, self.bank.ids[:FITTED], tuple(config.mixture.weights))
-            self.best = KeepBest(self.operator, config.runs)
+            if config.repairs:
+                fit_trust(self.operator, base.model, self.bank.ids[:FITTED], tuple(config.mixture.weights))
         self.first = config.first_layer
         self.quantiser, self.strength = self._quantiser(), self._strength()
+        if isinstance(self.operator, JointOperator) or self.quantiser is not None:
+            self.best = KeepBest(torch.nn.ModuleDict(self.trained), config.runs)
         self.optimizer = RunAdam((p for part in self.trained.values() for p in part.parameters()), lr=config.lr)
         self.keeper = None if config.gate is None else GateKeeper(config.gate, config.runs, self.optimizer)
         self._unseen: Bank | None = None  # for validation
@@ -100,8 +101,8 @@ class Trainer:
     def _quantiser(self) -> KVQuantiser | None:
         if self.config.quantiser is None:
             return None
-        keys, values = (x[:CALIBRATION] for x in (self.bank.keys, self.bank.values))
-        return KVQuantiser.calibrated(self.config.quantiser, keys, values, self.config.runs).to(self.base.model.device)
+        shape = self.operator.config.model
+        return KVQuantiser.plain(self.config.quantiser, shape, self.config.runs).to(self.base.model.device)
 
     def _strength(self) -> torch.nn.ParameterDict | None:
         if not any(o.learn_lam for o in self.config.valence_objectives):
@@ -113,8 +114,11 @@ class Trainer:
     @property
     def trained(self) -> dict[str, torch.nn.Module]:
         """What the optimiser moves, by its name in a checkpoint."""
-        alone = self.config.quantiser is not None and self.config.quantiser.alone
-        parts = {"operator": None if alone else self.operator, "quantiser": self.quantiser, "strength": self.strength}
+        parts = {
+            "operator": self.operator if self.config.repairs else None,
+            "quantiser": self.quantiser if self.config.learns_steps else None,
+            "strength": self.strength,
+        }
         return {name: part for name, part in parts.items() if part is not None}
 
     @property

@@ -1,10 +1,10 @@
-"""A learned-step-size quantiser of the cache: b bits a number, steps trained through a straight-through estimator.
+"""A learned-step-size quantiser of the cache in KIVI's layout, trained by a straight-through estimator.
 
-Keys are quantised by channel, with one step a channel; values by token, each group of channels over its own range, with
-a learned multiplier of that range (the layout of KIVI, Liu et al. 2024). Steps are learned as in LSQ (Esser et al.
-2020, arXiv 1902.08153): rounding passes the gradient on, and the gradient of a step is divided by sqrt(N Q) for N
-numbers that share it and Q levels a side. The parameters are logarithms of multipliers that begin at zero: untrained,
-this is rounding to nearest, and weight decay leads back to it.
+Keys are quantised by channel over groups of tokens, values by token over groups of channels (KIVI, Liu et al. 2024).
+The levels of a group span its range; learned is by how much its step is wider or narrower than that, and how far all
+levels are moved, one number each for a channel of keys and for a group of channels of values. Rounding passes the
+gradient on, and a step has the gradient of LSQ (Esser et al. 2020, arXiv 1902.08153; its division by sqrt(N Q) does
+nothing under Adam). Parameters begin at zero: untrained, this is KIVI bit for bit, and weight decay leads back to it.
 """
 
 from __future__ import annotations
@@ -16,115 +16,95 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from cachemedic.core.errors import nearest_valid
 from cachemedic.core.files import digest, read_sealed, replace_together, seal
-from cachemedic.core.quantise import UniformLevels
+from cachemedic.core.quantise import Span, cache_bits, extremes, quantise_cache
+from cachemedic.models.shape import ModelShape
 
 WEIGHTS, CONFIG = "quantiser.safetensors", "quantiser.json"
 BITS = (4, 3, 2)
-LARGEST = torch.finfo(torch.float16).max
-SCALE_BITS = 16  # of each stored minimum and step of a group of values
+GROUPS = (32, 64, 128)  # KIVI's default and the larger ones of its ablation
+TRAINED = ("both", "steps", "repair")
 
 
 @dataclass(frozen=True)
 class QuantiserConfig:
-    """bits: 4, 3 or 2; group: channels of a value that share a range (None: all of a head).
+    """bits: 4, 3 or 2; group: tokens of a channel of keys, and channels of the values of a token, that share a range.
 
-    alone: train the steps only, the operator stays the identity.
+    trained: "both", the steps and the operator together; "steps" alone, read without repair; or "repair" alone, of what
+    KIVI leaves.
     """
 
     bits: int
-    group: int | None = None
-    alone: bool = False
+    group: int = GROUPS[0]
+    trained: str = "both"
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, not {self.bits!r}")
-        if self.group is not None and self.group < 1:
-            raise ValueError(f"group must be at least 1 channel, not {self.group}")
-
-    @property
-    def levels(self) -> int:
-        return 2**self.bits
+        if self.group < 1:
+            raise ValueError(f"group must be at least 1 token, not {self.group}")
+        if self.trained not in TRAINED:
+            raise nearest_valid("what is trained with a quantiser", self.trained, TRAINED)
 
 
 class KVQuantiser(nn.Module):
-    """A stack of R quantisers of one cache; make one with `calibrated` or `from_pretrained`."""
+    """A stack of R quantisers of one cache; make one with `plain` or `from_pretrained`."""
 
-    key_middle: Tensor  # [L, G, d]
-    key_step: Tensor  # [L, G, d]
-
-    def __init__(self, config: QuantiserConfig, buffers: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
+    def __init__(self, config: QuantiserConfig, parameters: dict[str, Tensor]) -> None:
         super().__init__()
         self.config = config
-        for name, value in buffers.items():
-            self.register_buffer(name, value)
-        self.log_key = nn.Parameter(parameters["log_key"])  # [R, L, G, d]
-        self.log_value = nn.Parameter(parameters["log_value"])  # [R, L, G, d / group]
+        self.key_step = nn.Parameter(parameters["key_step"])  # [R, L, G, d], logarithms of multipliers of the step
+        self.key_offset = nn.Parameter(parameters["key_offset"])  # [R, L, G, d], in halves of the range
+        self.value_step = nn.Parameter(parameters["value_step"])  # [R, L, groups of the G * d channels]
+        self.value_offset = nn.Parameter(parameters["value_offset"])
 
     @staticmethod
-    def calibrated(config: QuantiserConfig, keys: Tensor, values: Tensor, runs: int = 1) -> KVQuantiser:
-        """Untrained, rounding to nearest, with steps that cover the range of the clean `keys` [N, L, G, T, d].
-
-        Raises `ValueError` if the group does not divide the head size.
-        """
-        dim = keys.shape[-1]
-        group = config.group or dim
-        if dim % group:
-            raise ValueError(f"a group of {group} channels does not divide the head size, {dim}")
-        by_channel = keys.permute(1, 2, 4, 0, 3).flatten(3)  # [L, G, d, N*T]
-        low, high = by_channel.aminmax(dim=-1)
-        middle = (low + high) / 2
-        # a channel that was constant has a step that its key can be divided by, and the square of it, too
-        largest = by_channel.abs().amax()
-        least = torch.finfo(keys.dtype).eps * torch.where(largest > 0, largest, 1.0)
-        step = (high - low).clamp_min(least) / (config.levels - 1)
-        groups = *values.shape[1:3], dim // group
-        zeros = {"log_key": torch.zeros(runs, *step.shape), "log_value": torch.zeros(runs, *groups)}
-        buffers = {"key_middle": middle, "key_step": step}
-        return KVQuantiser(config, buffers, zeros)
+    def plain(config: QuantiserConfig, shape: ModelShape, runs: int = 1) -> KVQuantiser:
+        """Untrained: KIVI."""
+        layers, heads, dim = shape.num_layers, shape.num_kv_heads, shape.head_dim
+        keys, values = (runs, layers, heads, dim), (runs, layers, -(heads * dim // -config.group))
+        sizes = {"key_step": keys, "key_offset": keys, "value_step": values, "value_offset": values}
+        return KVQuantiser(config, {name: torch.zeros(size) for name, size in sizes.items()})
 
     @property
     def runs(self) -> int:
-        return len(self.log_key)
+        return len(self.key_step)
 
     def forward(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The cache as it is read back: keys and values [S, B, L, G, T, d] -> [R, B, L, G, T, d] each.
+        """The cache as it is read back: keys and values [S, B, L, G, T, d], no padding -> [R, B, L, G, T, d] each.
 
-        The R runs are seed-major, R / S to a seed. Gradients reach the steps, and numbers within their range.
-        Raises `ValueError` for values beyond what the 16 bits of a stored minimum hold.
+        The R runs are seed-major, R / S to a seed. Gradients reach steps and offsets.
         """
-        if (largest := float(values.detach().abs().max())) > LARGEST:
-            raise ValueError(
-                f"values of up to {largest:g} cannot be quantised: their ranges are stored in half precision, "
-                f"up to {LARGEST:,.0f}"
-            )
-        levels, each = self.config.levels, self.runs // len(keys)
-        tokens = keys.shape[1] * keys.shape[-2]
-        log_key = _normalised(self.log_key, tokens, levels)[:, None, :, :, None]  # [R, 1, L, G, 1, d]
-        step = self.key_step[:, :, None] * log_key.exp()
-        middle = self.key_middle[:, :, None]
-        quantised_keys = _snap(keys.repeat_interleave(each, 0), UniformLevels(step, middle), levels)
-        groups = self.log_value.shape[-1]
-        group = values.shape[-1] // groups
-        grouped, centre, width = (x.repeat_interleave(each, 0) for x in _ranges(values, group, levels))
-        log_value = _normalised(self.log_value, tokens * group, levels)[:, None, :, :, None, :, None]
-        quantised_values = _snap(grouped, UniformLevels(width * log_value.exp(), centre), levels)
-        return quantised_keys, quantised_values.flatten(-2)
+        each = self.runs // len(keys)
+        valid = torch.ones(keys.shape[-2], dtype=torch.bool, device=keys.device)
+        spans = (
+            _learned(*(x[:, None, ..., None, None] for x in (self.key_step, self.key_offset))),
+            _learned(*(x[:, None, :, None, :, None] for x in (self.value_step, self.value_offset))),
+        )
+        keys, values = (x.repeat_interleave(each, 0) for x in (keys, values))
+        return quantise_cache(keys, values, valid, self.config.bits, self.config.group, spans)
 
-    def bits_per_token(self) -> int:
-        """Stored bits of one cached token, all layers: numbers, and the 16-bit middle and step of each group of values.
+    def bits_per_token(self) -> float:
+        """Stored bits of one cached token, all layers: numbers, and the zeros and scales of groups, 16 bits each.
 
-        Steps of keys are parameters, not stored by token.
+        Multipliers are parameters, not stored by token.
         """
-        numbers, groups = self.key_step.numel(), self.log_value[0].numel()
-        return 2 * numbers * self.config.bits + 2 * SCALE_BITS * groups
+        _, layers, heads, dim = self.key_step.shape
+        return layers * cache_bits(heads, dim, self.config.bits, self.config.group)
 
     def select(self, run: int) -> KVQuantiser:
         """Run number `run` as a quantiser of its own, a copy."""
         if not 0 <= run < self.runs:
             raise ValueError(f"run {run} is out of range: this quantiser has runs 0 to {self.runs - 1}")
-        one = {name: p.detach()[run : run + 1].clone() for name, p in self.named_parameters()}
-        return KVQuantiser(self.config, {name: b.clone() for name, b in self.named_buffers()}, one)
+        return self._of([run])
+
+    def condition(self, number: int, conditions: int) -> KVQuantiser:
+        """The runs of one of several conditions, a run a seed, a copy."""
+        return self._of(list(range(number, self.runs, conditions)))
+
+    def _of(self, runs: list[int]) -> KVQuantiser:
+        return KVQuantiser(self.config, {name: p.detach()[runs].clone() for name, p in self.named_parameters()})
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `quantiser.safetensors` and `quantiser.json` into `folder`, as one."""
@@ -145,34 +125,16 @@ class KVQuantiser(nn.Module):
         record, weights = read_sealed(folder / CONFIG), (folder / WEIGHTS).read_bytes()
         if digest(weights) != record.pop("sha256"):
             raise ValueError(f"{folder / WEIGHTS} is damaged or not of this {CONFIG}")
-        tensors = safetensors.torch.load(weights)
-        parameters = {name: tensors.pop(name) for name in ("log_key", "log_value")}
-        return KVQuantiser(QuantiserConfig(**record), tensors, parameters)
+        return KVQuantiser(QuantiserConfig(**record), safetensors.torch.load(weights))
 
 
-def _snap(x: Tensor, uniform: UniformLevels, levels: int) -> Tensor:
-    """x as it is read from the nearest of an even number of `levels` about the zero, at half a step and so on.
+def _learned(log_step: Tensor, offset: Tensor) -> Span:
+    """The range of each group, its width times exp(log_step), its middle moved by `offset` halves of the range."""
+    step = log_step.exp()
 
-    The gradient passes within their span only.
-    """
-    place = uniform.place(x)
-    inside = place.clamp(-levels / 2, levels / 2)
-    nearest = ((place - 0.5).round() + 0.5).clamp(-(levels - 1) / 2, (levels - 1) / 2)
-    return uniform.read(inside + (nearest - inside).detach())
+    def span(groups: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = extremes(groups, counted)
+        half = (high - low) / 2
+        return low + half * (1 + offset - step), high + half * (offset + step - 1)  # exact where nothing is learned
 
-
-def _ranges(values: Tensor, group: int, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Values by group [..., T, d / group, group], and of each group the middle and the step that covers its range,
-    as they are stored, in 16 bits [..., T, d / group, 1]."""
-    grouped = values.unflatten(-1, (-1, group))
-    low, high = grouped.aminmax(dim=-1, keepdim=True)
-    middle = ((low + high) / 2).half().to(values.dtype)
-    step = ((high - low) / (levels - 1)).half().to(values.dtype)
-    return grouped, middle, step.clamp_min(torch.finfo(torch.float16).tiny)
-
-
-def _normalised(parameter: Tensor, shared_by: int, levels: int) -> Tensor:
-    """`parameter` with its gradient over sqrt(N Q) (LSQ)."""
-    scale = (shared_by * levels / 2) ** -0.5
-    scaled = parameter * scale
-    return scaled + (parameter - scaled).detach()
+    return span
