@@ -12,7 +12,15 @@ import pandas as pd
 
 from cachemedic.evaluation.experiments import ID_COLUMNS
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.studies.computing import contraction, kv_targets, leave_one_type_out, protected_layers, rank, stability
+from cachemedic.studies.computing import (
+    contraction,
+    kv_targets,
+    learned_quantiser,
+    leave_one_type_out,
+    protected_layers,
+    rank,
+    stability,
+)
 from cachemedic.studies.computing import valence_weighted_kd as valence
 from cachemedic.studies.family_study import headline
 from cachemedic.studies.run import Run
@@ -89,6 +97,14 @@ def objective_rows(run: Run) -> pd.DataFrame:
     return text_grid(run, base, readers, valence.examples(run)["perplexity"], **at("gaussian"))
 
 
+def quantiser_rows(run: Run) -> pd.DataFrame:
+    """KIVI at two bits in groups of 128, its steps learned, and with E trained beside."""
+    base = base_of(run)
+    storages = learned_quantiser.untrained(run, base) | learned_quantiser.learned(run, base)
+    chosen = {name: storage for name, storage in storages.items() if name.endswith("2 bits, groups of 128")}
+    return learned_quantiser.scores(run, base, chosen)
+
+
 def at(kind: str, severity: float = 0.5) -> dict[str, Any]:
     """One type at one severity, for the grid of a study."""
     return {"types": (kind,), "severities": (severity,)}
@@ -137,4 +153,11 @@ SWEEP_SAMPLES = (
            bounded("sensitivity", "distance"),
            _from("stability_sensitivity", stability.curves)),
     Sample("valence_grid", "both objectives on noisy text", (*ID_COLUMNS,), NLL, objective_rows),
+    Sample("learned_quantiser_scores", "two bits in groups of 128, each method", ("storage", "seed"),
+           {**NLL, "valence_gap": 2e-3, "bytes_per_token": 0.0}, quantiser_rows),
+    Sample("learned_quantiser", "all rows, from the committed learned_quantiser_scores", ("storage",),
+           bounded(*learned_quantiser.MEASURES), _from("learned_quantiser_scores", learned_quantiser.summary)),
+    Sample("learned_quantiser_paired", "all rows, from the committed learned_quantiser_scores",
+           ("method", "against", "bits", "bytes_per_token"), bounded(*learned_quantiser.MEASURES),
+           _from("learned_quantiser_scores", learned_quantiser.paired)),
 )  # fmt: skip

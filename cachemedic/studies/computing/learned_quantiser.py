@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import pandas as pd
 
@@ -31,19 +31,21 @@ from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.token_repair import TokenRepair
 from cachemedic.training.bank import WITH_REVIEWS, BankConfig
 from cachemedic.training.config import Objective, TrainConfig
+from cachemedic.training.objective import RepairObjective
 from cachemedic.training.trainer import joint_of, load_or_train
 from cachemedic.training.valence.head import shipped_valence
 from cachemedic.training.valence.objective import ValenceObjective
 from cachemedic.training.valence.quantiser import BITS, GROUPS, KVQuantiser, QuantiserConfig
 
-STEPS, BATCH = 60, 4
+STEPS = {"steps": 50, "repair": 40, "both": 40}
+BATCH = {"steps": 4, "repair": 2, "both": 2}  # an estimate by E takes longer
 # With E groups are twice as long as without, and its code takes the bytes that this saves: the totals are equal.
-SHARES = {64: 1 / 32, 128: 1 / 64}  # of the bytes of a bf16 cache, by group
+REPAIRED, SHARE = 128, 1 / 64  # group, and share of the bytes of a bf16 cache
 ALONE = (1 / 64, 1 / 32, 1 / 16)  # shares of a code without a cache
 KIVI, NEAREST, CODE = "KIVI", "fixed ranges", "code of E alone"
 STEPS_ALONE, REPAIR, BOTH = "learned steps", "KIVI + E", "learned steps + E"
 METHODS = {STEPS_ALONE: "steps", REPAIR: "repair", BOTH: "both"}  # what is trained
-VALENCE_AT = (2, 128)  # bits and group at which the valence objective trains, too: where most is lost
+VALENCE_AT = (2, 64)  # bits and group at which the valence objective trains steps, too
 AGAINST = {KIVI: (NEAREST,), STEPS_ALONE: (KIVI,), REPAIR: (KIVI, STEPS_ALONE), BOTH: (KIVI, STEPS_ALONE, REPAIR)}
 MEASURES = ("kl", "lost", "valence_gap")
 
@@ -62,27 +64,20 @@ def conditions(run: Run, base: Base) -> Iterator[tuple[str, TrainConfig]]:
     """What is trained: a method, and the configuration of bits and group, whose objectives are one stack."""
     seeds, smoke = run.parameters["seeds"], run.smoke
     samples = (8 if smoke else 128) * len(seeds)
-    bank = BankConfig("operator_train" + WITH_REVIEWS, samples, prefix=128, decoded=8)
+    common = token_aware_config(base, "E", seeds, smoke, share=SHARE)
+    bank = BankConfig("operator_train" + WITH_REVIEWS, samples, prefix=128, decoded=16)
     for bits in bits_of(run):
         for method, trained in METHODS.items():
             for group in GROUPS:
-                if trained != "steps" and group not in SHARES:
+                if trained != "steps" and group != REPAIRED:
                     continue
-                common = token_aware_config(base, "E", seeds, smoke, share=SHARES.get(group, min(SHARES.values())))
-                objectives: tuple[Objective, ...] = common.objectives
-                objectives += (ValenceObjective(),) if (bits, group) == VALENCE_AT else ()
-                yield (
-                    method,
-                    replace(
-                        common,
-                        objectives=objectives,
-                        mixture=Mixture({"quant_noise": 1.0}, clean_share=1.0),  # no fault but few bits
-                        bank=bank,
-                        steps=2 if smoke else STEPS,
-                        batch=BATCH,
-                        quantiser=QuantiserConfig(bits, group, trained),
-                    ),
-                )
+                # distillation alone: no sample is clean, and steps can lower a contraction ratio by doing more damage
+                objectives: tuple[Objective, ...] = (RepairObjective(lambda_contr=0.0),)
+                objectives += (ValenceObjective(),) if trained == "steps" and (bits, group) == VALENCE_AT else ()
+                changes: dict[str, Any] = {"objectives": objectives, "bank": bank, "batch": BATCH[trained]}
+                changes["mixture"] = Mixture({"quant_noise": 1.0}, clean_share=1.0)  # no fault but few bits
+                changes["steps"] = 2 if smoke else STEPS[trained]
+                yield method, replace(common, quantiser=QuantiserConfig(bits, group, trained), **changes)
 
 
 def learned(run: Run, base: Base) -> dict[str, Storage]:

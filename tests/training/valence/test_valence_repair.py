@@ -2,27 +2,22 @@
 
 from dataclasses import replace
 
-import pandas as pd
 import pytest
 import torch
 from small_models import shaken
 from test_valence_training import VALENCE, feeling
-from tiny import DOCUMENTS, tiny_tokenizer
 from tiny_repair import joint_of
 from tiny_training import CONFIG, log_lines, parameters
 
-from cachemedic.data.task_data import score
-from cachemedic.data.tasks import perplexity_task
 from cachemedic.defenses.defense import CachedTokens
-from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.models.cache import unstack_cache
-from cachemedic.studies.quantised_evaluation import quantised_scores
 from cachemedic.token.token_repair import TokenRepair
+from cachemedic.training.forward import read_cache, repaired
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.trainer import Trainer
 from cachemedic.training.valence.gate import MercyGate
 from cachemedic.training.valence.projection import project
-from cachemedic.training.valence.quantiser import KVQuantiser, QuantiserConfig
+from cachemedic.training.valence.quantiser import QuantiserConfig
 
 OPTIONS = {"D": {}, "E": {"share": 1 / 16}}
 pytestmark = [
@@ -112,21 +107,52 @@ def test_the_gate_projects_behind_the_repaired_cache(family, base, bank, tmp_pat
     assert not torch.allclose(repaired, unrepaired)
 
 
-def test_a_quantised_cache_is_repaired_and_its_code_counted(family, base, bank, tmp_path):
-    trainer = at_work(trainer_of(family, base, bank, tmp_path, RepairObjective()))
-    task = perplexity_task(tiny_tokenizer(), DOCUMENTS, CONFIG.seeds, n=2, prefix=10, scored=3)
-    clean = clean_pass(base.model, task)
-    quantiser = KVQuantiser.calibrated(QuantiserConfig(2), clean.k, clean.v)
-    readers = {"steps": (quantiser, None), "steps + repair": (quantiser, trainer.operator)}
-    rows = quantised_scores(base, task, clean, readers).set_index(["reader", "seed"])
-    repair = TokenRepair(base.model, trainer.operator)
-    kept = repair.write(CachedTokens.behind_padding(clean.k, clean.v, task.prefix_ids, task.prefix_mask))
-    k, v = (x.flatten(0, 1) for x in quantiser(clean.k[None], clean.v[None]))
-    read = repair.read(CachedTokens.behind_padding(k, v, task.prefix_ids, task.prefix_mask), kept)
-    assert not torch.equal(read.k, k)
+@pytest.mark.parametrize("trained", ["steps", "repair", "both"])
+def test_steps_and_repair_train_apart_or_together(family, trained, base, bank, tmp_path):
+    quantiser = QuantiserConfig(2, trained=trained)
+    trainer = trainer_of(family, base, bank, tmp_path, RepairObjective(), quantiser=quantiser, steps=3)
+    trainer.best = None  # else a run may end where it began
+    start = parameters(trainer.operator)
+    trainer.run()
+    moved = any(not torch.equal(p, start[name]) for name, p in parameters(trainer.operator).items())
+    assert moved == (trained != "steps")
+    assert (trainer.quantiser.key_step != 0).any() == (trained != "repair")
+    assert (trainer.quantiser.value_offset != 0).any() == (trained != "repair")
+    draw = trainer.draw(0)
+    found = read_cache(trainer.students, draw)
+    assert (repaired(trainer.students, draw, found) is found) == (trained == "steps")
+
+
+def test_a_run_keeps_steps_and_repair_of_one_moment(family, base, bank, tmp_path):
+    trainer = trainer_of(family, base, bank, tmp_path, RepairObjective(), quantiser=QuantiserConfig(2), steps=0)
+    trainer.best.update(torch.tensor([1.0, 1.0]))
+    before = [p.detach().clone() for part in trainer.trained.values() for p in part.parameters()]
     with torch.no_grad():
-        output = base.model(task.continuation_ids, past_key_values=unstack_cache(read.k, read.v))
-    nll = pd.Series(score(task, output.logits)["nll"]).groupby(task.seeds.numpy()).mean()
-    assert rows.loc["steps + repair", "nll"].tolist() == pytest.approx(nll.tolist(), rel=1e-4)
-    more = rows.loc["steps + repair", "bytes_per_token"] - rows.loc["steps", "bytes_per_token"]
-    assert more.tolist() == [repair.bytes_per_token] * 2
+        for part in trainer.trained.values():
+            for p in part.parameters():
+                p += 1
+    trainer.best.update(torch.tensor([2.0, 0.5]))  # the second run is better now
+    trainer.best.restore()
+    after = [p.detach() for part in trainer.trained.values() for p in part.parameters()]
+    assert len(after) == len(list(trainer.operator.parameters())) + 4
+    for x, y in zip(before, after, strict=True):
+        assert torch.equal(y[0], x[0])
+        assert torch.equal(y[1], x[1] + 1)
+
+
+def test_of_a_cache_in_few_bits_only_the_code_is_kept(family, base, bank, tmp_path):
+    """Hashes match nowhere: without them every token is repaired, also those that rounding left alone by chance."""
+    operator = at_work(trainer_of(family, base, bank, tmp_path, RepairObjective())).operator
+    rows = torch.arange(4)
+    ids, valid = bank.ids[rows, : bank.prefix], torch.ones(4, bank.prefix, dtype=torch.bool)
+    stored = CachedTokens.behind_padding(bank.keys[rows], bank.values[rows], ids, valid)
+    lossy, usual = (TokenRepair(base.model, operator, lossy=lossy) for lossy in (True, False))
+    assert lossy.bytes_per_token == operator.bytes_per_token
+    assert lossy.cache_bytes == 0
+    kept = lossy.write(stored)
+    if family == "E":
+        assert kept.hashes is None
+        assert kept.sinks is None
+        assert torch.equal(usual.read(stored, usual.write(stored)).k, stored.k)  # nothing is damaged
+        assert torch.equal(kept.rows(rows[:2]).codes, kept.codes[:2])
+    assert not torch.equal(lossy.read(stored, kept).k, stored.k)
