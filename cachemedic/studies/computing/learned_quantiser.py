@@ -37,10 +37,12 @@ from cachemedic.training.valence.head import shipped_valence
 from cachemedic.training.valence.objective import ValenceObjective
 from cachemedic.training.valence.quantiser import BITS, GROUPS, KVQuantiser, QuantiserConfig
 
-STEPS = {"steps": 50, "repair": 40, "both": 40}
+STEPS = {"steps": 50, "repair": 30, "both": 30}
 BATCH = {"steps": 4, "repair": 2, "both": 2}  # an estimate by E takes longer
-# With E groups are twice as long as without, and its code takes the bytes that this saves: the totals are equal.
-REPAIRED, SHARE = 128, 1 / 64  # group, and share of the bytes of a bf16 cache
+# Bits and group of what is trained. With E groups are twice as long as without, and its code takes the bytes that this
+# saves: 2 bits in groups of 128 with E have the bytes of 2 bits in groups of 64.
+LEARNED = ((4, 64), (3, 64), (2, 32), (2, 64), (2, 128))
+REPAIRED, SHARE = (2, 128), 1 / 64  # the share is one of the bytes of a bf16 cache
 ALONE = (1 / 64, 1 / 32, 1 / 16)  # shares of a code without a cache
 KIVI, NEAREST, CODE = "KIVI", "fixed ranges", "code of E alone"
 STEPS_ALONE, REPAIR, BOTH = "learned steps", "KIVI + E", "learned steps + E"
@@ -65,19 +67,18 @@ def conditions(run: Run, base: Base) -> Iterator[tuple[str, TrainConfig]]:
     seeds, smoke = run.parameters["seeds"], run.smoke
     samples = (8 if smoke else 128) * len(seeds)
     common = token_aware_config(base, "E", seeds, smoke, share=SHARE)
-    bank = BankConfig("operator_train" + WITH_REVIEWS, samples, prefix=128, decoded=16)
-    for bits in bits_of(run):
-        for method, trained in METHODS.items():
-            for group in GROUPS:
-                if trained != "steps" and group != REPAIRED:
-                    continue
-                # distillation alone: no sample is clean, and steps can lower a contraction ratio by doing more damage
-                objectives: tuple[Objective, ...] = (RepairObjective(lambda_contr=0.0),)
-                objectives += (ValenceObjective(),) if trained == "steps" and (bits, group) == VALENCE_AT else ()
-                changes: dict[str, Any] = {"objectives": objectives, "bank": bank, "batch": BATCH[trained]}
-                changes["mixture"] = Mixture({"quant_noise": 1.0}, clean_share=1.0)  # no fault but few bits
-                changes["steps"] = 2 if smoke else STEPS[trained]
-                yield method, replace(common, quantiser=QuantiserConfig(bits, group, trained), **changes)
+    bank = BankConfig("operator_train" + WITH_REVIEWS, samples, prefix=128, decoded=8)
+    places = [(method, trained, place) for method, trained in METHODS.items() for place in LEARNED]
+    for method, trained, (bits, group) in places:
+        if bits not in bits_of(run) or (trained != "steps" and (bits, group) != REPAIRED):
+            continue
+        # distillation alone: no sample is clean, and steps can lower a contraction ratio by doing more damage
+        objectives: tuple[Objective, ...] = (RepairObjective(lambda_contr=0.0),)
+        objectives += (ValenceObjective(),) if trained == "steps" and (bits, group) == VALENCE_AT else ()
+        changes: dict[str, Any] = {"objectives": objectives, "bank": bank, "batch": BATCH[trained]}
+        changes["mixture"] = Mixture({"quant_noise": 1.0}, clean_share=1.0)  # no fault but few bits
+        changes["steps"] = 2 if smoke else STEPS[trained]
+        yield method, replace(common, quantiser=QuantiserConfig(bits, group, trained), **changes)
 
 
 def learned(run: Run, base: Base) -> dict[str, Storage]:
