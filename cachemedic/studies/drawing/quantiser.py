@@ -23,7 +23,7 @@ def frontier(rows: pd.DataFrame) -> Figure:
     for ax, (measure, label) in zip(axes, MEASURES.items(), strict=True):
         for i, (method, style) in enumerate(styles.items()):
             part = shown[shown["method"] == method].sort_values("bytes_per_token")
-            places = part["bytes_per_token"] * (1 + 0.02 * (i - len(styles) / 2))  # side by side
+            places = part["bytes_per_token"] * (1 + 0.008 * (i - len(styles) / 2))  # side by side
             ax.errorbar(places, part[measure], errors(part, measure), **style, label=method)
         ax.set(xscale="log", yscale="log", xlabel="bytes a cached token", ylabel=label)
         ticks = [300, 500, 1000, 2000]
