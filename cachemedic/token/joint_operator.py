@@ -1,9 +1,8 @@
 """Families D (token-aware) and E (sketch-assisted): repair of whole cached tokens under the joint model.
 
-D stores nothing: it goes by the joint model of clean tokens, by the damaged numbers, and by the token ids if it is
-given them. E also keeps a code of each token, written when the token was, and the numbers of the first four
-positions. Both repair what is stored, not what one layer reads: calibrated, they do so before any training, which
-only teaches them whom to trust.
+D stores nothing: it goes by the joint model of clean tokens, by the damaged numbers, and by the token ids if it has
+them. E also keeps a code of each token, written when the token was, and the numbers of the first four positions. Both
+repair what is stored, not what one layer reads, before any training, which only teaches them whom to trust.
 """
 
 from __future__ import annotations
@@ -17,10 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cachemedic.core.integers import LONGEST, whole_number
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.operator import STATISTICS, Attention, Gates, RepairOperator
 from cachemedic.repair.registry import register_family
-from cachemedic.token.code import TokenCode
+from cachemedic.token.code import TokenCode, check_share
 from cachemedic.token.estimate import Sight, Trust, estimate
 from cachemedic.token.joint import JointModel, Prior
 from cachemedic.token.joint_files import file_of, find_joint
@@ -56,9 +56,10 @@ class JointOperator(RepairOperator):
     @classmethod
     def initial_parameters(cls, config: OperatorConfig, generator: torch.Generator) -> dict[str, Tensor]:
         for name in ("rounds", "hidden"):
-            if not isinstance(config.options[name], int) or config.options[name] < 1:
-                raise ValueError(f"{name} must be a whole number from 1 upwards, not {config.options[name]!r}")
+            whole_number(name, config.options[name], 1, LONGEST)
         parts = 2 * config.model.num_kv_heads * len(config.layers)
+        if "share" in config.options:
+            check_share(config.options["share"], parts * config.model.head_dim)
         return initial_trust(parts, config.options["hidden"], generator)
 
     def attend(
@@ -172,7 +173,7 @@ class JointOperator(RepairOperator):
         return new_keys, new_values
 
     def _judge(self, sight: Sight) -> Tensor:
-        return judge(dict(self.named_parameters()), sight)
+        return judge({name: p.float() for name, p in self.named_parameters()}, sight)
 
     def _with_first(self, found: Tensor, read: Tensor, prior: Prior | None, positions: Tensor) -> Tensor:
         """With the first token as calibration knows it, where it is that one, else as it is. (It has no rotation.)"""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cachemedic.core.files import digest, read_sealed, replace_together, seal
+from cachemedic.core.integers import whole_number
 from cachemedic.core.quantise import UniformLevels
 
 WEIGHTS, CONFIG = "quantiser.safetensors", "quantiser.json"
@@ -39,8 +40,8 @@ class QuantiserConfig:
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, not {self.bits!r}")
-        if self.group is not None and self.group < 1:
-            raise ValueError(f"group must be at least 1 channel, not {self.group}")
+        if self.group is not None:
+            object.__setattr__(self, "group", whole_number("group", self.group, 1))
 
     @property
     def levels(self) -> int:
@@ -65,18 +66,20 @@ class KVQuantiser(nn.Module):
     def calibrated(config: QuantiserConfig, keys: Tensor, values: Tensor, runs: int = 1) -> KVQuantiser:
         """Untrained, rounding to nearest, with steps that cover the range of the clean `keys` [N, L, G, T, d].
 
-        Raises `ValueError` if the group does not divide the head size.
+        Raises `ValueError` if the group does not divide the head size, and for numbers that are not finite.
         """
         dim = keys.shape[-1]
         group = config.group or dim
         if dim % group:
             raise ValueError(f"a group of {group} channels does not divide the head size, {dim}")
+        if not (keys.isfinite().all() and values.isfinite().all()):
+            raise ValueError("a quantiser is calibrated on clean caches: these hold numbers that are not finite")
         by_channel = keys.permute(1, 2, 4, 0, 3).flatten(3)  # [L, G, d, N*T]
         low, high = by_channel.aminmax(dim=-1)
         middle = (low + high) / 2
         # a channel that was constant has a step that its key can be divided by, and the square of it, too
-        largest = by_channel.abs().amax()
-        least = torch.finfo(keys.dtype).eps * torch.where(largest > 0, largest, 1.0)
+        largest, known = by_channel.abs().amax(), torch.finfo(keys.dtype)
+        least = known.eps * torch.where(largest > known.tiny / known.eps, largest, 1.0)
         step = (high - low).clamp_min(least) / (config.levels - 1)
         groups = *values.shape[1:3], dim // group
         zeros = {"log_key": torch.zeros(runs, *step.shape), "log_value": torch.zeros(runs, *groups)}

@@ -172,7 +172,7 @@ def test_it_is_kept_beside_the_operators(base, bank, tmp_path, monkeypatch):
     assert config.key(base) != replace(config, quantiser=None).key(base)
 
 
-@pytest.mark.parametrize("constant", [0.0, 0.7, -300.0])
+@pytest.mark.parametrize("constant", [0.0, 0.7, -300.0, 1e-42])
 def test_a_channel_that_was_constant_in_calibration_has_finite_gradients(constant):
     generator = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 3, 2, 2, 5, 8, generator=generator)
@@ -186,6 +186,16 @@ def test_a_channel_that_was_constant_in_calibration_has_finite_gradients(constan
         assert all(x.isfinite().all() for x in (*read, *(p.grad for p in quantiser.parameters())))
         kept, _ = quantiser(sound[None], values[None])
         torch.testing.assert_close(kept[0, ..., 0], sound[..., 0], atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_quantiser_is_calibrated_on_must_be_finite():
+    clean = torch.ones(3, 2, 2, 5, 8)
+    for wrong in (torch.nan, torch.inf):
+        damaged = clean.clone()
+        damaged[0, 0, 0, 0, 0] = wrong
+        for keys, values in ((damaged, clean), (clean, damaged)):
+            with pytest.raises(ValueError, match="not finite"):
+                KVQuantiser.calibrated(QuantiserConfig(4), keys, values)
 
 
 def test_values_beyond_half_precision_are_refused():
