@@ -149,8 +149,11 @@ class KVQuantiser(nn.Module):
         if digest(weights) != record.pop("sha256"):
             raise ValueError(f"{folder / WEIGHTS} is damaged or not of this {CONFIG}")
         tensors = safetensors.torch.load(weights)
-        parameters = {name: tensors.pop(name) for name in ("log_key", "log_value")}
-        return KVQuantiser(QuantiserConfig(**record), tensors, parameters)
+        # in the order of a new quantiser: the file has none
+        buffers, parameters = (
+            {name: tensors[name] for name in names} for names in (("key_middle", "key_step"), ("log_key", "log_value"))
+        )
+        return KVQuantiser(QuantiserConfig(**record), buffers, parameters)
 
 
 def _snap(x: Tensor, uniform: UniformLevels, levels: int) -> Tensor:

@@ -100,6 +100,8 @@ def test_files(tmp_path):
     quantiser = KVQuantiser.calibrated(QuantiserConfig(3, 4), keys, values, runs=2)
     quantiser.log_key.data.normal_(generator=torch.Generator().manual_seed(2))
     quantiser.save_pretrained(tmp_path)
+    for _ in range(20):
+        assert list(KVQuantiser.from_pretrained(tmp_path).state_dict()) == list(quantiser.state_dict())
     again = KVQuantiser.from_pretrained(tmp_path)
     assert again.config == quantiser.config
     pairs = zip(again(keys[None], values[None]), quantiser(keys[None], values[None]), strict=True)
