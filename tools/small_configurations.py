@@ -117,5 +117,5 @@ def _small(cls: Any) -> PreTrainedConfig:
     for name, part in cls.sub_configs.items():
         kind = (default.get(name) or {}).get("model_type") or getattr(part, "model_type", "")
         if kind:
-            chosen[name] = _small(CONFIG_MAPPING.get(kind, part)).to_dict()
+            chosen[name] = _small(CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else part).to_dict()  # noqa: SIM401 (it is lazy)
     return cls(**chosen | BESIDES.get(cls.model_type, {}))

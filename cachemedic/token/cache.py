@@ -122,12 +122,14 @@ class SketchCache(RecordedCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """See `Cache.update`. Raises `ValueError` for a forward pass of another model."""
+        """See `Cache.update`. Raises `ValueError` for a pass of another model, or of tokens that have no id each."""
         keys, values = self._written
         if self._new is None or layer_idx != len(keys):
             raise ValueError(
                 "a SketchCache has to know the tokens that it stores: use it with the model it was made for"
             )
+        if (written := key_states.shape[2]) != (told := self._new[0].shape[1]):
+            raise ValueError(f"{type(self.model).__name__} stores {written} tokens for {told} ids: each needs an id")
         stored = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         keys.append(key_states)
         values.append(value_states)

@@ -297,6 +297,15 @@ def test_a_sliding_window_that_is_looked_after_drops_no_token():
         cache.repair("recompute")
 
 
+def test_a_model_that_stores_other_tokens_than_it_is_given_is_refused():
+    """As with virtual tokens in front of a prompt."""
+    model = model_of("llama")
+    cache = SketchCache(model)
+    cache.begin(torch.ones(1, 3).long(), torch.arange(3)[None])
+    with pytest.raises(ValueError, match="LlamaForCausalLM stores 5 tokens for 3 ids: each needs an id"):
+        cache.update(*torch.ones(2, 1, 2, 5, 8), 0)
+
+
 def test_a_pass_that_failed_leaves_nothing_behind():
     model = model_of("llama")
     cache, ids = SketchCache(model), torch.tensor([[5, 6]])
