@@ -84,9 +84,7 @@ class JointOperator(RepairOperator):
         self.code = self._code(joint)
         self.expected_kl, self.alarms = dict(expected_kl or {}), dict(alarms or {})
         with_ids = self.config.options["with_ids"]
-        left = [joint.prior_variance if with_ids else joint.variance]
-        if self.code is not None:
-            left.append(self.code.left)
+        left = [joint.prior_variance if with_ids else joint.variance, *([self.code.left] if self.code else [])]
         count = min(joint.coordinates, self.rank * self.config.model.num_kv_heads * len(self.layers))
         exact = torch.full((len(left),), with_ids, device=self.device)
         self.known = Knowledge.of(joint, torch.stack(left), exact, count)
@@ -111,7 +109,7 @@ class JointOperator(RepairOperator):
         """sha256 of all that it is: definition, parameters, joint model."""
         found = hashlib.sha256(f"{self.config} {self._held()}".encode())
         for name, p in sorted(self.named_parameters()):
-            found.update(name.encode() + p.detach().cpu().numpy().tobytes())
+            found.update(name.encode() + p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
 
     @property
@@ -165,8 +163,7 @@ class JointOperator(RepairOperator):
             turned = None if angles is None else (angles[0][:, piece], angles[1][:, piece])
             known_sound = None if by_part is None else by_part[:, piece]
             of_piece = kind[:, piece], x[:, piece], read[:, piece], turned
-            found = estimate(known, *of_piece, rounds, trust or self._judge, known_sound, scratch)
-            pieces.append(found.to(keys.dtype))
+            pieces.append(estimate(known, *of_piece, rounds, trust or self._judge, known_sound, scratch).to(keys.dtype))
         found = self._with_first(torch.cat(pieces, 1), read, told.prior, positions)
         sides = zip("kv", parts.unstack(found), (keys, values), strict=True)
         new_keys, new_values = (new if side in self.config.sides else old for side, new, old in sides)
