@@ -3,10 +3,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= paper
+ifndef CACHEMEDIC_CACHE
+CACHEMEDIC_CACHE := $(CURDIR)/build/cache
+endif
+export CACHEMEDIC_CACHE
 # What a person gives is one word to the shell, whatever is in it, and make expands none of it.
 quote = '$(subst ','\'',$(1))'
 given = $(call quote,$(value $(1)))
-unexport BASE SEEDS FAMILY OBJECTIVE DEVICE TEXT REVIEWS TEXT_FOLDER
+GIVEN := PYTHON VENV PROFILE BASE SEEDS FAMILY OBJECTIVE DEVICE TEXT REVIEWS TEXT_FOLDER RETRAIN ROUNDS CONTAINER \
+	CACHEMEDIC_CACHE
+$(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
 # Parameters of notebooks, each only if given: make reproduce BASE=gpt2-medium SEEDS=[0,1] DEVICE=cuda. A notebook takes
 # those that it has: make 06_protected_layers FAMILY=E OBJECTIVE=valence
 OPTIONS := $(if $(value BASE),--parameter base=$(call given,BASE)) $(if $(value SEEDS),--parameter seeds=$(call given,SEEDS)) \
@@ -24,7 +30,6 @@ MAKEFLAGS += --jobs=2
 # The environment is known by the content of its pins; the stamp appears last, so an interrupted set-up is repeated.
 READY := $(VENV)/ready-$(firstword $(shell cat requirements.txt pyproject.toml | cksum))
 RUN := $(VENV)/bin/python
-export CACHEMEDIC_CACHE ?= $(CURDIR)/build/cache
 
 # Also what .ci/run installs.
 TEX_PACKAGES := latexmk lmodern texlive-latex-recommended texlive-fonts-recommended
@@ -38,7 +43,7 @@ TEX_HINT := Debian and Ubuntu: apt-get install $(TEX_PACKAGES); macOS: MacTeX; o
 $(if $(filter 1,$(words $(PROFILE))),$(if $(filter paper smoke,$(PROFILE)),,$(error unknown PROFILE=$(PROFILE); allowed: \
 	paper, smoke)),$(error PROFILE=$(PROFILE) is not one word; allowed: paper, smoke))
 $(if $(filter 1,$(words $(VENV))),,$(error VENV=$(VENV): make cannot name a folder with spaces))
-$(foreach sign,; ' " & | < > `,$(if $(findstring $(sign),$(VENV)),$(error VENV=$(VENV): make cannot name a folder with $(sign))))
+$(foreach sign,; ' " & | < > ` $$ \ *,$(if $(findstring $(sign),$(VENV)),$(error VENV=$(VENV): make cannot name a folder with $(sign))))
 $(if $(value TEXT)$(value REVIEWS),$(if $(filter reproduce 13_second_model,$(MAKECMDGOALS)),,$(error TEXT and REVIEWS are parameters of \
 	13_second_model: no other target takes them)))
 

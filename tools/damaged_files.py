@@ -22,13 +22,18 @@ from cachemedic.corruption.severity import shipped_map
 from cachemedic.data.text_source import TextSource
 from cachemedic.models.base_files import CARD, check_base_files, defining_digests
 from cachemedic.models.load import WEIGHTS
+from cachemedic.repair.shipped import operator_folder
 from cachemedic.studies.result_files import read_result
 from cachemedic.token.joint import JointModel
+from cachemedic.token.joint_operator import JointOperator
 from cachemedic.training.bank import BankConfig, open_bank
+from cachemedic.training.log import drop_after
+from cachemedic.training.valence.quantiser import KVQuantiser, QuantiserConfig
 from small_configurations import VOCABULARY, small_configuration
 
 REFUSED, RIGHT, WRONG = "refused", "read right", "wrong"
 DAMAGES = ("flip", "cut", "remove", "swap")
+HEAD = 2048  # bytes, in which names and shapes stand: half of the flips hit there
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ def _damaged_bytes(whole: bytes, other: bytes, damage: str, at: int) -> bytes:
     if damage == "cut":
         return whole[: at % len(whole)]
     spoilt = bytearray(whole)
-    spoilt[at // 8 % len(whole)] ^= 1 << at % 8
+    reached = min(len(whole), HEAD) if at % 16 < 8 else len(whole)
+    spoilt[at // 16 % reached] ^= 1 << at % 8
     return bytes(spoilt)
 
 
@@ -84,7 +90,10 @@ def tiny_llama() -> PreTrainedModel:
 
 def file_kinds(folder: Path) -> dict[str, FileKind]:
     """Files of each kind in folders below `folder`; writes them."""
-    makers = (_operator, _joint_model, _severity_map, _result, _cache, _checkpoint, _bank, _base)
+    makers = (
+        *(_operator, _token_operator, _joint_model, _quantiser, _severity_map, _result),
+        *(_log, _cache, _checkpoint, _bank, _base),
+    )
     return {maker.__name__[1:].replace("_", " "): maker(folder / maker.__name__[1:]) for maker in makers}
 
 
@@ -105,6 +114,46 @@ def _operator(folder: Path) -> FileKind:
     for seed, place in enumerate((folder, folder / "other")):
         RepairOperator.create("A", config, [0, 1 + seed], rank=2, seed=seed).save_pretrained(place)
     return FileKind(folder, read, _contents(folder / "other"))
+
+
+def _token_operator(folder: Path) -> FileKind:
+    """With the joint model beside it, as that of a model of one's own."""
+    for place, family in ((folder, "E"), (folder / "other", "D")):
+        shutil.copytree(operator_folder(f"{family}/embedded-llama"), place)
+        shutil.copy(next((WEIGHTS / "embedded-llama").glob("joint-*.safetensors")), place)
+
+    def read(place: Path) -> Any:
+        operator = RepairOperator.from_pretrained(place)
+        assert isinstance(operator, JointOperator)
+        return operator.digest, operator.expected_kl, operator.alarms
+
+    return FileKind(folder, read, {name: x for name, x in _contents(folder / "other").items() if "joint" not in name})
+
+
+def _quantiser(folder: Path) -> FileKind:
+    def read(place: Path) -> Any:
+        quantiser = KVQuantiser.from_pretrained(place)
+        return quantiser.config, _known(quantiser.state_dict().values())
+
+    keys, values = torch.randn(2, 3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    for bits, place in ((3, folder), (2, folder / "other")):
+        KVQuantiser.calibrated(QuantiserConfig(bits), keys, values).save_pretrained(place)
+    return FileKind(folder, read, _contents(folder / "other"))
+
+
+def _log(folder: Path) -> FileKind:
+    name, steps = "log.jsonl", 6
+    folder.mkdir()
+    records = [{"run_id": "run", "step": step, "gate": {"projected": step / 8}} for step in range(1, steps + 1)]
+    (folder / name).write_bytes(b"".join(seal(record, indent=None) for record in records))
+
+    def read(place: Path) -> bytes:
+        if not (place / name).is_file():
+            raise FileNotFoundError(str(place / name))
+        drop_after(place / name, steps, runs=1)
+        return (place / name).read_bytes()
+
+    return FileKind(folder, read, {name: seal({"run_id": "run", "step": 1}, indent=None)})
 
 
 def _joint_model(folder: Path) -> FileKind:

@@ -224,7 +224,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (GraphError, NotebookFailed) as failure:
+    except (GraphError, NotebookFailed, OSError) as failure:
         sys.exit(f"error: {failure}")
     except KeyboardInterrupt:
         sys.exit("interrupted: what is finished is kept, the same command goes on from there")

@@ -41,25 +41,66 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("_sliding_window_pattern", "sliding_window_pattern"), 2),
     **dict.fromkeys(("use_mamba_kernels",), False),
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id"), 0),
+    **dict.fromkeys(("mm_embed_dim", "output_proj_dims", "nemo_conv_channels", "ext_pw_out_channel"), 32),
+    **dict.fromkeys(("depthwise_separable_out_channel", "mm_posemb_size"), 32),
     "attn_layer_offset": 1,
     "index_topk": 8,
     "is_decoder": True,
 }
 # What an architecture needs besides, by its model type.
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 BESIDES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_group_size": 2, "layer_types": ["linear_attention", "full_attention"] * 2},
     "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {"encoder_hash_byte_group_vocab": 100},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "cpmant": {"dim_head": 8, "prompt_length": 0},
     "ctrl": {"dff": 48},
-    "dots1": {"first_k_dense_replace": 1},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_text": {"per_layer_config": {}, "index_n_heads": 2, "index_head_dim": 8, "head_dim": 12},
     "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 16},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "kimi_linear": {
+        "linear_head_dim": 8, "linear_num_heads": 4, "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"head_dim": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "mimo_v2_flash": {"v_head_dim": 4},  # as it is known, keys are wider than values
-    "reformer": {"is_decoder": True},
+    "ministral": {"head_dim": 8},
+    "moshi": {"audio_vocab_size": VOCABULARY},
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+        "indexer_compress_ratio": 2, "hc_lowrank": 8, "ple_embed_dim": 16, "ngram_vocab_size_base": 64,
+    },
+    "reformer": {
+        "is_decoder": True, "axial_pos_embds_dim": [8, 24], "axial_pos_shape": [8, 8], "local_attn_chunk_length": 16,
+        "lsh_attn_chunk_length": 16, "attn_layers": ["local", "lsh"] * 2,
+    },
+    "roc_bert": {
+        "pronunciation_embed_dim": 32, "shape_embed_dim": 32, "shape_vocab_size": VOCABULARY,
+        "pronunciation_vocab_size": VOCABULARY,
+    },
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 6, "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid"] * 2, "layer_types": ["mamba", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3], "attention_hidden_size": 64, "attention_head_dim": 16, "mamba_headdim": 8,
+        "n_mamba_heads": 8,
+    },
     "zaya": {"num_experts_per_tok": 1},
-}
+}  # fmt: skip
 
 
 def small_configuration(model_type: str) -> PreTrainedConfig:
@@ -74,6 +115,7 @@ def _small(cls: Any) -> PreTrainedConfig:
         chosen.pop("head_dim", None)  # it is derived, and each head has a key of its own
         chosen["num_key_value_heads"] = SIZES["num_attention_heads"]
     for name, part in cls.sub_configs.items():
-        if hasattr(part, "model_type") and part.model_type in CONFIG_MAPPING:
-            chosen[name] = _small(part).to_dict()
+        kind = (default.get(name) or {}).get("model_type") or getattr(part, "model_type", "")
+        if kind:
+            chosen[name] = _small(CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else part).to_dict()  # noqa: SIM401 (it is lazy)
     return cls(**chosen | BESIDES.get(cls.model_type, {}))

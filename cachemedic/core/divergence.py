@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
+
+from cachemedic.core.errors import check_given
 
 EPS = 1e-8
 
@@ -24,8 +27,10 @@ def kd_per_token(z_clean: torch.Tensor, z_rep: torch.Tensor, temperature: float 
     A token that the teacher rules out (a logit of -inf) adds nothing, the limit of p log p. Raises `ValueError` for
     logits of different shapes, and unless T is a positive number.
     """
-    if not 0 < temperature < math.inf:
+    if not (isinstance(temperature, Real) and 0 < temperature < math.inf):
         raise ValueError(f"temperature must be a positive number, not {temperature!r}")
+    for logits in (z_clean, z_rep):
+        check_given("logits", logits, torch.Tensor)
     if z_clean.shape != z_rep.shape:
         raise ValueError(f"teacher and student logits differ in shape: {tuple(z_clean.shape)}, {tuple(z_rep.shape)}")
     teacher = F.log_softmax(z_clean / temperature, dim=-1)

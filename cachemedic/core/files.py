@@ -1,8 +1,9 @@
 """Files that are written whole or not at all, carry the hash of what they hold, and are checked when they are read.
 
-Three kinds carry their hash: JSON records (`seal`, under the key `checksum`), tensors (`tensor_bytes` of
-`cachemedic.core.tensors`), and anything else (`write_hashed`, in a first line). A damaged file is a `ValueError` that
-names it. What a process that was killed has left behind is removed when something is next written beside it.
+Three kinds carry their hash: JSON records and lines of logs (`seal`, under the key `checksum`), tensors
+(`tensor_bytes` of `cachemedic.core.tensors`), and anything else (`write_hashed`, in a first line). A damaged file is a
+`ValueError` that names it. What a process that was killed has left behind is removed when something is next written
+beside it.
 """
 
 from __future__ import annotations
@@ -91,24 +92,27 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-def seal(record: Mapping[str, Any]) -> bytes:
-    """A JSON object with the hash of its content under the key `checksum`."""
+def seal(record: Mapping[str, Any], indent: int | None = 2) -> bytes:
+    """A JSON object with the hash of its content under the key `checksum`; without `indent` it is one line."""
     content = {name: value for name, value in record.items() if name != CHECKSUM}
-    return (json.dumps(content | {CHECKSUM: _checksum(content)}, indent=2) + "\n").encode()
+    return (json.dumps(content | {CHECKSUM: _checksum(content)}, indent=indent) + "\n").encode()
+
+
+def unseal(data: bytes, place: object) -> dict[str, Any]:
+    """What `seal` has made, without its hash. Raises `ValueError`, which names the `place`, if it is damaged."""
+    try:
+        record = json.loads(data)
+        found = record.pop(CHECKSUM)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{place} is damaged: {error!r}") from error
+    if found != _checksum(record):
+        raise ValueError(f"{place} is damaged: it is not as it was saved")
+    return record
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `seal` has made, without its hash. Raises `FileNotFoundError`, and `ValueError` if it is damaged."""
-    try:
-        record = json.loads(path.read_bytes())
-        found = record.pop(CHECKSUM)
-    except FileNotFoundError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}") from error
-    if found != _checksum(record):
-        raise ValueError(f"{path} is damaged: it is not as it was saved")
-    return record
+    """What `seal` has made of a file. Raises `FileNotFoundError`, and `ValueError` if it is damaged."""
+    return unseal(path.read_bytes(), path)
 
 
 def write_hashed(path: Path, data: bytes) -> None:

@@ -9,6 +9,8 @@ from functools import cache, partial
 import numpy as np
 import pandas as pd
 
+from cachemedic.core.errors import check_given
+
 MAP_COLUMNS = ["base", "layers", "heads", "type", "severity", "parameter", "share", "reach"]
 GRID = (0.1, 0.25, 0.5, 1.0)  # the severities of which a map has rows, and of which the studies are made; and 0
 Shape = tuple[int, int, int]  # L layers, G key/value heads, T positions of a cache
@@ -93,6 +95,7 @@ class SeverityMap:
 
 def _checked(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows, from the mildest severity on; `ValueError` unless the map is whole."""
+    check_given("the rows of a severity map", rows, pd.DataFrame)
     if missing := [name for name in MAP_COLUMNS if name not in rows]:
         raise ValueError(f"a severity map needs the columns {', '.join(MAP_COLUMNS)}; {', '.join(missing)} are missing")
     rows = rows[MAP_COLUMNS].sort_values("severity", kind="stable", key=partial(pd.to_numeric, errors="coerce"))
@@ -102,6 +105,9 @@ def _checked(rows: pd.DataFrame) -> pd.DataFrame:
     sound &= numbers["share"].between(0, 1) & (numbers["parameter"] >= 0) & (numbers["parameter"] < np.inf)
     for row in rows[~sound].itertuples(index=False):
         raise ValueError(f"row {', '.join(map(str, row))} of the severity map is damaged (columns {MAP_COLUMNS})")
+    if rows.empty:
+        raise ValueError("the severity map holds no row")
+    rows = rows.assign(**numbers)
     for (base, kind), part in rows.groupby(["base", "type"]):
         found, limit = part["severity"].tolist(), part["reach"].iloc[0]
         needed = [s for s in GRID if s < limit] + [limit]

@@ -17,7 +17,7 @@ from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import BaseQuantizedLayer, DynamicLayer
 
 from cachemedic.core.errors import check_given
-from cachemedic.core.integers import whole_number
+from cachemedic.core.integers import seed_number
 from cachemedic.core.severity_map import SeverityMap, Shape
 from cachemedic.corruption.severity import shipped_map
 from cachemedic.corruption.spec import CorruptionEvent, CorruptionSpec, draw_event
@@ -126,7 +126,7 @@ def corrupt_cache(cache: Cache, spec: CorruptionSpec, seed: int = 0, donor: Cach
         raise ValueError(f"the donor holds {len(donors)} layers, the cache {len(stored)}")
     batch, heads = stored[0][0].shape[:2]
     shape = (len(stored), heads, max(keys.shape[2] for keys, _ in stored))
-    generator = torch.Generator().manual_seed(whole_number("seed", seed))
+    generator = torch.Generator().manual_seed(seed_number(seed))
     events = [draw_event(spec, shape, generator) for _ in range(batch)]
     result = copy.copy(cache)
     result.layers = [copy.copy(layer) for layer in cache.layers]

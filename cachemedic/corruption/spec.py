@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from numbers import Integral, Real
 from typing import Any
 
-import numpy as np
 import torch
 
 from cachemedic.core.errors import shown
+from cachemedic.core.integers import whole_numbers
 from cachemedic.core.severity_map import SeverityMap, Shape
 from cachemedic.corruption.severity import shipped_map
 from cachemedic.corruption.storage_faults import page_mask, page_offset
@@ -179,16 +180,15 @@ def _strength(spec: CorruptionSpec, shape: Shape) -> tuple[float, float, float]:
 
 
 def _checked_axis(name: str, value: Any) -> Axis:
-    if isinstance(value, str):
-        if value == "all":
-            return value
-    elif isinstance(value, np.ndarray | torch.Tensor):
-        value = value.tolist()
-    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0:
-        if all(isinstance(i, Integral) and not isinstance(i, bool) and int(i) >= 0 for i in value):
-            return tuple(int(i) for i in value)
-    elif isinstance(value, Real) and not isinstance(value, Integral) and 0 <= float(value) <= 1:
+    if getattr(value, "ndim", None) == 0:  # one number of NumPy or torch
+        value = value.item()
+    if isinstance(value, str) and value == "all":
+        return value
+    if isinstance(value, Real) and not isinstance(value, Integral) and 0 <= float(value) <= 1:
         return float(value)
+    with suppress(TypeError, ValueError):
+        if indices := whole_numbers(name, value, 0):
+            return indices
     raise ValueError(
         f"{name}={value!r} is not a mask; allowed: 'all', a float from 0 to 1 (each is hit with that probability), "
         "or a non-empty list of indices from 0"
@@ -196,17 +196,15 @@ def _checked_axis(name: str, value: Any) -> Axis:
 
 
 def _checked_time(value: Any) -> Any:
-    if isinstance(value, np.ndarray | torch.Tensor):
-        value = value.tolist()
     if isinstance(value, str) and value == "all_past":
         return value
-    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0:
-        mode, *numbers = value
-        if all(isinstance(n, Integral) and int(n) >= 0 for n in numbers) and (
-            (mode == "old_only" and len(numbers) == 1)
-            or (mode == "window" and len(numbers) == 2 and numbers[0] < numbers[1])
+    with suppress(TypeError, ValueError):
+        mode, *given = islice(value, 4)
+        numbers = whole_numbers("time", given, 0)
+        if (mode == "old_only" and len(numbers) == 1) or (
+            mode == "window" and len(numbers) == 2 and numbers[0] < numbers[1]
         ):
-            return (mode, *(int(n) for n in numbers))
+            return (mode, *numbers)
     raise ValueError(
         f"time={value!r} is not a position mask; allowed: 'all_past', ('old_only', n_recent) or "
         "('window', a, b) with 0 <= a < b"

@@ -15,6 +15,11 @@ def sample_windows(base: Base, documents: tuple[str, ...], count: int, length: i
     """
     if length > base.context:
         raise ValueError(f"prefix and continuation take {length} tokens; the context of {base.name} is {base.context}")
+    enough = sum(len(text.encode()) + 2 for text in documents)  # a token is a byte at least
+    if count * (length - 1) > enough:
+        raise ValueError(
+            f"the text has at most {enough} tokens; {count} windows of {length} take {count * (length - 1)}"
+        )
     order = np.random.default_rng([seed, 11]).permutation(len(documents))
     needed = count * (length - 1)
     stream: list[int] = []

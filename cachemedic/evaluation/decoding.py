@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from cachemedic.data.task_data import TaskData
 from cachemedic.defenses.defense import CachedTokens, Defense
 from cachemedic.models.cache import stack_cache, unstack_cache
+from cachemedic.models.usable import check_mode
 
 BATCH_BYTES = 512 * 2**20  # working memory of one batch: the cache with its copies, and the logits
 
@@ -40,8 +41,9 @@ def tokens_of(task: TaskData, k: torch.Tensor, v: torch.Tensor) -> CachedTokens:
 def clean_pass(model: PreTrainedModel, task: TaskData) -> CleanBank:
     """Prefills the prefixes and decodes the continuations on the clean cache.
 
-    Raises `ValueError` if prefix and continuation are longer than the model's context.
+    Raises `ValueError` if prefix and continuation are longer than the model's context, and in training mode.
     """
+    check_mode(model)
     length, decoded = task.prefix_ids.shape[1], task.continuation_ids.shape[1]
     context = model.config.get_text_config().max_position_embeddings
     if length + decoded > context:

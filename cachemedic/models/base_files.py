@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from cachemedic.core.files import file_digest
+from cachemedic.core.files import file_digest, read_sealed
 
 CARD = "card.json"
 DEFINING = (  # what transformers reads from the folder of a base, where it is there
@@ -15,6 +14,13 @@ DEFINING = (  # what transformers reads from the folder of a base, where it is t
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "model.safetensors.index.json",
+    "adapter_config.json",
 )
 
 
@@ -26,7 +32,7 @@ def defining_digests(folder: Path) -> dict[str, str]:
 def check_base_files(folder: Path, remedy: str) -> None:
     """Raise `OSError`, which ends with the `remedy`, unless the files in `folder` are those that its card lists."""
     try:
-        expected = dict[str, str](json.loads((folder / CARD).read_text(encoding="utf-8"))["sha256"])
+        expected = dict[str, str](read_sealed(folder / CARD)["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OSError(f"{folder / CARD} is missing or damaged ({error!r}); {remedy}") from error
     found = defining_digests(folder)

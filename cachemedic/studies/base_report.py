@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 
+from cachemedic.core.files import read_sealed
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.corruption.types import NONE
 from cachemedic.data.task_data import TaskData
@@ -27,6 +27,7 @@ from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.evaluation.evaluate import evaluate
 from cachemedic.evaluation.experiments import standard_tasks
 from cachemedic.evaluation.statistics import Interval, paired_interval, t_interval
+from cachemedic.models.base_files import CARD
 from cachemedic.models.load import EMBEDDED, WEIGHTS, Base
 
 DIGITS = 16  # of a hash, for people to compare
@@ -89,7 +90,7 @@ def facts(base: Base) -> dict[str, Any]:
     """Shape, size and origin of a base; what only a model card tells is None for a base without one."""
     config = base.model.config
     folder = WEIGHTS / base.name if base.name in EMBEDDED else Path(base.name)
-    card = json.loads((folder / "card.json").read_text()) if (folder / "card.json").exists() else {}
+    card = read_sealed(folder / CARD) if (folder / CARD).exists() else {}
     weights = folder / "model.safetensors"
     return {
         "architecture": config.model_type,

@@ -115,14 +115,19 @@ def _typeset(value: float, spec: str) -> str:
 def load(root: Path = ROOT) -> list[Claim]:
     """The claims that paper/numbers.toml declares.
 
-    Raises `ValueError` for unknown keys and for a macro that is declared twice.
+    Raises `ValueError` for a file that is missing or damaged, for keys that are unknown or missing, and for a macro
+    that is declared twice.
     """
     claims, seen = [], set()
-    for row in tomllib.loads((root / DECLARATION).read_text(encoding="utf-8"))["claim"]:
-        _check_keys("a claim", row, ["says", "section", "csv", "where", "shown", "numbers"])
+    try:
+        rows = tomllib.loads((root / DECLARATION).read_text(encoding="utf-8")).get("claim", [])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{DECLARATION} is missing or damaged: {error}") from error
+    for row in rows:
+        _check_keys("a claim", row, ["says", "section", "csv", "numbers"], ["where", "shown"])
         numbers = []
         for name, entry in row["numbers"].items():
-            _check_keys(name, entry, ["column", "where", "over", "format", "interval"])
+            _check_keys(name, entry, ["column"], ["where", "over", "format", "interval"])
             if name in seen:
                 raise ValueError(f"the macro {name} is declared twice in {DECLARATION}")
             seen.add(name)
@@ -132,10 +137,12 @@ def load(root: Path = ROOT) -> list[Claim]:
     return claims
 
 
-def _check_keys(place: str, row: Mapping[str, Any], allowed: list[str]) -> None:
+def _check_keys(place: str, row: Any, needed: list[str], besides: list[str]) -> None:
+    if not isinstance(row, dict) or (missing := [key for key in needed if key not in row]):
+        raise ValueError(f"{place} in {DECLARATION} lacks {', '.join(missing if isinstance(row, dict) else needed)}")
     for key in row:
-        if key not in allowed:
-            raise nearest_valid(f"key of {place} in {DECLARATION}", key, allowed)
+        if key not in needed + besides:
+            raise nearest_valid(f"key of {place} in {DECLARATION}", key, needed + besides)
 
 
 def macros(claims: Sequence[Claim], root: Path = ROOT) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from cachemedic.core.errors import check_given
 from cachemedic.models.usable import check_mode
@@ -83,8 +83,18 @@ class SketchCache(RecordedCache):
         return any(isinstance(layer, StaticLayer) for layer in self.layers)
 
     def begin(self, ids: Tensor, positions: Tensor) -> None:
-        """See `ToldCache`. Raises `ValueError` in training mode, and if the cache holds tokens it was not told of."""
+        """See `ToldCache`.
+
+        Raises `ValueError` in training mode, for tokens that preallocated layers have no room for, and if the cache
+        holds tokens it was not told of.
+        """
         check_mode(self.model)
+        needed, rooms = self.get_seq_length() + ids.shape[1], [getattr(x, "max_cache_len", None) for x in self.layers]
+        if any(room is not None and needed > room for room in rooms):
+            raise ValueError(
+                f"the StaticCache that this SketchCache stores in has room for {rooms[0]} tokens, and these make "
+                f"{int(needed)}: give one with a larger max_cache_len"
+            )
         if self.record is not None or self.get_seq_length():
             _ = self.kept
         self._new, self._written = (ids, positions), ([], [])
@@ -92,9 +102,11 @@ class SketchCache(RecordedCache):
     def adopt(self, cache: Cache, ids: Tensor, positions: Tensor) -> None:
         """Takes over the layers of a filled cache as what was written; `look_after` checks them first.
 
-        ids and positions [B, T] of its tokens, positions -1 for padding.
+        ids and positions [B, T] of its tokens, positions -1 for padding. A sliding window is taken over as a plain
+        layer, which goes on to hold every token.
         """
         self._store_in(cache)
+        self.layers = [_without_window(layer) for layer in self.layers]
         layers: list[Any] = self.layers
         sides = [[getattr(layer, side)[:, :, : ids.shape[1]] for layer in layers] for side in ("keys", "values")]
         self._remember(sides[0], sides[1], ids, positions)
@@ -110,12 +122,14 @@ class SketchCache(RecordedCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """See `Cache.update`. Raises `ValueError` for a forward pass of another model."""
+        """See `Cache.update`. Raises `ValueError` for a pass of another model, or of tokens that have no id each."""
         keys, values = self._written
         if self._new is None or layer_idx != len(keys):
             raise ValueError(
                 "a SketchCache has to know the tokens that it stores: use it with the model it was made for"
             )
+        if (written := key_states.shape[2]) != (told := self._new[0].shape[1]):
+            raise ValueError(f"{type(self.model).__name__} stores {written} tokens for {told} ids: each needs an id")
         stored = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         keys.append(key_states)
         values.append(value_states)
@@ -253,9 +267,21 @@ class SketchCache(RecordedCache):
         raise TypeError("a SketchCache is not pickled: use `cache.save(folder)` and `SketchCache.load`")
 
 
+def _without_window(layer: Any) -> Any:
+    """A layer that holds the same tensors and drops no token."""
+    if type(layer) is not DynamicSlidingWindowLayer:
+        return layer
+    plain: Any = DynamicLayer()
+    plain.lazy_initialization(layer.keys, layer.values)
+    plain.keys, plain.values = layer.keys, layer.values
+    return plain
+
+
 def _empty(cache: Cache) -> Cache:
     """The cache, if a SketchCache can take over its storage."""
     check_given("storage", cache, Cache)
+    if not isinstance(getattr(cache, "layers", None), list):
+        raise TypeError(f"the storage must be a DynamicCache or StaticCache, not a {type(cache).__name__}")
     if cache.get_seq_length() > 0:
         raise ValueError(f"the storage holds {int(cache.get_seq_length())} tokens already: give an empty cache")
     for layer in cache.layers:

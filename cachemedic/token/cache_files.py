@@ -10,7 +10,6 @@ Damage of the numbers is what the record is there for: it is found and can be re
 from __future__ import annotations
 
 import hashlib
-import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from cachemedic.core.files import replace_together
+from cachemedic.core.files import read_sealed, replace_together, seal
 from cachemedic.token.record import TokenRecord
 from cachemedic.token.recorded_cache import RecordedCache
 
@@ -49,7 +48,7 @@ def save_cache(cache: RecordedCache, folder: Path) -> None:
     files = {
         NUMBERS: safetensors.torch.save(_held(numbers)),
         RECORD: kept,
-        DESCRIPTION: (json.dumps(description, indent=2) + "\n").encode(),
+        DESCRIPTION: seal(description),
     }
     replace_together(folder, files, last=DESCRIPTION)
 
@@ -59,18 +58,14 @@ def load_cache(cache: RecordedCache, folder: Path) -> None:
     for name in (DESCRIPTION, RECORD, NUMBERS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no saved cache: it has no file {name}")
-    try:
-        description = json.loads((folder / DESCRIPTION).read_text())
-        if description["format"] != FORMAT:
-            raise ValueError(f"{folder / DESCRIPTION} describes {description['format']!r}, not {FORMAT!r}")
-        expected = {name: description[name] for name in ("record_sha256", "model", "operator", "dtype", "seed")}
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / DESCRIPTION} is damaged: {error!r}") from error
+    expected = read_sealed(folder / DESCRIPTION)
+    if expected.get("format") != FORMAT:
+        raise ValueError(f"{folder / DESCRIPTION} describes {expected.get('format')!r}, not {FORMAT!r}")
     kept = (folder / RECORD).read_bytes()
     if (found := hashlib.sha256(kept).hexdigest()) != expected["record_sha256"]:
         raise ValueError(
             f"{folder / RECORD} is damaged or of another cache: sha256 {found[:16]} is not "
-            f"{str(expected['record_sha256'])[:16]}"
+            f"{expected['record_sha256'][:16]}"
         )
     if model_digest(cache.model) != expected["model"]:
         raise ValueError(

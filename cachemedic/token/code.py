@@ -8,15 +8,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+from cachemedic.core.errors import shown
 from cachemedic.token.joint import JointModel, Prior
 from cachemedic.token.scalar_codes import SCALE_LIMIT, allot_bits, decode, distortion, encode, pack, unpack
 
 SHARES = tuple(2.0**-i for i in range(9, 2, -1))  # 1/512 to 1/8, what is usually asked for
 WORD_BYTES = 2  # of a stored number in bf16, which shares are relative to
+
+
+def check_share(share: float, numbers: int) -> None:
+    """Raises `ValueError` unless `share` is of the bytes of a token of so many numbers, `TypeError` for no number."""
+    if isinstance(share, bool) or not isinstance(share, Real):
+        raise TypeError(f"share must be a number, such as 1/128, not {shown(share)}")
+    least = 1 / (WORD_BYTES * numbers)
+    if not least <= share <= 1:
+        raise ValueError(
+            f"share {share!r} is out of range: a number from {least:.2g}, one byte a token, to 1, all bytes"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +44,7 @@ class TokenCode:
     with_ids: bool = True
 
     def __post_init__(self) -> None:
-        least = 1 / (WORD_BYTES * self.joint.dim)
-        if not least <= self.share <= 1:
-            raise ValueError(
-                f"share {self.share!r} is out of range: a number from {least:.2g}, one byte a token, to 1, all bytes"
-            )
+        check_share(self.share, self.joint.dim)
 
     @property
     def bytes_per_token(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cachemedic.models.load import check_format
 from cachemedic.token.joint import RECENT, Prior
 from cachemedic.token.joint_operator import JointOperator, Told
 from cachemedic.token.lowest_layer import stored_in_lowest_layer
@@ -21,13 +22,20 @@ Sides = tuple[Tensor, Tensor]
 
 def check_operator(model: PreTrainedModel, operator: object) -> None:
     """Raises `TypeError` for an operator of another family than D and E, `ValueError` for one that was not calibrated
-    or is made for another model.
+    or is made for another model, and for a model of a number format that `load_base` does not serve.
     """
+    joint = joint_operator(operator)
+    joint.check_model(model.config)
+    check_format(model.dtype)
+    _ = joint.calibrated
+
+
+def joint_operator(operator: object) -> JointOperator:
+    """The operator, if it is of family D or E. Raises `TypeError` for anything else."""
     if not isinstance(operator, JointOperator):
         found = getattr(getattr(operator, "config", None), "family", type(operator).__name__)
         raise TypeError(f"clean tokens are known to an operator of family D or E, not {found}")
-    operator.check_model(model.config)
-    _ = operator.calibrated
+    return operator
 
 
 class Coder:

@@ -34,13 +34,19 @@ class ToldCache(Cache, ABC):
 
 
 class ForwardHooks:
-    """Keeps the hooks on a model for as long as a cache holds this object. One a model: `ForwardHooks.of`."""
+    """Keeps the hooks on a model for as long as a cache holds this object. One a model: `ForwardHooks.of`.
+
+    A copy of the model that is made meanwhile (`copy.deepcopy`, `torch.save`) drops its hooks when it is first called.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         modules = {model, model.base_model}  # a head calls the base model; a caller may leave the head out
+        for module in modules:
+            _forget(module)
+            _hooked.add(module)
         handles = [module.register_forward_pre_hook(_announce, with_kwargs=True) for module in modules]
         self.model = weakref.ref(model)
-        weakref.finalize(self, _remove, handles)
+        weakref.finalize(self, _remove, handles, weakref.WeakSet(modules))
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ForwardHooks:
@@ -54,15 +60,28 @@ class ForwardHooks:
 
 
 _hooks_of: weakref.WeakKeyDictionary[nn.Module, weakref.ref[ForwardHooks]] = weakref.WeakKeyDictionary()
+_hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # what hooks were put on; a copy is not in it
 
 
-def _remove(handles: list[Any]) -> None:
+def _remove(handles: list[Any], modules: weakref.WeakSet[nn.Module]) -> None:
     for handle in handles:
         handle.remove()
+    for module in modules:
+        _hooked.discard(module)
+
+
+def _forget(module: nn.Module) -> None:
+    """Drops the hooks that a copy has from its original."""
+    for number, hook in list(module._forward_pre_hooks.items()):
+        if hook is _announce:
+            del module._forward_pre_hooks[number], module._forward_pre_hooks_with_kwargs[number]
 
 
 def _announce(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """The forward pre-hook. Raises `ValueError` for a call that does not tell a `ToldCache` ids or positions."""
+    if not torch.compiler.is_compiling() and module not in _hooked:
+        _forget(module)
+        return None
     given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     given |= given.pop("kwargs", {})
     cache = given.get("past_key_values")

@@ -156,14 +156,15 @@ class JointModel:
         try:
             with safetensors.safe_open(str(path), framework="pt") as file:
                 header = file.metadata() or {}
-                if header.get("format") != FORMAT:
-                    raise ValueError(
-                        f"{path} is no joint model: its format is {header.get('format')!r}, not {FORMAT!r}"
-                    )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"the joint model in {path} is damaged: {error!r}") from error
+        if header.get("format") != FORMAT:
+            raise ValueError(f"{path} is no joint model: its format is {header.get('format')!r}, not {FORMAT!r}")
+        try:
             record = json.loads(header["model"])
             found = cls(ModelShape(**record["of"]), tuple(record["layers"]), **tensors)
-        except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the joint model in {path} is damaged: {error!r}") from error
         if found.digest != header.get("sha256"):
             raise ValueError(f"the joint model in {path} is damaged: its sha256 is not the one that it names")

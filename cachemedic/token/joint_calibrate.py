@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cachemedic.core.integers import whole_number
+from cachemedic.core.divergence import kd_loss
+from cachemedic.core.errors import check_given
+from cachemedic.core.integers import seed_number
+from cachemedic.core.threads import one_thread
 from cachemedic.corruption.apply import corrupt
 from cachemedic.corruption.spec import CorruptionSpec, draw_event
 from cachemedic.models.cache import stack_cache, unstack_cache
@@ -20,6 +23,7 @@ from cachemedic.models.usable import check_is_model, check_mode
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.token.calibration_text import Texts, default_texts, held_out, windows
 from cachemedic.token.code import SHARES
+from cachemedic.token.coder import joint_operator
 from cachemedic.token.joint import JointModel
 from cachemedic.token.joint_calibration import clean_caches, fit_joint_model
 from cachemedic.token.joint_operator import JointOperator
@@ -32,6 +36,7 @@ NOISE = 0.5  # of the damage that "estimate" and "leave" are measured on, over t
 GOOD = 0.05  # nats that a recommended code leaves with every token lost
 
 
+@one_thread()
 def calibrate(
     operator: RepairOperator, base: Base, texts: Texts | None = None, joint: JointModel | None = None, seed: int = 0
 ) -> JointOperator:
@@ -40,19 +45,21 @@ def calibrate(
     texts: strings, or lists of them by kind (None: documentation, code, reviews and dialogue that come with the
     packages). What is to be repaired should be among the kinds. joint: a joint model that was measured before.
     One text in eight of each kind is not calibrated on: the error of codes of several lengths is measured on those and
-    printed. Warns if the operator protects a part of the layers only: the others keep their damage.
-    Raises `ValueError` for an operator of a family without a joint model or of another model, for a base in training
-    mode, wrapped, or that rotates its keys in a way that is not served, and for too little text; `TypeError` for what
-    is no base.
+    printed. It computes on one thread, so that the result is the same for any number of them. Warns if the operator
+    protects a part of the layers only: the others keep their damage.
+    Raises `TypeError` for an operator of another family and for what is no base; `ValueError` for an operator of
+    another model, for a base in training mode, wrapped, or that rotates its keys in a way that is not served, and for
+    too little text.
     """
-    if not isinstance(operator, JointOperator):
-        raise ValueError(f"family {operator.family} needs no calibration: allowed are D and E")
+    operator = joint_operator(operator)
     if not isinstance(base, Base):
         raise TypeError(f"calibrate takes a base, as `load_base` returns it, not a {type(base).__name__}")
+    if joint is not None:
+        check_given("joint", joint, JointModel)
     check_is_model(base.model)
     operator.check_model(base.model.config)
     check_mode(base.model)
-    seed = whole_number("seed", seed)
+    seed = seed_number(seed)
     if operator.runs > 1:
         raise ValueError(f"calibrate one run, not {operator.runs}, and `set_joint` its joint model to the others")
     check_format(base.model.dtype)
@@ -87,7 +94,7 @@ def expected_kl(operator: JointOperator, base: Base, texts: Texts, seed: int = 0
 
     def left(found: tuple[Tensor, Tensor], erased: bool = False) -> float:
         log_p = _log_p(base, ids, *found, prefix, erased)
-        return float((clean.exp() * (clean - log_p)).sum(-1).mean())
+        return float(kd_loss(clean, log_p, temperature=1.0))
 
     spec = CorruptionSpec("gaussian", parameter=NOISE)
     generator = torch.Generator().manual_seed(seed)

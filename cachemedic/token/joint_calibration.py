@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from cachemedic.core.threads import one_thread
 from cachemedic.models.cache import unstack_cache
 from cachemedic.models.load import Base
 from cachemedic.models.shape import ModelShape
@@ -35,6 +36,7 @@ SENSITIVITY_WINDOWS, SENSITIVITY_PREFIX, SENSITIVITY_DECODED = 32, 128, 32
 LEAST_POWER, LEAST_WEIGHT = 1e-6, 1e-8  # over the mean of all: what a dead or unread head counts
 
 
+@one_thread()
 def fit_joint_model(
     base: Base,
     texts: Texts | None = None,
@@ -46,7 +48,7 @@ def fit_joint_model(
 
     texts: strings, or lists of them by kind, which then count alike (None: `default_texts`). coordinates: m at most; no
     more than the text has tokens, or a quarter of the numbers of a token. The result depends on `seed` and, in the last
-    digits, on the processor.
+    digits, on the processor, but not on the number of threads: it computes on one.
     Raises `ValueError` for a base whose keys cannot be unrotated, and for too little text.
     """
     vectors = TokenVectors(base.model, layers)

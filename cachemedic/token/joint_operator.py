@@ -1,9 +1,8 @@
 """Families D (token-aware) and E (sketch-assisted): repair of whole cached tokens under the joint model.
 
-D stores nothing: it goes by the joint model of clean tokens, by the damaged numbers, and by the token ids if it is
-given them. E also keeps a code of each token, written when the token was, and the numbers of the first four
-positions. Both repair what is stored, not what one layer reads: calibrated, they do so before any training, which
-only teaches them whom to trust.
+D stores nothing: it goes by the joint model of clean tokens, by the damaged numbers, and by the token ids if it has
+them. E also keeps a code of each token, written when the token was, and the numbers of the first four positions. Both
+repair what is stored, not what one layer reads, before any training, which only teaches them whom to trust.
 """
 
 from __future__ import annotations
@@ -17,10 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cachemedic.core.integers import LONGEST, whole_number
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.operator import STATISTICS, Attention, Gates, RepairOperator
 from cachemedic.repair.registry import register_family
-from cachemedic.token.code import TokenCode
+from cachemedic.token.code import TokenCode, check_share
 from cachemedic.token.estimate import Sight, Trust, estimate
 from cachemedic.token.joint import JointModel, Prior
 from cachemedic.token.joint_files import file_of, find_joint
@@ -56,9 +56,10 @@ class JointOperator(RepairOperator):
     @classmethod
     def initial_parameters(cls, config: OperatorConfig, generator: torch.Generator) -> dict[str, Tensor]:
         for name in ("rounds", "hidden"):
-            if not isinstance(config.options[name], int) or config.options[name] < 1:
-                raise ValueError(f"{name} must be a whole number from 1 upwards, not {config.options[name]!r}")
+            whole_number(name, config.options[name], 1, LONGEST)
         parts = 2 * config.model.num_kv_heads * len(config.layers)
+        if "share" in config.options:
+            check_share(config.options["share"], parts * config.model.head_dim)
         return initial_trust(parts, config.options["hidden"], generator)
 
     def attend(
@@ -83,9 +84,7 @@ class JointOperator(RepairOperator):
         self.code = self._code(joint)
         self.expected_kl, self.alarms = dict(expected_kl or {}), dict(alarms or {})
         with_ids = self.config.options["with_ids"]
-        left = [joint.prior_variance if with_ids else joint.variance]
-        if self.code is not None:
-            left.append(self.code.left)
+        left = [joint.prior_variance if with_ids else joint.variance, *([self.code.left] if self.code else [])]
         count = min(joint.coordinates, self.rank * self.config.model.num_kv_heads * len(self.layers))
         exact = torch.full((len(left),), with_ids, device=self.device)
         self.known = Knowledge.of(joint, torch.stack(left), exact, count)
@@ -110,7 +109,7 @@ class JointOperator(RepairOperator):
         """sha256 of all that it is: definition, parameters, joint model."""
         found = hashlib.sha256(f"{self.config} {self._held()}".encode())
         for name, p in sorted(self.named_parameters()):
-            found.update(name.encode() + p.detach().cpu().numpy().tobytes())
+            found.update(name.encode() + p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
 
     @property
@@ -164,15 +163,14 @@ class JointOperator(RepairOperator):
             turned = None if angles is None else (angles[0][:, piece], angles[1][:, piece])
             known_sound = None if by_part is None else by_part[:, piece]
             of_piece = kind[:, piece], x[:, piece], read[:, piece], turned
-            found = estimate(known, *of_piece, rounds, trust or self._judge, known_sound, scratch)
-            pieces.append(found.to(keys.dtype))
+            pieces.append(estimate(known, *of_piece, rounds, trust or self._judge, known_sound, scratch).to(keys.dtype))
         found = self._with_first(torch.cat(pieces, 1), read, told.prior, positions)
         sides = zip("kv", parts.unstack(found), (keys, values), strict=True)
         new_keys, new_values = (new if side in self.config.sides else old for side, new, old in sides)
         return new_keys, new_values
 
     def _judge(self, sight: Sight) -> Tensor:
-        return judge(dict(self.named_parameters()), sight)
+        return judge({name: p.float() for name, p in self.named_parameters()}, sight)
 
     def _with_first(self, found: Tensor, read: Tensor, prior: Prior | None, positions: Tensor) -> Tensor:
         """With the first token as calibration knows it, where it is that one, else as it is. (It has no rotation.)"""

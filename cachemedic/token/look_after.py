@@ -24,7 +24,7 @@ def look_after(
     position_ids: Tensor | None = None,
     seed: int = 0,
 ) -> SketchCache:
-    """A `SketchCache` of a filled cache, whose layers it shares: what is stored now counts as what was written.
+    """A `SketchCache` of a filled cache, whose tensors it shares: what is stored now counts as what was written.
 
     Args:
         model: the dense decoder whose cache it is.

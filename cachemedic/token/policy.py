@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ class Policy:
         if method not in METHODS:
             raise nearest_valid("method of repair", method, METHODS)
         if budget is not None:
-            check_given("the budget", budget, (int, float))
+            check_given("the budget", budget, Real)
         if budget is not None and not budget >= 0:
             raise ValueError(f"the budget must be a share of a prefill, 0 or more, not {budget}")
         check_mode(cache.model)  # it may have changed since the cache was made

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cachemedic.core.integers import whole_number
+from cachemedic.core.integers import seed_number
 from cachemedic.token.coder import Coder
 from cachemedic.token.dense import dense_shape
 from cachemedic.token.forward_hook import ToldCache
@@ -25,7 +25,7 @@ class RecordedCache(ToldCache):
     def know(self, model: PreTrainedModel, operator: JointOperator | None, seed: int) -> None:
         """Whose cache this is, and who repairs it; its record is empty. Raises what `SketchCache` raises."""
         self.shape = dense_shape(model)
-        self.model, self.operator, self.seed = model, operator, whole_number("seed", seed)
+        self.model, self.operator, self.seed = model, operator, seed_number(seed)
         self.coder = None if operator is None else Coder(model, operator)
         self.record = None
         self._hasher: TokenHash | None = None

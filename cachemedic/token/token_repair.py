@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from cachemedic.core.errors import nearest_valid
 from cachemedic.defenses.defense import CachedTokens, Defense, cache_bytes_per_token
+from cachemedic.token.coder import check_operator
 from cachemedic.token.hashes import HASH_BYTES, PART_BYTES
 from cachemedic.token.joint import SINKS
 from cachemedic.token.joint_operator import JointOperator
@@ -23,7 +24,7 @@ class TokenRepair(Defense):
     way: "estimate", from the code and from what is left of a damaged token, or "restore", from the code alone. With the
     hashes that E keeps, tokens that are as they were written keep every bit. lossy: the cache is stored in few bits on
     purpose, E keeps nothing of it but the code, and all of it is repaired.
-    Raises `ValueError` for an operator that was not calibrated or is made for another model, and for an unknown way.
+    Raises what `check_operator` raises, and `ValueError` for an unknown way.
     """
 
     def __init__(
@@ -31,8 +32,8 @@ class TokenRepair(Defense):
     ) -> None:
         if way not in WAYS:
             raise nearest_valid("way of repair", way, WAYS)
-        operator.check_model(model.config)
-        self.fixed = operator.fixed_bytes  # raises without a joint model
+        check_operator(model, operator)
+        self.fixed = operator.fixed_bytes
         self.model, self.operator, self.way, self.lossy = model, operator, way, lossy
 
     @property

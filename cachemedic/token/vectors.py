@@ -48,12 +48,16 @@ class KeyRotation:
             )
         self.embedding = found[0] if found else None
         self.layer_type = layer_types[:1] if by_type else []  # what an embedding for several kinds of layers asks for
-        angles = self.angles(torch.ones(1, 1, dtype=torch.long, device=model.device), torch.float32, whole=True)
+        unlike = (
+            f"{type(model).__name__} does not rotate number i of a key with number i + width / 2; token-aware "
+            "repair serves models with that rotary embedding, or none"
+        )
+        try:
+            angles = self.angles(torch.ones(1, 1, dtype=torch.long, device=model.device), torch.float32, whole=True)
+        except (TypeError, ValueError) as error:  # its embedding does not give cosines and sines
+            raise ValueError(unlike) from error
         if angles is not None and not all(torch.equal(*a.chunk(2, dim=-1)) for a in angles):
-            raise ValueError(
-                f"{type(model).__name__} does not rotate number i of a key with number i + width / 2; token-aware "
-                "repair serves models with that rotary embedding, or none"
-            )
+            raise ValueError(unlike)
 
     def angles(self, positions: Tensor, dtype: torch.dtype, whole: bool = False) -> Angles | None:
         """cos, sin [B, T, pairs] at positions [B, T] (padding: any number); None for a model without rotation.

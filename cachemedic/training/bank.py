@@ -20,12 +20,14 @@ from transformers import DynamicCache
 
 from cachemedic.core.errors import nearest_valid
 from cachemedic.core.files import file_digest, read_sealed, seal, write_atomically
-from cachemedic.core.integers import whole_number
+from cachemedic.core.integers import seed_number, whole_number
+from cachemedic.core.threads import one_thread
 from cachemedic.data.text import CACHE_DIR, DOCUMENTATION_SPLITS, sentiment_review, text_hash
 from cachemedic.data.text_source import EMBEDDED_TEXT, TextSource
 from cachemedic.data.windows import sample_windows
 from cachemedic.models.cache import stack_cache
 from cachemedic.models.load import Base, decoder_layers
+from cachemedic.models.usable import check_mode
 
 FIELDS = ("keys", "values", "logits", "hidden", "ids")
 BATCH = 32
@@ -50,11 +52,9 @@ class BankConfig:
         if self.split.removesuffix(WITH_REVIEWS) not in DOCUMENTATION_SPLITS:
             allowed = [*DOCUMENTATION_SPLITS, *(name + WITH_REVIEWS for name in DOCUMENTATION_SPLITS)]
             raise nearest_valid("documentation split", self.split, allowed)
-        for name in ("samples", "prefix", "decoded", "seed"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         for name in ("samples", "prefix", "decoded"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
+        object.__setattr__(self, "seed", seed_number(self.seed))
 
     def defined(self) -> dict[str, object]:
         """What defines the bank, for keys: text from outside by its content, not by where it lies."""
@@ -84,12 +84,14 @@ class Bank:
         return self.keys.shape[3]
 
 
+@one_thread()
 def open_bank(base: Base, config: BankConfig, folder: Path = CACHE_DIR / "bank") -> Bank:
     """The bank of `config`, computed on first use and kept under `folder`; waits while another process computes it.
 
-    Raises `ValueError` if the windows pass the model's context, the text is too short or a file of the bank is damaged,
-    `OSError` if the disk is full.
+    Raises `ValueError` if the windows pass the model's context, the text is too short, the model is in training mode or
+    a file of the bank is damaged, `OSError` if the disk is full.
     """
+    check_mode(base.model)
     split = config.split.removesuffix(WITH_REVIEWS)
     documents = config.source.documents_of(split)
     if config.split.endswith(WITH_REVIEWS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from cachemedic.training.valence.objective import ValenceObjective
 from cachemedic.training.valence.quantiser import QuantiserConfig
 
 Objective = RepairObjective | ValenceObjective
+MOST_STEPS = 10_000_000  # weeks of the smallest base
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,10 @@ class TrainConfig:
     schedule: str = "constant"  # of the learning rate; "linear": falling to nothing at the last step
 
     def __post_init__(self) -> None:
-        for name in ("rank", "steps", "batch", "checkpoint_every"):  # NumPy's would give the operators another name
-            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        # NumPy's would give the operators another name
+        limits = {"rank": (1, None), "steps": (0, MOST_STEPS), "batch": (1, None), "checkpoint_every": (1, None)}
+        for name, (least, most) in limits.items():
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least, most))
         for name in ("layers", "seeds"):
             object.__setattr__(self, name, whole_numbers(name, getattr(self, name)))
         if self.corrupted_layers not in ("all", "protected"):
@@ -70,12 +74,9 @@ class TrainConfig:
             raise ValueError(f"seeds must be distinct and at least one, not {self.seeds}")
         if not self.objectives:
             raise ValueError("objectives must hold at least one condition")
-        for name, least in (("steps", 0), ("batch", 1), ("checkpoint_every", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
         largest = max(self.batch, self.gate.probe if self.gate and self.gate.simulates else 0)
         if self.bank.samples < largest * len(self.seeds):
             raise ValueError(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cachemedic.core.files import write_atomically
+from cachemedic.core.files import unseal, write_atomically
 from cachemedic.corruption.spec import CorruptionEvent
 from cachemedic.training.step_data import StepOutputs
 from cachemedic.training.valence.gate import Projection, Verdict
@@ -87,17 +87,18 @@ def _mean(values: torch.Tensor) -> float | None:
     return float(known.mean()) if len(known) else None
 
 
-def drop_after(log: Path, step: int) -> None:
+def drop_after(log: Path, step: int, runs: int) -> None:
     """Cut off the lines of `log` that come after `step`, and a line that was not written to its end.
 
-    Raises `ValueError` for a line before that is no record.
+    Raises `ValueError` for a line before that is no record, and where records of the steps before are missing.
     """
     with open(log, "rb+") as file:
-        kept = 0
+        kept = lines = 0
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n") or _record(log, number, line)["step"] > step:
                 break
-            kept += len(line)
+            kept, lines = kept + len(line), number
+        _check_complete(log, lines, step * runs)
         file.truncate(kept)
 
 
@@ -115,11 +116,16 @@ def _records(log: Path) -> Iterator[dict[str, Any]]:
             yield _record(log, number, line)
 
 
+def _check_complete(log: Path, found: int, expected: int) -> None:
+    if found != expected:
+        raise ValueError(
+            f"{log} holds {found} records of the steps so far, not {expected}: delete {log.parent} to train from the "
+            "start"
+        )
+
+
 def _record(log: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-        if isinstance(record["step"], int) and isinstance(record["run_id"], str):
-            return record
-        raise ValueError("no step or run_id")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"line {number} of {log} is damaged ({error!r}); delete it to train from the start") from error
+        return unseal(line, f"line {number} of {log}")
+    except ValueError as error:
+        raise ValueError(f"{error}; delete {log.parent} to train from the start") from error

@@ -108,7 +108,7 @@ def starting_at(model: PreTrainedModel, layer: int, hidden: torch.Tensor) -> Ite
     parent, name = decoder_layers(model)
     layers = getattr(parent, name)
     # stand-ins, not a shorter list: some models look up what else a layer gets by its place in the list
-    setattr(parent, name, torch.nn.ModuleList([_Known(hidden)] * layer + [*layers[layer:]]))
+    setattr(parent, name, torch.nn.ModuleList([_Known(hidden).eval()] * layer + [*layers[layer:]]))
     try:
         yield
     finally:

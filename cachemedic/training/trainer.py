@@ -6,7 +6,6 @@ different seeds share none.
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,9 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from cachemedic.core.files import remove_leftovers, write_atomically
+from cachemedic.core.files import naming, remove_leftovers, seal, write_atomically
 from cachemedic.core.tensors import flattened, read_tensors, tensor_bytes, unflattened
+from cachemedic.core.threads import one_thread
 from cachemedic.corruption.severity import shipped_map
 from cachemedic.models.attention import attention_modules
 from cachemedic.models.load import Base
@@ -101,8 +101,8 @@ class Trainer:
     def _quantiser(self) -> KVQuantiser | None:
         if self.config.quantiser is None:
             return None
-        shape = self.operator.config.model
-        return KVQuantiser.plain(self.config.quantiser, shape, self.config.runs).to(self.base.model.device)
+        clean = self.bank.keys[:1], self.bank.values[:1]
+        return KVQuantiser.calibrated(self.config.quantiser, *clean, self.config.runs).to(self.base.model.device)
 
     def _strength(self) -> torch.nn.ParameterDict | None:
         if not any(o.learn_lam for o in self.config.valence_objectives):
@@ -224,29 +224,31 @@ class Trainer:
                 part.load_state_dict(state[name])
             self.step = record["step"]
         if log.exists():
-            drop_after(log, self.step)
+            drop_after(log, self.step, self.config.runs)
 
+    @one_thread()
     def run(self) -> RepairOperator:
-        """Train to the end, from the last checkpoint on if there is one, and return the operator stack."""
+        """Train to the end, on one thread, from the last checkpoint if there is one, and return the operator stack."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.resume()
+        log_path = self.folder / LOG
         what = f"train {self.config.family} x {self.config.runs} runs on {self.base.name}"
         with (
             warnings.catch_warnings(action="ignore", category=IdleOperatorWarning),  # training begins with the identity
-            open(self.folder / LOG, "a", encoding="utf-8") as log,
+            open(log_path, "ab", buffering=0) as log,
             tqdm(total=self.config.steps, initial=self.step, desc=what) as bar,
         ):
             if self.step == 0:
                 self._begin()
             while self.step < self.config.steps:
                 records = self.train_step()
-                log.writelines(json.dumps(record) + "\n" for record in records)
+                with naming(log_path):
+                    log.writelines(seal(record, indent=None) for record in records)
                 bar.update()
                 bar.set_postfix(loss=f"{sum(r['loss_total'] for r in records) / len(records):.4f}")
                 if self.best is not None and self._may_return(self.step):
                     self.best.update(self._losses())
                 if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
-                    log.flush()
                     self.save()
         if self.keeper is not None:
             self.keeper.end()

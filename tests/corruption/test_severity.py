@@ -229,11 +229,24 @@ def test_writing_replaces_the_rows_of_the_bases_it_has(tmp_path, monkeypatch):
         (lambda rows: rows.assign(type=[None, *rows["type"][1:]]), "row tiny, 3, 4, .* is damaged"),
         (lambda rows: rows.assign(type=["gausian", *rows["type"][1:]]), "has no row for severity .* of gaus"),
         (lambda rows: rows.assign(reach=[2.0, *rows["reach"][1:]]), "is damaged"),
+        (lambda rows: rows.iloc[:0], "holds no row"),
     ],
 )
 def test_a_map_that_is_cut_or_damaged_is_refused(spoil, message):
     with pytest.raises(ValueError, match=message):
         SeverityMap(spoil(linear_map()))
+
+
+def test_numbers_that_were_read_as_text_are_numbers():
+    maps = SeverityMap(linear_map()), SeverityMap(linear_map().astype(str))
+    resolved = [[resolve("gaussian", s, calibrated=given) for s in (0.05, 0.3, 0.9)] for given in maps]
+    assert resolved[0] == resolved[1]
+
+
+@pytest.mark.parametrize("rows", [None, [1], "map.csv", {}])
+def test_what_is_no_table_is_refused(rows):
+    with pytest.raises(TypeError, match="the rows of a severity map must be a DataFrame, not a"):
+        SeverityMap(rows)
 
 
 def test_the_order_of_rows_does_not_matter():

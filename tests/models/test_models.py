@@ -1,6 +1,7 @@
 """Loading of base models, and the start from which the embedded ones are trained."""
 
 import json
+from contextlib import suppress
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import (
 )
 
 from cachemedic import calibrate, protect
+from cachemedic.core.files import seal
 from cachemedic.models import load as models
 from cachemedic.models.base_files import defining_digests
 from cachemedic.models.load import Base, decoder_layers, load_base
@@ -39,7 +41,7 @@ def weights(tmp_path, monkeypatch):
     tiny_model().half().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     digests = defining_digests(folder)
-    (folder / "card.json").write_text(json.dumps({"sha256": digests}))
+    (folder / "card.json").write_bytes(seal({"sha256": digests}))
     return folder
 
 
@@ -91,6 +93,17 @@ def test_what_says_what_the_weights_mean_is_checked_too(weights, name):
 def test_a_damaged_card_is_named(weights, card):
     (weights / "card.json").write_text(card)
     with pytest.raises(OSError, match="card.json is missing or damaged"):
+        load_base("embedded-gpt2")
+    with suppress(ValueError, TypeError, AttributeError):
+        (weights / "card.json").write_bytes(seal(json.loads(card)))
+    with pytest.raises(OSError, match="card.json is missing or damaged"):
+        load_base("embedded-gpt2")
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "vocab.json", "adapter_config.json"])
+def test_files_that_transformers_would_read_besides_are_refused(weights, name):
+    (weights / name).write_text("{}")
+    with pytest.raises(OSError, match=f"{name} is damaged: sha256 .* instead of no file"):
         load_base("embedded-gpt2")
 
 

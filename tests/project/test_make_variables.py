@@ -59,6 +59,21 @@ def test_options_reach_the_program_as_they_are(project, given):
     assert set(checked) == {f"{name}={given}" for name in NAMES}
 
 
+@pytest.mark.parametrize("name", ["PROFILE", "VENV", "PYTHON", "RETRAIN", "CONTAINER", "CACHEMEDIC_CACHE"])
+def test_make_runs_nothing_of_any_variable(project, name):
+    done = subprocess.run(["make", "help", f"{name}=$(shell touch y)`touch y`"], cwd=project, env=ENVIRONMENT)
+    assert not (project / "y").exists()
+    assert (done.returncode == 0) == (name not in ("PROFILE", "VENV"))
+
+
+def test_the_cache_folder_is_below_build_unless_it_is_given(project):
+    show = "print(__import__('os').environ['CACHEMEDIC_CACHE'])"
+    (project / "tools/torture.py").write_text(show)
+    for given, seen in (("", f"{project}/build/cache"), ("CACHEMEDIC_CACHE=/a b/$x", "/a b/$x")):
+        made = run_make(project, "RUN=python3", "READY=requirements.txt", "torture", *filter(None, [given]))
+        assert made.strip() == seen
+
+
 def test_nothing_is_checked_where_nothing_is_given(project):
     arguments_of(project, "13_second_model")
     assert not (project / "checked.json").exists()

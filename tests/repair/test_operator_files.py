@@ -41,8 +41,10 @@ def test_numpy_numbers_become_plain_ones(tmp_path):
 def test_a_definition_that_json_cannot_hold_leaves_the_saved_operator(tmp_path):
     good = shaken(RepairOperator.create("A", LLAMA, [0]))
     good.save_pretrained(tmp_path)
+    other = RepairOperator.create("A", LLAMA, [0], seed=1)
+    other.config.options["gate_hidden"] = object()
     with pytest.raises(TypeError, match="not JSON serializable"):
-        RepairOperator.create("A", LLAMA, [0], seed=1, gate_hidden=np.int64(4)).save_pretrained(tmp_path)
+        other.save_pretrained(tmp_path)
     loaded = RepairOperator.from_pretrained(tmp_path)
     assert all(torch.equal(p, loaded.get_parameter(name)) for name, p in good.named_parameters())
 
@@ -92,8 +94,18 @@ def test_damaged_or_foreign_checkpoints_are_refused(tmp_path):
         ({"layers": [1, 1]}, "one or more distinct"),
         ({"rank": 17}, "rank 17 is out of range: allowed are 1 to the head size, 16"),
         ({"rank": 0}, "rank 0 is out of range"),
-        ({"gate_hidden": 0}, "gate_hidden must be 1 or more, not 0"),
-        ({"runs": 0}, "runs must be 1 or more"),
+        ({"gate_hidden": 0}, "gate_hidden must be from 1 to 1024, not 0"),
+        ({"gate_hidden": 2**70}, "gate_hidden must be from 1 to 1024"),
+        ({"runs": 0}, "runs must be from 1 to 1024, not 0"),
+        ({"runs": 2**70}, "runs must be from 1 to 1024"),
+        ({"rank": 2**70}, "rank .* is out of range"),
+        ({"layers": range(2**70)}, "layers holds more than 1024 numbers"),
+        ({"seed": range(2**70)}, "seed holds more than 1024 numbers"),
+        ({"seed": 2**70}, "seed must be from 0 to 18446744073709551615"),
+        ({"seed": -1}, "seed must be from 0 to"),
+        ({"family": "E", "share": float("nan")}, "share nan is out of range: a number from"),
+        ({"family": "E", "share": 2}, "share 2 is out of range"),
+        ({"family": "D", "rounds": 2**70}, "rounds must be from 1 to 1024"),
         ({"seed": [1, 2]}, "2 numbers for 1 runs"),
         ({"layers": "01"}, "layers must be layer numbers or 'all'"),
     ],
@@ -116,11 +128,31 @@ def test_bad_input_gives_one_clear_error(arguments, message):
         ({"model_config": "gpt2"}, "a str is no configuration of a model"),
         ({"layers": [0.5]}, "a number of layers must be a whole number, not 0.5"),
         ({"rank": 2.0}, "rank"),
+        ({"runs": 1.5}, "runs must be a whole number, not 1.5"),
+        ({"gate_hidden": 4.0}, "gate_hidden must be a whole number, not 4.0"),
+        ({"share_heads": "no"}, "share_heads must be a bool, not a str"),
+        ({"family": "C", "head_embedding": 2}, "head_embedding must be a bool, not a int"),
+        ({"family": "E", "with_ids": None}, "with_ids must be a bool, not a NoneType"),
+        ({"family": "E", "share": "1/128"}, "share must be a number, such as 1/128, not '1/128'"),
+        ({"family": "E", "share": True}, "share must be a number"),
+        ({"family": "D", "hidden": "16"}, "hidden must be a whole number, not '16'"),
     ],
 )
 def test_numbers_that_are_not_whole_are_refused(arguments, message):
     with pytest.raises(TypeError, match=message):
         RepairOperator.create(**({"family": "A", "model_config": LLAMA, "layers": [0]} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("A", {"gate_hidden": np.int64(4)}), ("E", {"hidden": np.int32(4), "share": np.float32(0.25)})],
+)
+def test_options_may_be_numbers_of_numpy(family, options, tmp_path):
+    given = RepairOperator.create(family, LLAMA, [0], np.int16(2), runs=np.int64(2), **options)
+    plain = RepairOperator.create(family, LLAMA, [0], 2, runs=2, **{name: x.item() for name, x in options.items()})
+    assert given.config == plain.config
+    given.save_pretrained(tmp_path)
+    assert RepairOperator.from_pretrained(tmp_path).config == plain.config
 
 
 def test_no_bit_of_a_saved_operator_changes_unseen(tmp_path):

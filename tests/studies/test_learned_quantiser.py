@@ -16,7 +16,6 @@ from cachemedic.data.tasks import perplexity_task
 from cachemedic.defenses.defense import CachedTokens
 from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.models.cache import unstack_cache
-from cachemedic.models.shape import ModelShape
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.computing.learned_quantiser import REPAIRED, SHARE, paired, summary
 from cachemedic.studies.quantised_evaluation import code_alone, fixed_ranges, full, quantised, quantised_scores
@@ -53,7 +52,7 @@ def repair_of(base, family: str, way: str = "estimate", lossy: bool = True) -> T
 @pytest.mark.parametrize("family", ["D", "E"])
 def test_what_is_measured_is_what_the_model_says_behind_the_repaired_cache(family, base, task, clean):
     repair = repair_of(base, family)
-    quantiser = KVQuantiser.plain(QuantiserConfig(2), ModelShape.of(base.model.config), runs=2)
+    quantiser = KVQuantiser.calibrated(QuantiserConfig(2), clean.k, clean.v, runs=2)
     storages = {"KIVI": quantised("KIVI", quantiser), "E": quantised("E", quantiser, repair), "16 bits": full(base)}
     rows = quantised_scores(base, task, clean, storages, feeling).set_index(["storage", "seed"])
     kept = repair.write(CachedTokens.behind_padding(clean.k, clean.v, task.prefix_ids, task.prefix_mask))
@@ -88,7 +87,7 @@ def test_fixed_ranges_are_those_of_the_channels(base, clean):
     nearest = (clean.k[..., None] - levels).abs().amin(-1)
     torch.testing.assert_close((keys - clean.k).abs(), nearest, rtol=1e-3, atol=1e-5)
     assert (storage.read(10 * clean.k, clean.v)[0].amax((0, 3)) <= high[0, :, :, 0] + 1e-5).all()
-    plain = KVQuantiser.plain(QuantiserConfig(2), ModelShape.of(base.model.config))
+    plain = KVQuantiser.calibrated(QuantiserConfig(2), clean.k, clean.v)
     assert torch.equal(values, plain(clean.k[None], clean.v[None])[1][0])
     assert storage.stored < plain.bits_per_token()  # ranges of keys are not stored
 
@@ -107,10 +106,10 @@ def test_a_code_alone_reads_nothing_of_the_cache(base, task, clean):
 
 def test_repaired_caches_have_the_bytes_of_kivi_in_groups_half_as_long():
     bits, group = REPAIRED
-    shape = ModelShape(model_type="gpt2", num_layers=12, num_heads=4, num_kv_heads=4, head_dim=32)
+    clean = torch.zeros(1, 12, 4, 1, 32)
     whole = 2 * 2 * 12 * 4 * 32  # bytes of a token in bf16
     stored, rival = (
-        KVQuantiser.plain(QuantiserConfig(bits, g), shape).bits_per_token() / 8 for g in (group, group // 2)
+        KVQuantiser.calibrated(QuantiserConfig(bits, g), clean, clean).bits_per_token() / 8 for g in (group, group // 2)
     )
     assert stored + SHARE * whole == rival
 

@@ -96,6 +96,18 @@ def test_names_and_keys_are_checked(tmp_path: Path) -> None:
     path.write_text(2 * (declaration % 'over = "max"'))
     with pytest.raises(ValueError, match="the macro Demo is declared twice"):
         load(tmp_path)
+    for text, message in (
+        ("[[claim]", "paper/numbers.toml is missing or damaged"),
+        ("[[claim]]", "a claim in paper/numbers.toml lacks says, section, csv, numbers"),
+        ("claim = [1]", "a claim in paper/numbers.toml lacks says"),
+        (declaration.replace('column = "n", %s', ""), "Demo in paper/numbers.toml lacks column"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match="paper/numbers.toml is missing or damaged"):
+        load(tmp_path)
 
 
 def test_generated_files_are_those_of_the_committed_results() -> None:

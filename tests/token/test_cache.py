@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import pickle
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from checked_caches import NEW, filled, numbers, shift, write
 from joint_operators import operator_of
 from small_models import PAD, VOCABULARY, model_of, padded_batch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from cachemedic.corruption.apply import corrupt_cache
 from cachemedic.corruption.spec import CorruptionSpec
@@ -238,6 +239,8 @@ def test_what_cannot_be_kept_is_refused():
         SketchCache(model, storage=model(ids).past_key_values)
     with pytest.raises(ValueError, match="empty: prefill it first"):
         SketchCache(model).check()
+    with pytest.raises(TypeError, match="must be a DynamicCache or StaticCache, not a EncoderDecoderCache"):
+        SketchCache(model, storage=EncoderDecoderCache(DynamicCache(), DynamicCache()))
     mistral = model_of("mistral")
     with pytest.raises(ValueError, match="not in a DynamicSlidingWindowLayer"):
         SketchCache(mistral, storage=DynamicCache(config=mistral.config))
@@ -247,6 +250,60 @@ def test_what_cannot_be_kept_is_refused():
     for act in (cache.check, lambda: model(ids[:, :1], past_key_values=cache)):
         with pytest.raises(ValueError, match="holds 13 tokens, 12 of them written"):
             act()
+
+
+def test_a_static_storage_that_is_full_says_so_and_keeps_what_it_has():
+    model = model_of("llama")
+    ids = torch.arange(1, 9)[None]
+    cache = SketchCache(model, storage=StaticCache(model.config, max_cache_len=8))
+    for length in (9, 2**10):
+        with pytest.raises(ValueError, match=f"has room for 8 tokens, and these make {length}"):
+            model(torch.ones(1, length).long(), past_key_values=cache)
+    model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="has room for 8 tokens, and these make 9: .*max_cache_len"):
+        model(ids[:, :1], past_key_values=cache)
+    assert not cache.check()
+
+
+def test_a_copy_of_the_model_is_a_model_like_any_other():
+    model, cache, ids, mask = filled()
+    plain, file = model(ids).logits, io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = copy.deepcopy(model), torch.load(file, weights_only=False), copy.deepcopy(model)
+    for twin in copies[:2]:
+        assert torch.equal(twin(ids).logits, plain)
+        assert not any(module._forward_pre_hooks or module._forward_pre_hooks_with_kwargs for module in twin.modules())
+    own = SketchCache(copies[2])
+    copies[2](ids, past_key_values=own)
+    assert sum(len(module._forward_pre_hooks) for module in copies[2].modules()) == 2
+    assert not own.check()
+    del own, cache
+    assert not any(module._forward_pre_hooks for m in (model, copies[2]) for module in m.modules())
+
+
+def test_a_sliding_window_that_is_looked_after_drops_no_token():
+    model = model_of("mistral")
+    ids = torch.arange(1, 25).view(2, 12)
+    windowed = DynamicCache(config=model.config)
+    model(ids[:, :5], past_key_values=windowed)
+    cache = look_after(model, windowed, ids[:, :5], operator_of("mistral"))
+    found = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(5, 12)]
+    torch.testing.assert_close(torch.cat(found, 1), model(ids).logits[:, 5:], atol=1e-4, rtol=1e-4)
+    assert not cache.check()
+    cache.layers[1].keys[0, :, 3] = torch.nan
+    assert cache.repair("auto").ways == {"estimate": 1}  # behind the window tokens are not computed again
+    with pytest.raises(ValueError, match="layers that attend to the last 6 tokens only, and the cache holds 12"):
+        cache.repair("recompute")
+
+
+def test_a_model_that_stores_other_tokens_than_it_is_given_is_refused():
+    """As with virtual tokens in front of a prompt."""
+    model = model_of("llama")
+    cache = SketchCache(model)
+    cache.begin(torch.ones(1, 3).long(), torch.arange(3)[None])
+    with pytest.raises(ValueError, match="LlamaForCausalLM stores 5 tokens for 3 ids: each needs an id"):
+        cache.update(*torch.ones(2, 1, 2, 5, 8), 0)
 
 
 def test_a_pass_that_failed_leaves_nothing_behind():

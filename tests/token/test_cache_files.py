@@ -8,6 +8,7 @@ import torch
 from checked_caches import filled, numbers, shift, write
 from small_models import model_of, padded_batch
 
+from cachemedic.core.files import seal
 from cachemedic.token.cache import SketchCache
 from cachemedic.token.cache_files import DESCRIPTION, NUMBERS, RECORD, model_digest
 
@@ -96,8 +97,8 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         (NUMBERS, good[NUMBERS][: len(good[NUMBERS]) // 2], "damaged beyond its numbers"),
         (DESCRIPTION, b"{", "damaged"),
         (DESCRIPTION, b"[]", "damaged"),
-        (DESCRIPTION, json.dumps(described | {"format": "another"}).encode(), "describes 'another'"),
-        (DESCRIPTION, json.dumps({k: v for k, v in described.items() if k != "model"}).encode(), "damaged"),
+        (DESCRIPTION, seal(described | {"format": "another"}), "describes 'another'"),
+        (DESCRIPTION, json.dumps(described | {"seed": 1}).encode(), f"{DESCRIPTION} is damaged"),
     ]:
         with_file(name, content)
         with pytest.raises(ValueError, match=message):

@@ -14,6 +14,7 @@ from cachemedic import CorruptionSpec, RepairOperator, SketchCache, calibrate, c
 from cachemedic.models.load import Base
 from cachemedic.token.look_after import look_after
 from cachemedic.token.plausible import RATES, check_cache
+from cachemedic.token.token_repair import TokenRepair
 
 IDS = torch.randint(1, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -68,11 +69,11 @@ def cache():
 
 @pytest.mark.parametrize("use", USES)
 def test_a_model_in_training_mode_is_refused(use, cache):
-    for part in (lambda model: model, lambda model: model.base_model):
+    for part in (lambda model: model, lambda model: model.base_model, lambda model: model.model.layers[1].self_attn):
         model = model_of("llama")
         part(model).train()
         before = numbers(cache)
-        with pytest.raises(ValueError, match=r"LlamaForCausalLM is in training mode.*: call model.eval\(\)"):
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM.* is in training mode.*: call model.eval\(\)"):
             USES[use](model, cache)
         assert all(map(torch.equal, before, numbers(cache)))
 
@@ -117,11 +118,21 @@ def test_a_model_in_place_of_a_base_is_refused():
 
 def test_operators_that_know_no_tokens_are_refused(cache):
     model = model_of("llama")
-    for use in (lambda op: SketchCache(model, op), lambda op: check_cache(model, op, cache, IDS)):
-        with pytest.raises(TypeError, match="to an operator of family D or E, not A"):
-            use(operator_for(model))
-        with pytest.raises(ValueError, match="`calibrate`"):
-            use(RepairOperator.create("E", model.config))
+    uses = {
+        "SketchCache": lambda op: SketchCache(model, op),
+        "check_cache": lambda op: check_cache(model, op, cache, IDS),
+        "TokenRepair": lambda op: TokenRepair(model, op),
+        "calibrate": lambda op: calibrate(op, Base(model, None, "tiny"), ["text"]),
+    }
+    for name, use in uses.items():
+        for wrong, found in ((operator_for(model), "A"), ("E/embedded-gpt2", "str"), (nn.Linear(2, 2), "Linear")):
+            with pytest.raises(TypeError, match=f"to an operator of family D or E, not {found}"):
+                use(wrong)
+        if name != "calibrate":
+            with pytest.raises(ValueError, match="`calibrate`"):
+                use(RepairOperator.create("E", model.config))
+    with pytest.raises(TypeError, match="joint must be a JointModel, not a str"):
+        calibrate(knowing(), Base(model, None, "tiny"), ["text"], joint="x")
 
 
 @pytest.mark.parametrize("use", OF_A_CACHE)
@@ -167,6 +178,9 @@ def test_seeds_may_be_numbers_of_numpy():
     assert torch.equal(*multipliers)
     with pytest.raises(TypeError, match="seed must be a whole number, not 0.5"):
         SketchCache(model, seed=0.5)
+    for seed in (-1, 2**70):
+        with pytest.raises(ValueError, match="seed must be from 0 to"):
+            SketchCache(model, seed=seed)
 
 
 def test_a_model_in_double_precision_has_its_tokens_checked_and_computed_again():
@@ -181,3 +195,19 @@ def test_a_model_in_double_precision_has_its_tokens_checked_and_computed_again()
     for refused in (lambda: protected(model), lambda: USES["calibrate"](model)):
         with pytest.raises(ValueError, match="float64 is not served; allowed: float32, bfloat16, float16"):
             refused()
+
+
+def test_token_aware_repair_of_a_model_in_double_precision_is_refused():
+    model = model_of("llama").double()
+    with pytest.raises(ValueError, match="a model in float64 is not served"):
+        SketchCache(model, knowing())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_an_operator_in_another_number_format_repairs_all_the_same(dtype):
+    model, operator = model_of("llama"), knowing().to(dtype)
+    cache = SketchCache(model, operator)
+    model(IDS, past_key_values=cache)
+    cache.layers[1].keys[0, :, 5] = 3
+    assert cache.repair("estimate").ways == {"estimate": 1}
+    assert operator.digest != knowing().digest

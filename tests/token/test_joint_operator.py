@@ -6,11 +6,14 @@ import pytest
 import torch
 from joint_operators import joint_of
 from small_models import CONFIGS, VOCABULARY, model_of
+from tiny import DOCUMENTS, tiny_model, tiny_tokenizer
 from transformers import DynamicCache
 
 from cachemedic.models.cache import stack_cache, unstack_cache
+from cachemedic.models.load import Base
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.operator import RepairOperator
+from cachemedic.token.joint_calibration import fit_joint_model
 from cachemedic.token.joint_operator import SketchAssisted, TokenAware
 from cachemedic.token.plausible import check_cache, statistics, thresholds
 from cachemedic.token.trust_fit import fit_trust
@@ -173,3 +176,13 @@ def test_trust_learns_not_to_believe_another_token(clean):
     rows = torch.randint(1, VOCABULARY, (6, LENGTH), generator=torch.Generator().manual_seed(9))
     fit_trust(op, model, rows, ("gaussian", "contiguous_overwrite"))
     assert error(op.repair(model, *exchanged, ids, positions, kept), keys, values) < before
+
+
+def test_a_joint_model_does_not_depend_on_the_number_of_threads():
+    base, before = Base(tiny_model("llama"), tiny_tokenizer(), "tiny"), torch.get_num_threads()
+    digests = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        digests.append(fit_joint_model(base, 6 * DOCUMENTS).digest)
+    torch.set_num_threads(before)
+    assert digests[0] == digests[1]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as hf
-from small_models import VOCABULARY
+from small_models import GROUPED, VOCABULARY
 
 from cachemedic.models.cache import stack_cache
 from cachemedic.token.vectors import KeyRotation, TokenVectors
@@ -33,6 +33,12 @@ def test_an_embedding_for_several_kinds_of_layers_serves_a_model_of_one_kind(kin
     x = vectors.of(list(keys.unbind(1)), list(values.unbind(1)), positions)
     back = vectors.back(x, positions)
     torch.testing.assert_close(back, (keys, values), atol=1e-5, rtol=1e-5)
+
+
+def test_a_rotation_by_complex_numbers_is_refused():
+    config = hf.Llama4TextConfig(**GROUPED, head_dim=8, intermediate_size_mlp=48, num_local_experts=2)
+    with pytest.raises(ValueError, match="Llama4ForCausalLM does not rotate number i of a key with number i"):
+        KeyRotation(hf.Llama4ForCausalLM(config).eval())
 
 
 def test_layers_of_several_kinds_are_refused():

@@ -174,14 +174,27 @@ def test_a_full_disk_is_one_clear_error(base, tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"split": "operator_trian"}, "did you mean 'operator_train'"),
-        ({"samples": 0}, "samples must be at least 1, not 0"),
-        ({"prefix": 0}, "prefix must be at least 1"),
-        ({"decoded": -1}, "decoded must be at least 1"),
+        ({"samples": 0}, "samples must be 1 or more, not 0"),
+        ({"prefix": 0}, "prefix must be 1 or more"),
+        ({"decoded": -1}, "decoded must be 1 or more"),
+        ({"seed": -1}, "seed must be from 0 to"),
     ],
 )
 def test_bad_configurations_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         BankConfig(**options)
+
+
+def test_what_no_text_can_fill_is_refused_before_it_is_read(base, tmp_path):
+    with pytest.raises(ValueError, match=r"the text has at most \d+ tokens; 1180591620717411303424 windows"):
+        tiny_bank(base, BankConfig(samples=2**70, prefix=9), tmp_path)
+
+
+def test_a_bank_of_a_model_in_training_mode_is_refused(tmp_path):
+    base = tiny_base()
+    base.model.train()
+    with pytest.raises(ValueError, match="training mode"):
+        tiny_bank(base, BankConfig(samples=4, prefix=9), tmp_path)
 
 
 def test_a_bank_that_is_not_what_was_written_is_refused(tmp_path):

@@ -36,6 +36,14 @@ def test_kd_is_the_mean_of_the_naive_divergence(temperature):
     assert kd_loss(teacher, student, temperature).item() == pytest.approx(sum(map(sum, naive)) / 6)
 
 
+@pytest.mark.parametrize("temperature", [0, -2.0, math.nan, math.inf, None, "2", [2.0]])
+def test_what_is_no_temperature_is_refused(temperature):
+    with pytest.raises(ValueError, match="temperature must be a positive number, not"):
+        kd_loss(torch.ones(2, 3), torch.ones(2, 3), temperature)
+    with pytest.raises(TypeError, match="logits must be a Tensor, not a list"):
+        kd_loss([1.0, 2.0], torch.ones(2))
+
+
 def test_kd_carries_no_squared_temperature():
     """With the factor the loss would keep its scale; without it, it falls as 1 / T^2 (Hinton et al. 2015)."""
     teacher, student = random(4, 7), random(4, 7, seed=1)

@@ -61,9 +61,9 @@ def test_conditions_are_stacked_seed_major():
         ({"seeds": (1, 1)}, "seeds must be distinct"),
         ({"seeds": ()}, "at least one"),
         ({"objectives": ()}, "at least one condition"),
-        ({"steps": -1}, "steps must be at least 0, not -1"),
-        ({"lr": 0.0}, "lr must be positive, not 0.0"),
-        ({"clip": -1.0}, "clip must be positive"),
+        ({"steps": -1}, "steps must be from 0 to 10000000, not -1"),
+        ({"lr": 0.0}, "lr must be a positive number, not 0.0"),
+        ({"clip": -1.0}, "clip must be a positive number"),
         ({"batch": 13}, "bank of 24 samples is too small for 2 seeds with batches of 13"),
     ],
 )

@@ -13,7 +13,6 @@ from cachemedic.evaluation import statistics as stats
 from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.evaluation.experiments import calibration_of, standard_tasks
 from cachemedic.models.load import Base
-from cachemedic.models.shape import ModelShape
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.family_study import token_aware_config
 from cachemedic.studies.quantised_evaluation import (
@@ -102,12 +101,13 @@ def named(method: str, config: QuantiserConfig) -> str:
 
 def untrained(run: Run, base: Base) -> dict[str, Storage]:
     """The usual cache, KIVI, fixed ranges by channel, and a code without a cache."""
-    shape, clean = ModelShape.of(base.model.config), calibration_of(base).clean
+    clean = calibration_of(base).clean
     found = {"16 bits": full(base)}
     for bits in bits_of(run):
         found[f"{NEAREST}, {bits} bits"] = fixed_ranges(NEAREST, bits, clean.k)
         for config in (QuantiserConfig(bits, group) for group in GROUPS):
-            found[named(KIVI, config)] = quantised(KIVI, KVQuantiser.plain(config, shape).to(base.model.device))
+            quantiser = KVQuantiser.calibrated(config, clean.k[:1], clean.v[:1]).to(base.model.device)
+            found[named(KIVI, config)] = quantised(KIVI, quantiser)
     _, trained = next(conditions(run, base))
     for share in ALONE:
         new = RepairOperator.create("E", base.model.config, trained.layers, share=share).to(base.model.device)

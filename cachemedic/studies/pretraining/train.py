@@ -28,9 +28,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cachemedic.core.files import write_atomically
+from cachemedic.core.files import naming, seal, write_atomically
 from cachemedic.core.tensors import flattened, read_tensors, tensor_bytes, unflattened
 from cachemedic.data import text
+from cachemedic.models.base_files import CARD as CARD_FILE
 from cachemedic.models.base_files import defining_digests
 from cachemedic.studies.pretraining.corpus import FINISHING, RowSampler, Stage
 from cachemedic.studies.pretraining.initialisation import add_induction_circuit
@@ -154,9 +155,10 @@ def train(name: str, source: TrainingText, folder: Path, device: str = "cpu", co
             if not math.isfinite(float(loss)):
                 raise FloatingPointError(f"loss is {float(loss)} at step {step}; the last checkpoint is kept")
             bar.set_postfix(loss=f"{float(loss):.3f}", T=stage.length)
-            log.write(json.dumps({"step": step, "loss": float(loss), "grad_norm": float(norm)}) + "\n")
-            if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == total:
+            with naming(folder / "log.jsonl"):
+                log.write(json.dumps({"step": step, "loss": float(loss), "grad_norm": float(norm)}) + "\n")
                 log.flush()
+            if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == total:
                 stepped = [s.state_dict() for s in steppers]
                 state = {"model": model.state_dict(), "optimizers": stepped, "step": step + 1}
                 write_atomically(checkpoint, tensor_bytes(*flattened(state)))
@@ -209,7 +211,7 @@ def export(model: PreTrainedModel, name: str, folder: Path, checkpoints: Path, s
         "tokens_per_step": TOKENS_PER_STEP,
         "licence": "MIT",
     }
-    write_atomically(folder / "card.json", (json.dumps(card, indent=2) + "\n").encode())
+    write_atomically(folder / CARD_FILE, seal(card))
     told = (
         REAL_TEXT_CARD if plan.folders else {**DOCUMENTATION_CARD, "text": f"the docstrings of {', '.join(packages)}"}
     )

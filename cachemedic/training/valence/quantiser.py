@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from cachemedic.core.errors import nearest_valid
 from cachemedic.core.files import digest, read_sealed, replace_together, seal
+from cachemedic.core.integers import whole_number
 from cachemedic.core.quantise import Span, cache_bits, extremes, quantise_cache
-from cachemedic.models.shape import ModelShape
 
 WEIGHTS, CONFIG = "quantiser.safetensors", "quantiser.json"
 BITS = (4, 3, 2)
@@ -42,14 +42,13 @@ class QuantiserConfig:
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, not {self.bits!r}")
-        if self.group < 1:
-            raise ValueError(f"group must be at least 1 token, not {self.group}")
+        object.__setattr__(self, "group", whole_number("group", self.group, 1))
         if self.trained not in TRAINED:
             raise nearest_valid("what is trained with a quantiser", self.trained, TRAINED)
 
 
 class KVQuantiser(nn.Module):
-    """A stack of R quantisers of one cache; make one with `plain` or `from_pretrained`."""
+    """A stack of R quantisers of one cache; make one with `calibrated` or `from_pretrained`."""
 
     def __init__(self, config: QuantiserConfig, parameters: dict[str, Tensor]) -> None:
         super().__init__()
@@ -60,11 +59,17 @@ class KVQuantiser(nn.Module):
         self.value_offset = nn.Parameter(parameters["value_offset"])
 
     @staticmethod
-    def plain(config: QuantiserConfig, shape: ModelShape, runs: int = 1) -> KVQuantiser:
-        """Untrained: KIVI."""
-        layers, heads, dim = shape.num_layers, shape.num_kv_heads, shape.head_dim
-        keys, values = (runs, layers, heads, dim), (runs, layers, -(heads * dim // -config.group))
-        sizes = {"key_step": keys, "key_offset": keys, "value_step": values, "value_offset": values}
+    def calibrated(config: QuantiserConfig, keys: Tensor, values: Tensor, runs: int = 1) -> KVQuantiser:
+        """Untrained, which is KIVI: for caches with the layers and heads of clean keys and values [N, L, G, T, d].
+
+        KIVI takes its ranges from what it stores, so that nothing else is measured. Raises `ValueError` for numbers
+        that are not finite.
+        """
+        if not (keys.isfinite().all() and values.isfinite().all()):
+            raise ValueError("a quantiser is made for clean caches: these hold numbers that are not finite")
+        layers, heads, dim = keys.shape[1], keys.shape[2], keys.shape[-1]
+        of_keys, of_values = (runs, layers, heads, dim), (runs, layers, -(heads * dim // -config.group))
+        sizes = {"key_step": of_keys, "key_offset": of_keys, "value_step": of_values, "value_offset": of_values}
         return KVQuantiser(config, {name: torch.zeros(size) for name, size in sizes.items()})
 
     @property

@@ -33,7 +33,7 @@ def test_untrained_it_is_kivi_bit_for_bit(bits, length):
     shadow = GroupQuantisedShadow(MODEL, bits)
     ids, valid = torch.zeros(3, length, dtype=torch.long), torch.ones(3, length, dtype=torch.bool)
     expected = shadow.copy(CachedTokens.behind_padding(keys, values, ids, valid))
-    quantiser = KVQuantiser.plain(QuantiserConfig(bits), MODEL, runs=2)
+    quantiser = KVQuantiser.calibrated(QuantiserConfig(bits), *cache(), runs=2)
     for side, plain in zip(quantiser(keys[None], values[None]), expected, strict=True):
         assert side.shape == (2, *SHAPE[:3], length, 8)
         assert torch.equal(side[1], plain)
@@ -47,7 +47,7 @@ def test_untrained_it_is_what_the_fault_of_that_name_does(group):
     name = "kivi_quant" if group == 32 else f"kivi_quant_{group}"
     event = draw_event(CorruptionSpec(name, parameter=3), (2, 2, 160), torch.Generator())
     expected, _ = corrupt(keys, values, [event] * 3, torch.Generator())
-    k, _ = KVQuantiser.plain(QuantiserConfig(3, group), MODEL)(keys[None], values[None])
+    k, _ = KVQuantiser.calibrated(QuantiserConfig(3, group), *cache())(keys[None], values[None])
     near = (k[0] - expected).abs() < 0.05 * (keys.amax() - keys.amin())  # the other side of a border, rarely
     assert near.float().mean() > 0.98
 
@@ -55,7 +55,7 @@ def test_untrained_it_is_what_the_fault_of_that_name_does(group):
 def test_a_narrower_step_and_an_offset_move_the_levels():
     """The slow way, one group: levels about the middle, 0.7 times as wide, moved by a tenth of half the range."""
     keys, values = cache()
-    quantiser = KVQuantiser.plain(QuantiserConfig(2), MODEL)
+    quantiser = KVQuantiser.calibrated(QuantiserConfig(2), *cache())
     with torch.no_grad():
         for name, p in quantiser.named_parameters():
             p.fill_(math.log(0.7) if "step" in name else 0.1)
@@ -74,7 +74,7 @@ def test_a_narrower_step_and_an_offset_move_the_levels():
 
 def test_gradients_of_step_and_offset_are_those_of_lsq():
     keys, values = cache()
-    quantiser = KVQuantiser.plain(QuantiserConfig(2), MODEL)
+    quantiser = KVQuantiser.calibrated(QuantiserConfig(2), *cache())
     with torch.no_grad():
         quantiser.key_step.fill_(-0.7)  # steps so small that some keys are clipped
     upstream = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(5))
@@ -99,7 +99,7 @@ def test_gradients_of_step_and_offset_are_those_of_lsq():
 
 def test_runs_are_apart_and_select_takes_one_out():
     keys, values = cache()
-    quantiser = KVQuantiser.plain(QuantiserConfig(3, 4), MODEL, runs=4)
+    quantiser = KVQuantiser.calibrated(QuantiserConfig(3, 4), *cache(), runs=4)
     with torch.no_grad():
         for p in quantiser.parameters():
             p.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
@@ -116,14 +116,16 @@ def test_runs_are_apart_and_select_takes_one_out():
 @pytest.mark.parametrize(("bits", "group", "expected"), [(4, 16, 2 * 32 * 4 + 4 * 32), (2, 4, 2 * 32 * 2 + 16 * 32)])
 def test_stored_bits_count_zeros_and_scales(bits, group, expected):
     """32 keys and 32 values a token, two layers of 16: a share of a group of tokens each, and groups of channels."""
-    assert KVQuantiser.plain(QuantiserConfig(bits, group), MODEL).bits_per_token() == expected
+    assert KVQuantiser.calibrated(QuantiserConfig(bits, group), *cache()).bits_per_token() == expected
 
 
 def test_files(tmp_path):
     keys, values = cache()
-    quantiser = KVQuantiser.plain(QuantiserConfig(3, 4), MODEL, runs=2)
+    quantiser = KVQuantiser.calibrated(QuantiserConfig(3, 4), *cache(), runs=2)
     quantiser.key_step.data.normal_(generator=torch.Generator().manual_seed(2))
     quantiser.save_pretrained(tmp_path)
+    for _ in range(20):
+        assert list(KVQuantiser.from_pretrained(tmp_path).state_dict()) == list(quantiser.state_dict())
     again = KVQuantiser.from_pretrained(tmp_path)
     assert again.config == quantiser.config
     pairs = zip(again(keys[None], values[None]), quantiser(keys[None], values[None]), strict=True)
@@ -139,7 +141,7 @@ def test_files(tmp_path):
     ("options", "message"),
     [
         ({"bits": 5}, "one of 4, 3, 2, not 5"),
-        ({"bits": 2, "group": 0}, "group must be at least 1 token, not 0"),
+        ({"bits": 2, "group": 0}, "group must be 1 or more, not 0"),
         ({"bits": 2, "trained": "step"}, "steps"),
     ],
 )
@@ -202,7 +204,7 @@ def test_it_is_kept_beside_the_operators(base, bank, tmp_path, monkeypatch):
 def test_a_constant_group_comes_back_with_finite_gradients():
     keys, values = cache()
     keys[..., 0], values[..., 4, :] = 0.75, -300.0
-    quantiser = KVQuantiser.plain(QuantiserConfig(2), MODEL)
+    quantiser = KVQuantiser.calibrated(QuantiserConfig(2), *cache())
     read = quantiser(keys[None], values[None])
     sum(x.square().sum() for x in read).backward()
     assert all(x.isfinite().all() for x in (*read, *(p.grad for p in quantiser.parameters())))
