@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 
 from cachemedic.corruption.types import NONE
 from cachemedic.evaluation import statistics as stats
 from cachemedic.models.load import Base
-from cachemedic.studies.quantised_evaluation import NEAREST
 from cachemedic.studies.summaries import summary
 from cachemedic.training.config import TrainConfig
 from cachemedic.training.trainer import GATE_LOG, Trainer
@@ -63,27 +61,6 @@ def gate_log(folders: Mapping[str, Path]) -> pd.DataFrame:
             seed = int(check["run_id"].split("/")[1].removeprefix("seed"))
             rows.append((name, seed, *(check[k] for k in ("step", "projected", "baseline", "blocked"))))
     return pd.DataFrame(rows, columns=["gate", "seed", "step", "projected", "baseline", "blocked"])
-
-
-def bits_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Perplexity of each reader (`quantised_scores`), and NLL lost and won over rounding to nearest, over seeds."""
-    nll = scores.set_index(["reader", "seed"])["nll"]
-    rows = []
-    for reader, part in scores.groupby("reader", sort=False):
-        lost = stats.paired_interval(part["nll"], part["nll_clean"])
-        row = {
-            "reader": reader,
-            "bits": part["bits"].iloc[0],
-            "bytes_per_token": part["bytes_per_token"].iloc[0],
-            "perplexity": float(np.exp(part["nll"]).mean()),
-            **lost.columns("lost"),
-        }
-        nearest = f"{reader.partition(',')[0]}, {NEAREST}"
-        if nearest in nll and nearest != reader:
-            gain = stats.paired_interval(nll[nearest], nll[reader])
-            row |= gain.columns("gain")
-        rows.append(row | {"n_seeds": len(part)})
-    return pd.DataFrame(rows)
 
 
 @torch.no_grad()

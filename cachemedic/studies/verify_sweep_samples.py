@@ -6,14 +6,12 @@ Like those of `verify_samples`: measured values from scratch with the shipped op
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
 from cachemedic.evaluation.experiments import ID_COLUMNS
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.studies import valence_report
 from cachemedic.studies.computing import contraction, kv_targets, leave_one_type_out, protected_layers, rank, stability
 from cachemedic.studies.computing import valence_weighted_kd as valence
 from cachemedic.studies.family_study import headline
@@ -22,8 +20,6 @@ from cachemedic.studies.setting import base_of, shipped, text_grid
 from cachemedic.studies.summaries import Summarise, by_group, recovery_by_type, summary
 from cachemedic.studies.sweeps import by_condition, defense_of, defenses_of
 from cachemedic.studies.verify_sample import Sample
-from cachemedic.training.objective import RepairObjective
-from cachemedic.training.valence.quantiser import KVQuantiser, QuantiserConfig
 
 NLL: Mapping[str, float] = {"nll": 2e-3, "nll_clean": 2e-3, "kl": 2e-3}  # nats per token
 ROUNDED = 1e-4  # of summaries: the committed grid has eight digits, and a recovery divides by small differences
@@ -93,15 +89,6 @@ def objective_rows(run: Run) -> pd.DataFrame:
     return text_grid(run, base, readers, valence.examples(run)["perplexity"], **at("gaussian"))
 
 
-def quantised_rows(run: Run) -> pd.DataFrame:
-    """The plain cache, and one of two bits with learned steps and repair."""
-    base = base_of(run)
-    few_bits = replace(valence.quantised(run, base), objectives=(RepairObjective(),), quantiser=QuantiserConfig(2))
-    folder = run.trained / few_bits.key(base)
-    learned = KVQuantiser.from_pretrained(folder), RepairOperator.from_pretrained(folder)
-    return valence.scores(run, base, {"16 bits": (None, None), "2 bits, learned steps + repair": learned})
-
-
 def at(kind: str, severity: float = 0.5) -> dict[str, Any]:
     """One type at one severity, for the grid of a study."""
     return {"types": (kind,), "severities": (severity,)}
@@ -150,8 +137,4 @@ SWEEP_SAMPLES = (
            bounded("sensitivity", "distance"),
            _from("stability_sensitivity", stability.curves)),
     Sample("valence_grid", "both objectives on noisy text", (*ID_COLUMNS,), NLL, objective_rows),
-    Sample("quantised_cache", "16 bits, and 2 bits with learned steps and repair", ("reader", "seed"),
-           {"nll": 2e-3, "nll_clean": 2e-3, "bytes_per_token": 0.0}, quantised_rows),
-    Sample("quantised_cache_summary", "all rows, from the committed quantised_cache", ("reader",),
-           bounded("lost", "gain") | {"perplexity": ROUNDED}, _from("quantised_cache", valence_report.bits_table)),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Valence-weighted distillation and the learned cache quantiser (notebook 12)."""
+"""Valence-weighted distillation (notebook 12)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from typing import Any
 
 import pandas as pd
 
-from cachemedic.corruption.apply import Mixture
 from cachemedic.defenses.defense import Defense
 from cachemedic.defenses.heuristics import NoDefense
-from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.evaluation.experiments import run_grid, standard_tasks
 from cachemedic.models.load import Base
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies import valence_report
-from cachemedic.studies.quantised_evaluation import quantised_readers, quantised_scores
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of
 from cachemedic.studies.sweeps import by_condition, defenses_of, standard_config
@@ -24,9 +21,8 @@ from cachemedic.training.config import Objective, TrainConfig
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.trainer import load_or_train
 from cachemedic.training.valence.objective import MercyGate
-from cachemedic.training.valence.quantiser import BITS
 
-STEPS, VARIANT_STEPS, QUANTISER_STEPS = 150, 100, 80
+STEPS, VARIANT_STEPS = 150, 100
 FEW = 3  # seeds of the variants
 OBJECTIVES: dict[str, Objective] = {"canonical": RepairObjective(), "valence": valence_report.VALENCE}
 SEVERITIES = (0.5, 1.0)
@@ -65,13 +61,6 @@ def gated(run: Run, base: Base) -> dict[str, TrainConfig]:
     return {name: replace(common, objectives=(valence_report.VALENCE,), gate=gate) for name, gate in gates.items()}
 
 
-def quantised(run: Run, base: Base) -> TrainConfig:
-    """(f) What trains the quantiser: no other fault than its rounding."""
-    common = sweep(run, base)
-    steps, batch = min(common.steps, QUANTISER_STEPS), 2 if run.smoke else 4
-    return replace(common, mixture=Mixture(clean_share=1.0), steps=steps, batch=batch, lr=1e-2)
-
-
 def grid(
     run: Run, base: Base, readers: Mapping[str, Defense], part: str, few: bool = False, **chosen: Any
 ) -> pd.DataFrame:
@@ -82,13 +71,6 @@ def grid(
     tasks = standard_tasks(base, "test", seeds, sizes)
     readers = {"none": NoDefense(), **readers}
     return run_grid(base, tasks, readers, run.partial / part, **{"severities": SEVERITIES, **chosen})
-
-
-def scores(run: Run, base: Base, caches: Mapping[str, Any]) -> pd.DataFrame:
-    """`quantised_scores` of caches of few bits."""
-    sizes = {"perplexity": examples(run)["perplexity"]}
-    task = standard_tasks(base, "test", run.parameters["seeds"], sizes)["perplexity"]
-    return quantised_scores(base, task, clean_pass(base.model, task), dict(caches))
 
 
 def results(run: Run) -> dict[str, pd.DataFrame]:
@@ -104,23 +86,10 @@ def results(run: Run) -> dict[str, pd.DataFrame]:
     others |= defenses_of(base, {f"gate: {name}": trained(config) for name, config in gates.items()})
     grid_b = grid(run, base, others, "b", few=True)
     folders = {name: run.trained / config.key(base) for name, config in gates.items()}
-
-    repair, valence, plain = RepairObjective(), valence_report.VALENCE, quantised(run, base)
-    kinds: dict[str, tuple[Objective, bool]] = {
-        "learned steps": (repair, True),
-        "learned steps + repair": (repair, False),
-    }
-    bits = BITS[-1:] if run.smoke else BITS
-    caches = {"16 bits": (None, None), **quantised_readers(base, plain, bits, kinds, run)}
-    kinds = {"valence": (valence, False), "valence, no decay": (replace(valence, lambda_reg=0), False)}
-    caches |= quantised_readers(base, plain, BITS[-1:], kinds, run)
-    rows = scores(run, base, caches)
     return {
         "valence_grid": grid_a,
         "valence_objectives": valence_report.against(grid_a, "canonical"),
         "valence_conditions": valence_report.against(grid_b, "valence"),
         "mercy_gate": valence_report.gate_log(folders),
-        "quantised_cache": rows,
-        "quantised_cache_summary": valence_report.bits_table(rows),
         "valence_effective": valence_report.effective_sequences(base, second, names, 2 if run.smoke else 10),
     }

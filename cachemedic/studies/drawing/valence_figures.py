@@ -1,4 +1,4 @@
-"""The figures of valence-weighted distillation and of the quantised cache."""
+"""The figures of valence-weighted distillation."""
 
 from __future__ import annotations
 
@@ -42,19 +42,4 @@ def gate(checks: pd.DataFrame, threshold: float) -> Figure:
         ax.set(title=name, xlabel="update")
     axes[0, 0].set_ylabel("projected / teacher's valence")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    return figure
-
-
-def bits(rows: pd.DataFrame) -> Figure:
-    """NLL lost to storage in few bits against bytes a token, a line per kind (`valence_report.bits_table`)."""
-    figure, ax = plt.subplots(figsize=(0.7 * TEXT_WIDTH, 2.8))
-    kinds = rows[rows["bits"] < rows["bits"].max()]
-    kinds = kinds.assign(kind=kinds["reader"].str.partition(", ")[2])
-    for i, (kind, style) in enumerate(line_styles(list(kinds["kind"].unique())).items()):
-        part = kinds[kinds["kind"] == kind]
-        places = part["bytes_per_token"] * (1 + 0.008 * i)  # side by side
-        ax.errorbar(places, part["lost"], errors(part, "lost"), **style, label=kind)
-    ax.axhline(0, color="0.7", linewidth=0.8, zorder=0)
-    ax.set(xlabel="bytes a cached token", ylabel="NLL lost, nats per token")
-    figure.legend(loc="outside lower center", ncols=2)
     return figure

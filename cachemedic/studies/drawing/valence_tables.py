@@ -1,4 +1,4 @@
-"""The tables of valence-weighted distillation and of the quantised cache."""
+"""The tables of valence-weighted distillation."""
 
 from __future__ import annotations
 
@@ -44,16 +44,3 @@ def gate_table(checks: pd.DataFrame) -> pd.DataFrame:
             "lowest ratio": part["ratio"].min(),
         })  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def bits_for_paper(rows: pd.DataFrame) -> pd.DataFrame:
-    """`bits_table` rows for a reader of the paper."""
-    won = brackets(rows, "gain").where(rows["gain"].notna(), "--")
-    return pd.DataFrame({
-        "cache": rows["reader"],
-        "bytes a token": rows["bytes_per_token"].astype(int),
-        "perplexity": rows["perplexity"],
-        "NLL lost": brackets(rows, "lost"),
-        "won over nearest": won,
-        "seeds": rows["n_seeds"],
-    })  # fmt: skip
