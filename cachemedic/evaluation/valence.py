@@ -40,7 +40,7 @@ def measure_valence(
 
     Columns reader, seed, example, type, severity, and
     gap: |v_S - v_T|, mean over the scored tokens of the text, teacher forced;
-    projected, projected_teacher: mean v over `horizon` steps (10 to 30) that each simulates greedily from its own cache;
+    projected, projected_teacher: mean v over `horizon` greedy steps (10 to 30) that each simulates from its own cache;
     sentiment, sentiment_teacher: the probability of positive, v, that the model gives what each wrote, read behind the
     sound cache, at the last step.
 
@@ -83,7 +83,7 @@ def _futures(
     valence: Valence,
     horizon: int,
 ) -> dict[str, torch.Tensor]:
-    """v of the text behind the cache `read`, "forced" [N, M], and of what is written there, "projected", "sentiment" [N]."""
+    """v behind the cache `read`: of the text, "forced" [N, M], and of what is written, "projected", "sentiment" [N]."""
     device = model.device
     start = task.prefix_mask.sum(1).to(device)
     sound = task.prefix_mask.to(device)

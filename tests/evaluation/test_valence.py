@@ -56,7 +56,7 @@ def clean(model, padded) -> CleanBank:
 
 @torch.no_grad()
 def slow(model, task: TaskData, clean: CleanBank, row: int, k, v, skipped: int = 0) -> list[float]:
-    """gap, projected, projected_teacher, sentiment, sentiment_teacher of one example; its first `skipped` tokens hidden."""
+    """`COLUMNS` of one example; its first `skipped` tokens are hidden."""
     prefix = task.prefix_ids[row][task.prefix_mask[row]]
     scored, length = task.target_mask[row], len(prefix)
 
