@@ -57,7 +57,7 @@ def evaluate(
         common |= pd.DataFrame([event.as_record() | {"severity": event.severity} for event in events]).to_dict("list")
         for name, defense in defenses.items():
             logits = decode_through(model, part, defense, written, damaged)
-            scores = score(part, logits) | {"kl": _divergence(part, clean_logits, logits)}
+            scores = score(part, logits) | {"kl": divergence(part, clean_logits, logits)}
             frames[name].append(pd.DataFrame({"reader": name, **common, **scores}, index=index))
     return pd.concat([pd.concat(parts).sort_index() for parts in frames.values()], ignore_index=True)
 
@@ -101,7 +101,7 @@ def _generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
-def _divergence(task: TaskData, clean_logits: torch.Tensor, logits: torch.Tensor) -> np.ndarray:
+def divergence(task: TaskData, clean_logits: torch.Tensor, logits: torch.Tensor) -> np.ndarray:
     """KL(clean || this) in nats, mean over the scored tokens of each example [N]."""
     scored = task.target_mask
     log_p, log_q = (x[scored].float().log_softmax(-1) for x in (clean_logits, logits))

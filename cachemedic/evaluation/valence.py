@@ -17,7 +17,7 @@ from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.data.task_data import TaskData
 from cachemedic.defenses.defense import CachedTokens, Defense
 from cachemedic.evaluation.decoding import CleanBank, batches, common_runs, tokens_of
-from cachemedic.evaluation.evaluate import corrupt_examples
+from cachemedic.evaluation.evaluate import corrupt_examples, divergence
 from cachemedic.models.cache import unstack_cache
 from cachemedic.training.valence.head import Valence
 from cachemedic.training.valence.rollouts import observing, roll_out
@@ -39,7 +39,8 @@ def measure_valence(
     """Valence under every defense, on the same damaged caches (those of `evaluate`): a row per defense and example.
 
     Columns reader, seed, example, type, severity, and
-    gap: |v_S - v_T|, mean over the scored tokens of the text, teacher forced;
+    kl: of the teacher's next-token distribution from the student's, nats, mean over the scored tokens of the text;
+    gap: |v_S - v_T|, mean over the same tokens, teacher forced;
     projected, projected_teacher: mean v over `horizon` greedy steps (10 to 30) that each simulates from its own cache;
     sentiment, sentiment_teacher: the probability of positive, v, that the model gives what each wrote, read behind the
     sound cache, at the last step.
@@ -61,7 +62,9 @@ def measure_valence(
             student = _futures(model, part, read, written, defense, valence, horizon)
             scored = part.target_mask
             off = (student["forced"] - teacher["forced"]).abs().masked_fill(~scored, 0).sum(1) / scored.sum(1)
+            kl = divergence(part, teacher["logits"], student["logits"])
             values = {
+                "kl": torch.from_numpy(kl),
                 "gap": off,
                 "projected": student["projected"],
                 "projected_teacher": teacher["projected"],
@@ -83,7 +86,10 @@ def _futures(
     valence: Valence,
     horizon: int,
 ) -> dict[str, torch.Tensor]:
-    """v behind the cache `read`: of the text, "forced" [N, M], and of what is written, "projected", "sentiment" [N]."""
+    """v behind the cache `read`: of the text, "forced" [N, M], and of what is written, "projected", "sentiment" [N].
+
+    With the "logits" [N, M, V] of the text.
+    """
     device = model.device
     start = task.prefix_mask.sum(1).to(device)
     sound = task.prefix_mask.to(device)
@@ -92,21 +98,21 @@ def _futures(
     def feelings(hidden: torch.Tensor) -> torch.Tensor:
         return valence(hidden.float())[..., 0].cpu()
 
-    def forced(cache: CachedTokens, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forced(cache: CachedTokens, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         decoded = torch.ones_like(ids)
         with observing(model) as seen:
-            model(
+            output = model(
                 ids,
                 attention_mask=torch.cat([mask.long(), decoded], 1),
                 position_ids=start[:, None] + decoded.cumsum(1) - 1,
                 past_key_values=unstack_cache(cache.k.to(device), cache.v.to(device)),
             )
-        return feelings(seen.hidden[-1])
+        return feelings(seen.hidden[-1]), output.logits.cpu()
 
     first = task.continuation_ids[:, 0].to(device)
     with defense.attach(model):
-        along = forced(read, task.continuation_ids.to(device), readable)
+        along, logits = forced(read, task.continuation_ids.to(device), readable)
         cache = unstack_cache(read.k.to(device), read.v.to(device))
         tokens, hidden = roll_out(model, first, start, horizon, None, cache, readable)
-    judged = forced(written, torch.cat([first[:, None], tokens], 1), sound)[:, -1]
-    return {"forced": along, "projected": feelings(hidden).mean(1), "sentiment": judged}
+    judged = forced(written, torch.cat([first[:, None], tokens], 1), sound)[0][:, -1]
+    return {"logits": logits, "forced": along, "projected": feelings(hidden).mean(1), "sentiment": judged}
