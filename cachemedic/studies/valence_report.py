@@ -79,13 +79,13 @@ def summary(measured: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-@torch.no_grad()
 def effective_sequences(base: Base, config: TrainConfig, named: Mapping[str, Objective], batches: int) -> pd.Series:
     """The effective number of sequences, (sum w)^2 / sum w^2, of each condition: mean over the first `batches`.
 
-    As training begins: a learned lambda moves. The weights depend on the teacher alone, so that no family matters.
+    As training begins: a learned lambda moves. The weights depend on the teacher alone: any family will do.
     """
     trainer = Trainer(base, replace(config, objectives=tuple(named.values()), seeds=config.seeds[:1]), Path())
-    parts = [trainer.objective(trainer.forward(trainer.draw(step)))["effective"] for step in range(batches)]
+    with torch.no_grad():
+        parts = [trainer.objective(trainer.forward(trainer.draw(step)))["effective"] for step in range(batches)]
     effective = torch.stack(parts).mean(0).tolist()
     return pd.Series(effective, list(named), name="effective").fillna(config.batch)  # the canonical one has no weights

@@ -16,7 +16,7 @@ from cachemedic.studies.computing import contraction, kv_targets, leave_one_type
 from cachemedic.studies.computing import valence_weighted_kd as valence
 from cachemedic.studies.family_study import headline
 from cachemedic.studies.run import Run
-from cachemedic.studies.setting import base_of, shipped, text_grid
+from cachemedic.studies.setting import base_of, shipped
 from cachemedic.studies.summaries import Summarise, by_group, recovery_by_type, summary
 from cachemedic.studies.sweeps import by_condition, defense_of, defenses_of
 from cachemedic.studies.valence_report import CORE

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pandas as pd
 
+from cachemedic.corruption.severity import shipped_map
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.data.tasks import mood_task
 from cachemedic.defenses.defense import Defense
@@ -15,6 +16,7 @@ from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.evaluation.experiments import TYPES, kept_frame
 from cachemedic.evaluation.valence import measure_valence
 from cachemedic.models.load import Base
+from cachemedic.models.shape import ModelShape
 from cachemedic.studies import valence_report
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of
@@ -24,9 +26,10 @@ from cachemedic.training.trainer import load_or_train
 from cachemedic.training.valence.head import shipped_valence
 
 FAMILIES = ("E", "D", "A")
-STEPS = {"A": 100, "D": 40, "E": 40}
-SEEDS = 3
-SAMPLES, PREFIX, BATCH = 256, 48, 8  # texts a seed, cached tokens of each, and sequences of a step
+STEPS = {"A": 30, "D": 16, "E": 16}
+SEEDS, CACHED = 3, 64  # of the runs; tokens that are cached where valence is measured
+SAMPLES, PREFIX, BATCH = 256, 32, 8  # texts a seed, cached tokens of each, and sequences of a step
+HORIZON = 10  # simulated tokens
 SEVERITY = 0.5  # on validation text the undefended valence is off by .16 there, and by .12 at half of it
 
 
@@ -46,28 +49,28 @@ def trained(run: Run, base: Base, family: str) -> TrainConfig:
     """All conditions of a family, one stack: the same texts, faults and draws."""
     seeds = run.parameters["seeds"][:SEEDS]
     standard = standard_config(base, family, seeds, run.smoke, objective="valence")
-    samples = BATCH if run.smoke else SAMPLES
+    samples, batch = (4, 2) if run.smoke else (SAMPLES, BATCH)
     return replace(
         standard,
         objectives=tuple(objectives(run, base, family).values()),
         bank=replace(standard.bank, samples=samples * len(seeds), prefix=PREFIX),
         steps=2 if run.smoke else STEPS.get(family, STEPS["A"]),
-        batch=BATCH,
+        batch=batch,
     )
 
 
-def grid(
-    run: Run, base: Base, readers: Mapping[str, Defense], part: str, types: Sequence[str] = TYPES
-) -> pd.DataFrame:
+def grid(run: Run, base: Base, readers: Mapping[str, Defense], part: str, types: Sequence[str] = TYPES) -> pd.DataFrame:
     """`valence_report.per_seed` of some readers on unseen texts of one mood: sound, and under each of `types`."""
-    task = mood_task(base.tokenizer, run.parameters["seeds"][:SEEDS], 2 if run.smoke else 10)
+    task = mood_task(base.tokenizer, run.parameters["seeds"][:SEEDS], 2 if run.smoke else 6, prefix=CACHED)
     clean, valence, readers = clean_pass(base.model, task), shipped_valence(base), {"none": NoDefense(), **readers}
+    calibrated, shape = base.severity_map or shipped_map(), ModelShape.of(base.model.config)
     specs = [CorruptionSpec("none")]
-    specs += [CorruptionSpec(kind, SEVERITY, base=base.name, severity_map=base.severity_map) for kind in types]
-    horizon = 10 if run.smoke else 20
+    for kind in types:
+        severity = min(SEVERITY, calibrated.reach(kind, base.name, (shape.num_layers, shape.num_kv_heads, 0)))
+        specs.append(CorruptionSpec(kind, severity, base=base.name, severity_map=calibrated))
 
     def measured(spec: CorruptionSpec) -> pd.DataFrame:
-        return valence_report.per_seed(measure_valence(base.model, task, clean, spec, readers, valence, horizon))
+        return valence_report.per_seed(measure_valence(base.model, task, clean, spec, readers, valence, HORIZON))
 
     return pd.concat(
         [kept_frame(run.partial / f"{part}-{spec.type}.csv", lambda spec=spec: measured(spec)) for spec in specs],
@@ -85,9 +88,8 @@ def results(run: Run) -> dict[str, pd.DataFrame]:
         parts.append(rows.assign(family=family))
     measured = pd.concat(parts, ignore_index=True)
     own = families(run)[0]
-    effective = valence_report.effective_sequences(
-        base, trained(run, base, own), objectives(run, base, own), 2 if run.smoke else 10
-    )
+    quickest = trained(run, base, "A")
+    effective = valence_report.effective_sequences(base, quickest, objectives(run, base, own), 2 if run.smoke else 10)
     overall = valence_report.summary(measured)
     overall["effective"] = overall["reader"].map(effective)
-    return {"valence_measured": measured, "valence_conditions": overall.assign(batch=BATCH)}
+    return {"valence_measured": measured, "valence_conditions": overall.assign(batch=quickest.batch)}
