@@ -14,10 +14,10 @@ from cachemedic.defenses.defense import Defense
 from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.evaluation.experiments import TYPES, kept_frame
-from cachemedic.evaluation.valence import measure_valence
 from cachemedic.models.load import Base
 from cachemedic.models.shape import ModelShape
 from cachemedic.studies import valence_report
+from cachemedic.studies.measured_valence import measure_valence
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of
 from cachemedic.studies.sweeps import by_condition, defenses_of, standard_config

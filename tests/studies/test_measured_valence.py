@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from test_evaluate import GAUSSIAN, NONE, operator_of
 from tiny import tiny_model, tiny_tokenizer
 
+from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.data import text
 from cachemedic.data.task_data import TaskData
 from cachemedic.data.tasks import mood_task, sentiment_task
@@ -16,10 +16,12 @@ from cachemedic.defenses.defense import Defense
 from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.evaluation.decoding import CleanBank, clean_pass, tokens_of
 from cachemedic.evaluation.evaluate import corrupt_examples
-from cachemedic.evaluation.valence import measure_valence
 from cachemedic.models.cache import unstack_cache
+from cachemedic.repair.operator import RepairOperator
+from cachemedic.studies.measured_valence import measure_valence
 
 HORIZON = 10
+NONE, GAUSSIAN = CorruptionSpec("none"), CorruptionSpec("gaussian", parameter=1.0)
 
 
 def feeling(hidden: torch.Tensor) -> torch.Tensor:
@@ -98,7 +100,10 @@ def test_it_is_what_a_plain_pass_finds(model, padded, clean) -> None:
 
 
 def test_an_operator_acts_while_the_student_reads_but_not_on_the_judge(model, padded, clean) -> None:
-    both = operator_of(model, runs=2)
+    both = RepairOperator.create("A", model.config, [0, 2], rank=2, runs=2, seed=[0, 1])
+    draws = torch.Generator().manual_seed(0)
+    for parameter in both.parameters():
+        parameter.data += 0.5 * torch.randn(parameter.shape, generator=draws)
     rows = measure_valence(model, padded, clean, NONE, {"both": both}, feeling, HORIZON)
     written = tokens_of(padded, clean.k, clean.v)
     for run, at in ((0, 1), (1, 2)):  # run 1 repairs the second seed
