@@ -85,6 +85,31 @@ def sentiment_task(
     return replace(task, graded=True, choices=tuple(label[common] for label in labels))
 
 
+def mood_task(
+    tokenizer: PreTrainedTokenizerBase,
+    seeds: Sequence[int] = (0,),
+    n: int = 32,
+    split: str = "test",
+    prefix: int = 96,
+    scored: int = 16,
+) -> TaskData:
+    """`n` texts per seed of one mood each, negative and positive in turn: generated reviews of one label, joined.
+
+    Of a text `prefix` tokens are cached and `scored` scored, one lies between them. What the cache says is the mood of
+    what follows, so that damage to it can be seen in the valence. Every `split` has other reviews.
+    """
+    _check_positive(n=n, prefix=prefix, scored=scored)
+    rows, needed = [], prefix + scored + 1
+    for rng in _generators(seeds, f"mood {split}"):
+        for example in range(n):
+            ids = list(_start(tokenizer))
+            while len(ids) < needed:
+                review, label = text.sentiment_review(rng)
+                ids += _encode(tokenizer, f"{review} ") if label == example % 2 else []
+            rows.append(Row(ids[:needed], prefix, answer=prefix + 1))
+    return assemble("mood", rows, seeds)
+
+
 def needle_task(
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[str],

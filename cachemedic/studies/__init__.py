@@ -20,6 +20,7 @@ quantised_evaluation  language modelling on a cache of few bits
 second_model   the main result on any base and any text
 pretrained     the operators, texts and conditions of the studies of a pretrained model
 real_text      how well a base reads text from outside
+measured_valence  valence behind a damaged cache, and of what is written there
 valence_report what the valence experiments report
 gate_report    what the mercy gate did, cost and kept
 computing/     the studies: what each notebook computes

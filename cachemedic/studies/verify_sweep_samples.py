@@ -24,9 +24,10 @@ from cachemedic.studies.computing import (
 from cachemedic.studies.computing import valence_weighted_kd as valence
 from cachemedic.studies.family_study import headline
 from cachemedic.studies.run import Run
-from cachemedic.studies.setting import base_of, shipped, text_grid
+from cachemedic.studies.setting import base_of, shipped
 from cachemedic.studies.summaries import Summarise, by_group, recovery_by_type, summary
 from cachemedic.studies.sweeps import by_condition, defense_of, defenses_of
+from cachemedic.studies.valence_report import CORE
 from cachemedic.studies.verify_sample import Sample
 
 NLL: Mapping[str, float] = {"nll": 2e-3, "nll_clean": 2e-3, "kl": 2e-3}  # nats per token
@@ -89,12 +90,13 @@ def stability_rows(run: Run) -> pd.DataFrame:
 
 
 def objective_rows(run: Run) -> pd.DataFrame:
-    """The canonical and the valence objective, on language modelling."""
-    base = base_of(run)
-    config = valence.objectives(run, base)
+    """The conditions that every family has, of the first of them, under noise."""
+    base, family = base_of(run), valence.families(run)[0]
+    config, names = valence.trained(run, base, family), list(valence.objectives(run, base, family))
     stack = RepairOperator.from_pretrained(run.trained / config.key(base))
-    readers = defenses_of(base, by_condition(stack, list(valence.OBJECTIVES)))
-    return text_grid(run, base, readers, valence.examples(run)["perplexity"], **at("gaussian"))
+    readers = defenses_of(base, by_condition(stack, names))
+    chosen = {name: readers[name] for name in ("canonical", *CORE)}
+    return valence.grid(run, base, chosen, "verify", ("gaussian",)).assign(family=family)
 
 
 def quantiser_rows(run: Run) -> pd.DataFrame:
@@ -152,7 +154,8 @@ SWEEP_SAMPLES = (
     Sample("stability_curves", "all rows, from the committed stability_sensitivity", ("reader", "noise"),
            bounded("sensitivity", "distance"),
            _from("stability_sensitivity", stability.curves)),
-    Sample("valence_grid", "both objectives on noisy text", (*ID_COLUMNS,), NLL, objective_rows),
+    Sample("valence_measured", "both objectives under noise", ("family", "type", "severity", "reader", "seed"),
+           {"kl": 2e-3, "gap": 1e-3}, objective_rows),
     Sample("learned_quantiser_scores", "two bits in groups of 128, each method", ("storage", "seed"),
            {**NLL, "valence_gap": 2e-3, "bytes_per_token": 0.0}, quantiser_rows),
     Sample("learned_quantiser", "all rows, from the committed learned_quantiser_scores", ("storage",),

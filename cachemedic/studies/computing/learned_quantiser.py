@@ -73,7 +73,8 @@ def conditions(run: Run, base: Base) -> Iterator[tuple[str, TrainConfig]]:
             continue
         # distillation alone: no sample is clean, and steps can lower a contraction ratio by doing more damage
         objectives: tuple[Objective, ...] = (RepairObjective(lambda_contr=0.0),)
-        objectives += (ValenceObjective(),) if trained == "steps" and (bits, group) == VALENCE_AT else ()
+        if trained == "steps" and (bits, group) == VALENCE_AT:
+            objectives += (ValenceObjective(features="hidden"),)
         changes: dict[str, Any] = {"objectives": objectives, "bank": bank, "batch": BATCH[trained]}
         changes["mixture"] = Mixture({"quant_noise": 1.0}, clean_share=1.0)  # no fault but few bits
         changes["steps"] = 2 if smoke else STEPS[trained]

@@ -1,28 +1,24 @@
-"""The tables of valence-weighted distillation."""
+"""The table of valence-weighted distillation."""
 
 from __future__ import annotations
 
 import pandas as pd
 
+from cachemedic.studies.drawing.readers import reader_label
 from cachemedic.studies.drawing.tables import brackets
 
-TERMS = ("soft", "feature", "sequence", "future valence")
-PARTS = {  # by name of table and figure: its title, and which conditions it shows
-    "valence_terms": ("terms removed", ["valence", *[f"without {term}" for term in TERMS]]),
-    "valence_lambda": ("strength of the weights", ["lambda 0 (uniform)", "lambda 5", "valence", "lambda 8"]),
-    "valence_controls": ("controls", ["valence", "shuffled weights", "lambda 0 (uniform)", "code excerpt"]),
-}
 
-
-def difference_table(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """`against` rows for a reader of the paper."""
+def valence_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """`valence_report.summary` rows for a reader of the paper; a difference is to the valence objective."""
+    limits = ["gap_less", "gap_less_low", "gap_less_high"]
+    effective = rows["effective"].map("{:.2f}".format).where(rows["effective"].notna(), "--")
     return pd.DataFrame({
-        "task": rows["task"],
-        "reader": rows["reader"],
-        "recovery (KL)": brackets(rows, "kl_recovery"),
-        "recovery (NLL)": brackets(rows, "recovery"),
-        "clean cost, %": brackets(rows, "clean_regression", 2),
-        f"KL less that of {reference}, 1e-3": brackets(1e3 * rows[["difference", "difference_low", "difference_high"]],
-                                                        "difference"),
-        "seeds": rows["n_seeds"],
+        "family": rows["family"].where(rows["reader"] != "none", "--"),
+        "trained by": rows["reader"].map(reader_label),
+        "KL": brackets(rows, "kl"),
+        "|v_S - v_T|": brackets(rows, "gap"),
+        "less that of valence, 1e-3": brackets(1e3 * rows[limits], "gap_less", 1),
+        "projected ratio": brackets(rows, "ratio"),
+        "shift of sentiment": brackets(rows, "shift"),
+        "sequences of 8": effective,
     })  # fmt: skip

@@ -2,7 +2,15 @@
 
 It takes hidden states [..., width], as the output layer of the model reads them, to [0, 1]^2 by independent sigmoids:
 dimension 0 is the valence, positive against negative, dimension 1 its strength. Any other function from hidden states
-to [0, 1]^m, m >= 2, may take its place. The shipped heads are trained by
+to [0, 1]^m, m >= 2, may take its place.
+
+The strength tells a review from documentation (.85 against .03) but, except on embedded-gpt2, hardly a mixed review
+from a unanimous one: its correlation with the margin of the majority is .66, .14 and .00 on the three bases. The states
+are why, not the training. On validation reviews a linear map finds the signed balance of a review (r = .95, .83, .84),
+but its size only to r = .72, .28 and .28; and three reviews in four are unanimous. A head trained on ends of reviews
+alone does no better than that, so the strength stays what it is: of the saliency it touches the coherence, a tenth.
+
+The shipped heads are trained by
 
     python -m cachemedic.training.valence.head embedded-gpt2
 """

@@ -84,7 +84,7 @@ class ValenceObjective:
     max_weight: float | None = None
     weighting: str = "sequence"
     learn_lam: bool = False
-    features: str = "hidden"
+    features: str = "both"
     sampled: int = 4
     contrastive: float = 0.0
 
@@ -132,10 +132,11 @@ class ValenceObjective:
         terms = self.terms(step)
         total = sum(weight * terms[name] for name, weight in self._lambdas().items() if weight)
         weights = self.weights(step)  # [R, B]
+        if self.weighting == "batch mean":
+            weights = weights.mean(1, keepdim=True).expand_as(weights)
         effective = weights.sum(1).square() / weights.square().sum(1)
-        used = weights.mean(1, keepdim=True) if self.weighting == "batch mean" else weights
         return {
-            "loss": (used * total).mean(1),
+            "loss": (weights * total).mean(1),
             **{name: value.mean(1) for name, value in terms.items()},
             "effective": effective.detach(),
         }

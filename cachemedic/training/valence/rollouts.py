@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from cachemedic.models.load import decoder_layers
@@ -89,19 +90,35 @@ def decode(model: PreTrainedModel, ids: torch.Tensor, start: int) -> torch.Tenso
 
 @torch.no_grad()
 def roll_out(
-    model: PreTrainedModel, first: torch.Tensor, start: int, steps: int, noise: torch.Tensor | None
+    model: PreTrainedModel,
+    first: torch.Tensor,
+    start: int | torch.Tensor,
+    steps: int,
+    noise: torch.Tensor | None,
+    cache: DynamicCache | None = None,
+    readable: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`steps` simulated tokens after `first` [rows] at position `start`; call it within `reading`.
+    """`steps` simulated tokens after `first` [rows] at position `start` (one, or one a row [rows]).
 
     noise [rows, steps] in [0, 1) picks each token by the inverse of the distribution function; None: the likeliest.
-    Returns the tokens [rows, steps] and the last hidden states [rows, steps, width] from which they were drawn.
+    The model reads the past from `cache`, of which it may attend to `readable`, bool [rows, T]; without a cache call it
+    within `reading`. Returns the tokens [rows, steps] and the last hidden states [rows, steps, width] from which they
+    were drawn.
     """
-    cache, token = DynamicCache(), first
+    cache, token = DynamicCache() if cache is None else cache, first
     tokens, hidden = [], []
     with observing(model) as seen:
         for step in range(steps):
-            positions = torch.full((len(first), 1), start + step, device=first.device)
-            output = model(token[:, None], position_ids=positions, past_key_values=cache, use_cache=True)
+            positions = torch.as_tensor(start, device=first.device).expand(len(first))[:, None] + step
+            if readable is not None:
+                readable = F.pad(readable, (0, 1), value=True)
+            output = model(
+                token[:, None],
+                attention_mask=None if readable is None else readable.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
             logits = output.logits[:, -1].float()
             if noise is None:
                 token = logits.argmax(-1)

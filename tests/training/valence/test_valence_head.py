@@ -1,6 +1,7 @@
 """The shipped valence heads, and how they are trained."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -68,6 +69,26 @@ def test_training_learns_polarity_and_strength(base, monkeypatch):
 def test_strength_is_the_margin_of_the_majority():
     assert valence_head._strength("The film was lovely, and the meal was charming.") == 1
     assert valence_head._strength("The film was lovely, the meal was awful, the book was dull.") == pytest.approx(1 / 3)
+
+
+def test_the_states_of_a_base_hold_the_balance_of_a_review_but_hardly_its_size():
+    base, rng = load_base("embedded-llama"), np.random.default_rng(6)
+    reviews = [text.sentiment_review(rng)[0] for _ in range(500)]
+    states = []
+    for review in reviews:
+        ids = [base.tokenizer.bos_token_id, *base.tokenizer(review)["input_ids"]]
+        states.append(last_hidden(base, torch.tensor([ids]))[0, -1])
+    x = torch.stack(states).double()
+    x = torch.cat([(x - x.mean(0)) / x.std(0), torch.ones(len(x), 1)], 1)
+    words = [re.findall(r"\w+", review) for review in reviews]
+    margins = [sum((w in text.POSITIVE) - (w in text.NEGATIVE) for w in own) for own in words]
+    adjectives = [sum(w in text.POSITIVE or w in text.NEGATIVE for w in own) for own in words]
+    balance = torch.tensor(margins).double() / torch.tensor(adjectives)
+    fitted, unseen = slice(0, 350), slice(350, None)
+    ridge = x[fitted].T @ x[fitted] + 100 * torch.eye(x.shape[1], dtype=torch.double)
+    found = x[unseen] @ torch.linalg.solve(ridge, x[fitted].T @ balance[fitted])
+    assert np.corrcoef(found, balance[unseen])[0, 1] > 0.7
+    assert np.corrcoef(found.abs(), balance[unseen].abs())[0, 1] < 0.5
 
 
 def test_a_bank_may_hold_reviews():
