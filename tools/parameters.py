@@ -5,6 +5,7 @@ python tools/parameters.py SEEDS=[0,1] BASE=gpt2-medium     # make calls this on
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from cachemedic.core.errors import nearest_valid
 from cachemedic.core.integers import whole_numbers
 from cachemedic.data.external_text import check_documents, check_reviews
 from cachemedic.models.load import check_base
+from cachemedic.studies.jobs import AT_ONCE, check_options
 from run_notebook import parameter
 
 
@@ -33,11 +35,21 @@ def check_device(given: Any) -> None:
         raise nearest_valid("device", given, allowed)
 
 
+def check_executor(given: Any) -> None:
+    """Raises `ValueError` for an executor that is unknown, or that this machine does not have."""
+    if given not in AT_ONCE:
+        raise nearest_valid("executor", given, AT_ONCE)
+    if given == "slurm" and not all(map(shutil.which, ("sbatch", "srun"))):
+        raise ValueError("this machine has no sbatch and srun: start make where jobs are submitted to Slurm")
+
+
 CHECKS: Mapping[str, Callable[[Any], None]] = {
     "SEEDS": check_seeds,
     "DEVICE": check_device,
     "BASE": lambda given: check_base(str(given)),
     "TEXT": lambda given: check_documents(str(given)),
+    "EXECUTOR": check_executor,
+    "CLUSTER": check_options,
     "REVIEWS": lambda given: check_reviews(str(given)),
 }
 

@@ -78,6 +78,7 @@ def test_goals_are_words_to_the_shell(project):
         ("PROFILE=smok", "unknown PROFILE=smok; allowed: paper, smoke"),
         ("VENV=my env", "VENV=my env: make cannot name a folder with spaces"),
         ("VENV=x;y", "VENV=x;y: make cannot name a folder with ;"),
+        ("CLUSTER={}", "CLUSTER holds options of jobs: it needs EXECUTOR=slurm or EXECUTOR=local"),
     ],
 )
 def test_what_cannot_be_one_word_is_refused(project, given, message):

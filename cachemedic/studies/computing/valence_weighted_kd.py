@@ -14,15 +14,13 @@ from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.evaluation.experiments import run_grid, standard_tasks
 from cachemedic.models.load import Base
-from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies import valence_report
 from cachemedic.studies.quantised_evaluation import quantised_readers, quantised_scores
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of
-from cachemedic.studies.sweeps import by_condition, defenses_of, standard_config
+from cachemedic.studies.sweeps import by_condition, defenses_of, standard_config, trained
 from cachemedic.training.config import Objective, TrainConfig
 from cachemedic.training.objective import RepairObjective
-from cachemedic.training.trainer import load_or_train
 from cachemedic.training.valence.objective import MercyGate
 from cachemedic.training.valence.quantiser import BITS
 
@@ -93,15 +91,13 @@ def scores(run: Run, base: Base, caches: Mapping[str, Any]) -> pd.DataFrame:
 
 def results(run: Run) -> dict[str, pd.DataFrame]:
     base = base_of(run)
-
-    def trained(config: TrainConfig) -> RepairOperator:
-        return load_or_train(base, config, run.trained, run.work, retrain=run.retrain or run.smoke)
-
-    first, second, gates = objectives(run, base), variants(run, base), gated(run, base)
-    grid_a = grid(run, base, defenses_of(base, by_condition(trained(first), list(OBJECTIVES))), "a")
+    second, gates = variants(run, base), gated(run, base)
+    stacks = {"first": objectives(run, base), "second": second, **gates}
+    found = trained(base, stacks, run, retrain=run.smoke)
+    grid_a = grid(run, base, defenses_of(base, by_condition(found["first"], list(OBJECTIVES))), "a")
     names = list(valence_report.VARIANTS)
-    others = defenses_of(base, by_condition(trained(second), names))
-    others |= defenses_of(base, {f"gate: {name}": trained(config) for name, config in gates.items()})
+    others = defenses_of(base, by_condition(found["second"], names))
+    others |= defenses_of(base, {f"gate: {name}": found[name] for name in gates})
     grid_b = grid(run, base, others, "b", few=True)
     folders = {name: run.trained / config.key(base) for name, config in gates.items()}
 
