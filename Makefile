@@ -140,8 +140,8 @@ torture: $(READY)  ## Damage every kind of file, give odd values to public funct
 	@TQDM_DISABLE=1 $(RUN) tools/torture.py $(if $(value ROUNDS),$(call given,ROUNDS))
 
 .PHONY: site
-site: $(READY)  ## Gallery, executed notebooks, paper and API as HTML, into build/site
-	@$(RUN) tools/site.py
+site: $(READY)  ## Gallery, guides, executed notebooks, paper and API as HTML, into build/site
+	@$(RUN) tools/site_pages.py
 
 .PHONY: bench
 bench: $(READY)  ## Benchmarks into results/bench_*.csv
