@@ -39,8 +39,9 @@ def gallery() -> Iterator[str]:
     """The lines of the page."""
     yield "# Gallery"
     yield ""
-    yield "Every figure as it is committed, and what was found. `python tools/gallery.py` makes this page from `notebooks/graph.toml` and"
-    yield "`paper/numbers.toml`; [the claims of the paper](paper/CLAIMS.md) say which rows a number stands for."
+    yield "Every figure as it is committed, and what was found. `python tools/gallery.py` makes this page from"
+    yield "`notebooks/graph.toml` and `paper/numbers.toml`; [the claims of the paper](paper/CLAIMS.md) say which rows a"
+    yield "number stands for."
     claims = paper_numbers.load(ROOT)
     graph = tomllib.loads((ROOT / "notebooks" / "graph.toml").read_text(encoding="utf-8"))
     for name, made in graph.items():

@@ -2,8 +2,8 @@
 
     python -m cachemedic.studies.paper_numbers  # writes paper/numbers.tex, paper/CLAIMS.md and the numbers of two pages
 
-No number of a result is typed by hand: the paper says \\ClipRecoveryGpt, README.md and GALLERY.md have the number behind
-<!--ClipRecoveryGpt-->, and the table says which row and column that is.
+No number of a result is typed by hand: the paper says \\ClipRecoveryGpt, README.md and GALLERY.md have the number
+behind <!--ClipRecoveryGpt-->, and the table says which row and column that is.
 """
 
 from __future__ import annotations
@@ -149,6 +149,11 @@ def macros(claims: Sequence[Claim], root: Path = ROOT) -> str:
     for number in (number for claim in claims for number in claim.numbers):
         lines.append(f"\\newcommand{{\\{number.name}}}{{{number.latex(root / 'results')}\\xspace}}")
     return "\n".join(lines) + "\n"
+
+
+def in_words(claim: Claim, results: Path) -> str:
+    """A claim in one sentence with its numbers, from the CSVs of a folder, each with its name in the paper."""
+    return f"{claim.says}: " + ", ".join(f"{number.plain(results)} (`{number.name}`)" for number in claim.numbers) + "."
 
 
 def claims_page(claims: Sequence[Claim], root: Path = ROOT) -> str:

@@ -1,4 +1,4 @@
-"""`make lab`: what JupyterLab serves and where it writes, and the playground in a real browser where one is installed."""
+"""`make lab`: what JupyterLab serves and where it writes, and the playground in a browser where one is installed."""
 
 from __future__ import annotations
 
