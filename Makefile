@@ -160,8 +160,9 @@ base-models: $(READY)  ## Train the base models anew (hours; goes on after an in
 clean:  ## Remove build/ but for the checkpoints of base models; results and .venv stay
 	find build -mindepth 1 -maxdepth 1 ! -name base -exec rm -rf {} +
 
+# An environment that is there is used as it is, so that VENV may be one of conda: its pins are installed into it.
 $(READY):
-	$(call given,PYTHON) -m venv $(VENV)
+	$(RUN) -m pip --version > /dev/null 2>&1 || $(call given,PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --requirement requirements.txt
 	$(RUN) -m pip install --no-build-isolation --no-deps --editable .
 	@rm -f $(VENV)/ready-*
