@@ -169,7 +169,8 @@ def _page(claims: Sequence[Claim], root: Path) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     for claim in claims:
         notebook = read_sealed(root / "results" / f"{claim.csv}.json")["notebook"]
-        made = f"[{notebook}](../notebooks/{notebook}.ipynb)" if notebook else "`make bench`"
+        alone = "`make bench`" if claim.csv.startswith("bench_") else "`python -m cachemedic.studies.real_text`"
+        made = f"[{notebook}](../notebooks/{notebook}.ipynb)" if notebook else alone
         shown = ", ".join(f"[{Path(path).stem}](../{path})" for path in claim.shown) or "text"
         values = "; ".join(f"`{number.name}` {number.plain(root / 'results')}" for number in claim.numbers)
         data = f"[{claim.csv}](../results/{claim.csv}.csv)"
