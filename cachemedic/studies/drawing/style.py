@@ -50,6 +50,7 @@ def mark_beyond(ax: Axes, x: Iterable[float], y: Iterable[float], colour: str) -
     Call it when limits and scales are set. Dots beyond both limits, or that are not numbers, have none.
     """
     (left, right), (low, high) = ax.get_xlim(), sorted(ax.get_ylim())
+    place: tuple[float, float]
     for a, b in zip(x, y, strict=True):
         if low <= b <= high and (a < left or a > right):
             beyond = a < left
