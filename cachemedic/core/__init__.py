@@ -9,6 +9,7 @@ errors      errors for names that do not exist
 hub         whether the Hugging Face hub can answer
 integers    whole numbers of any kind, as plain ones
 quantise    uniform quantisation: numbers as they are read back from few bits
+progress    progress bars
 registry    things by name, to which any module can add its own
 seeds       random generators that are seeded by a name
 severity_map  a table from severities to the parameters of corruption types

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from tqdm import tqdm
 
 from cachemedic.core.files import remove_leftovers, write_atomically
+from cachemedic.core.progress import tqdm
 from cachemedic.core.tensors import flattened, read_tensors, tensor_bytes, unflattened
 from cachemedic.corruption.severity import shipped_map
 from cachemedic.models.attention import attention_modules

@@ -51,11 +51,12 @@ def mark_beyond(ax: Axes, x: Iterable[float], y: Iterable[float], colour: str) -
     """
     (left, right), (low, high) = ax.get_xlim(), sorted(ax.get_ylim())
     place: tuple[float, float]
+    how: dict[str, Any]
     for a, b in zip(x, y, strict=True):
         if low <= b <= high and (a < left or a > right):
             beyond = a < left
             text, place, inwards = (f"← {a:.1f}", (0, b), (3, 0)) if beyond else (f"{a:.1f} →", (1, b), (-3, 0))
-            how: dict[str, Any] = {"xycoords": ax.get_yaxis_transform(), "ha": "left" if beyond else "right", "va": "center"}
+            how = {"xycoords": ax.get_yaxis_transform(), "ha": "left" if beyond else "right", "va": "center"}
         elif left <= a <= right and (b < low or b > high):
             beyond = b < low
             text, place, inwards = (f"↓ {b:.1f}", (a, 0), (0, 3)) if beyond else (f"↑ {b:.1f}", (a, 1), (0, -3))
