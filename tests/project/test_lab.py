@@ -123,6 +123,8 @@ def test_the_playground_answers_in_a_browser(lab: Lab) -> None:
 
     try:
         browser.get(f"{lab.address}/lab/tree/{PLAYGROUND}?token={TOKEN}")
+        ready = ".jp-Notebook-ExecutionIndicator[data-status='idle']"  # the menu closes where it opens before that
+        wait.until(lambda _: browser.find_elements(By.CSS_SELECTOR, ready))
         click("//div[@class='lm-MenuBar-itemLabel'][.='Run']")
         click("//div[@class='lm-Menu-itemLabel'][.='Run All Cells']")
         repaired = changed("")
