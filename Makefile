@@ -10,22 +10,24 @@ export CACHEMEDIC_CACHE
 # What a person gives is one word to the shell, whatever is in it, and make expands none of it.
 quote = '$(subst ','\'',$(1))'
 given = $(call quote,$(value $(1)))
-GIVEN := PYTHON VENV PROFILE BASE SEEDS FAMILY OBJECTIVE DEVICE TEXT REVIEWS TEXT_FOLDER RETRAIN ROUNDS CONTAINER \
-	CACHEMEDIC_CACHE
+GIVEN := PYTHON VENV PROFILE BASE SEEDS FAMILY OBJECTIVE DEVICE TEXT REVIEWS TEXT_FOLDER EXECUTOR CLUSTER RETRAIN \
+	ROUNDS CONTAINER CACHEMEDIC_CACHE
 $(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
 # Parameters of notebooks, each only if given: make reproduce BASE=gpt2-medium SEEDS=[0,1] DEVICE=cuda. A notebook takes
 # those that it has: make 06_protected_layers FAMILY=E OBJECTIVE=valence
 OPTIONS := $(if $(value BASE),--parameter base=$(call given,BASE)) $(if $(value SEEDS),--parameter seeds=$(call given,SEEDS)) \
 	$(if $(value FAMILY),--parameter family=$(call given,FAMILY)) \
 	$(if $(value OBJECTIVE),--parameter objective=$(call given,OBJECTIVE)) \
-	$(if $(value DEVICE),--device $(call given,DEVICE)) $(if $(value RETRAIN),--retrain)
+	$(if $(value DEVICE),--device $(call given,DEVICE)) $(if $(value RETRAIN),--retrain) \
+	$(if $(value EXECUTOR),--executor $(call given,EXECUTOR) $(if $(value CLUSTER),--cluster $(call given,CLUSTER)))
 
 # Text from outside, for the notebook that reads it: make 13_second_model BASE=gpt2-medium TEXT=wikitext2 REVIEWS=sst2
 13_second_model: private OPTIONS += $(if $(value TEXT),--parameter text=$(call given,TEXT)) \
 	$(if $(value REVIEWS),--parameter reviews=$(call given,REVIEWS))
 
 # A notebook has one thread, and this many run at once (make -j4 for more; each takes up to 4 GB): results are the same.
-MAKEFLAGS += --jobs=2
+# As jobs of a cluster they wait in its queue.
+MAKEFLAGS += --jobs=$(if $(filter slurm,$(value EXECUTOR)),64,2)
 
 # The environment is known by the content of its pins; the stamp appears last, so an interrupted set-up is repeated.
 READY := $(VENV)/ready-$(firstword $(shell cat requirements.txt pyproject.toml | cksum))
@@ -46,6 +48,7 @@ $(if $(filter 1,$(words $(VENV))),,$(error VENV=$(VENV): make cannot name a fold
 $(foreach sign,; ' " & | < > ` $$ \ *,$(if $(findstring $(sign),$(VENV)),$(error VENV=$(VENV): make cannot name a folder with $(sign))))
 $(if $(value TEXT)$(value REVIEWS),$(if $(filter reproduce 13_second_model,$(MAKECMDGOALS)),,$(error TEXT and REVIEWS are parameters of \
 	13_second_model: no other target takes them)))
+$(if $(value CLUSTER),$(if $(value EXECUTOR),,$(error CLUSTER holds options of jobs: it needs EXECUTOR=slurm or EXECUTOR=local)))
 
 # Only the paper profile with parameters of its own makes what is committed, and can be compared with it.
 COMMITTED := $(if $(filter paper,$(PROFILE)),$(if $(strip $(foreach name,BASE SEEDS FAMILY OBJECTIVE TEXT REVIEWS,$(value $(name)))),,yes))
@@ -61,6 +64,7 @@ include build/rules.mk
 help:  ## This list
 	@echo "make TARGET [PROFILE=paper|smoke] [BASE=name-or-path] [SEEDS=[0,1]] [DEVICE=cpu|cuda] [RETRAIN=1]"
 	@echo "     notebooks that have these: [FAMILY=A|B|C|D|E] [OBJECTIVE=canonical|valence]"
+	@echo "     [EXECUTOR=slurm|local] [CLUSTER=options of its jobs]   notebooks as jobs: docs/clusters.md"
 	@echo "     13_second_model [TEXT=name-or-folder] [REVIEWS=name-or-folder]"
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  %-13s%s\n", $$1, $$2 }' Makefile
 	@echo "  figures/NAME.pdf, results/NAME.csv, paper/tables/NAME.tex, or a notebook's name: what that needs, nothing else"
@@ -75,11 +79,11 @@ reproduce: $(NOTEBOOKS)  ## Results, figures, tables and the paper's numbers (PR
 # Always asked, seldom run: tools/run_notebook.py compares contents and leaves what is up to date alone.
 .PHONY: $(NOTEBOOKS) $(APART)
 $(NOTEBOOKS) $(APART): $(READY) | parameters
-	@$(RUN) tools/run_notebook.py $@ --profile $(PROFILE) $(OPTIONS) \
+	@$(RUN) tools/$(if $(value EXECUTOR),submit,run_notebook).py $@ --profile $(PROFILE) $(OPTIONS) \
 		--goals $(foreach goal,$(MAKECMDGOALS),$(call quote,$(goal)))
 
 # Once, before the first notebook: a wrong value is told at once, not after an hour.
-VALUES := $(strip $(foreach name,BASE SEEDS FAMILY OBJECTIVE DEVICE TEXT REVIEWS,$(if $(value $(name)),$(name))))
+VALUES := $(strip $(foreach name,BASE SEEDS FAMILY OBJECTIVE DEVICE TEXT REVIEWS EXECUTOR CLUSTER,$(if $(value $(name)),$(name))))
 .PHONY: parameters
 parameters: $(READY)
 	@$(if $(VALUES),$(RUN) tools/parameters.py $(foreach name,$(VALUES),$(name)=$(call given,$(name))))
@@ -145,8 +149,8 @@ torture: $(READY)  ## Damage every kind of file, give odd values to public funct
 	@TQDM_DISABLE=1 $(RUN) tools/torture.py $(if $(value ROUNDS),$(call given,ROUNDS))
 
 .PHONY: site
-site: $(READY)  ## Gallery, executed notebooks, paper and API as HTML, into build/site
-	@$(RUN) tools/site.py
+site: $(READY)  ## Gallery, guides, executed notebooks, paper and API as HTML, into build/site
+	@$(RUN) tools/site_pages.py
 
 .PHONY: bench
 bench: $(READY)  ## Benchmarks into results/bench_*.csv
@@ -165,8 +169,9 @@ base-models: $(READY)  ## Train the base models anew (hours; goes on after an in
 clean:  ## Remove build/ but for the checkpoints of base models; results and .venv stay
 	find build -mindepth 1 -maxdepth 1 ! -name base -exec rm -rf {} +
 
+# An environment that is there is used as it is, so that VENV may be one of conda: its pins are installed into it.
 $(READY):
-	$(call given,PYTHON) -m venv $(VENV)
+	$(RUN) -m pip --version > /dev/null 2>&1 || $(call given,PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --requirement requirements.txt
 	$(RUN) -m pip install --no-build-isolation --no-deps --editable .
 	@rm -f $(VENV)/ready-*

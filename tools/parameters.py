@@ -5,6 +5,7 @@ python tools/parameters.py SEEDS=[0,1] BASE=gpt2-medium     # make calls this on
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from cachemedic.core.integers import whole_numbers
 from cachemedic.data.external_text import check_documents, check_reviews
 from cachemedic.models.load import check_base
 from cachemedic.repair.registry import family_class
+from cachemedic.studies.jobs import AT_ONCE, check_options
 from cachemedic.studies.sweeps import OBJECTIVES
 from run_notebook import parameter
 
@@ -46,6 +48,14 @@ def check_objective(given: Any) -> None:
         raise nearest_valid("objective", given, OBJECTIVES)
 
 
+def check_executor(given: Any) -> None:
+    """Raises `ValueError` for an executor that is unknown, or that this machine does not have."""
+    if given not in AT_ONCE:
+        raise nearest_valid("executor", given, AT_ONCE)
+    if given == "slurm" and not all(map(shutil.which, ("sbatch", "srun"))):
+        raise ValueError("this machine has no sbatch and srun: start make where jobs are submitted to Slurm")
+
+
 CHECKS: Mapping[str, Callable[[Any], None]] = {
     "SEEDS": check_seeds,
     "FAMILY": lambda given: check_family(str(given)),
@@ -53,6 +63,8 @@ CHECKS: Mapping[str, Callable[[Any], None]] = {
     "DEVICE": check_device,
     "BASE": lambda given: check_base(str(given)),
     "TEXT": lambda given: check_documents(str(given)),
+    "EXECUTOR": check_executor,
+    "CLUSTER": check_options,
     "REVIEWS": lambda given: check_reviews(str(given)),
 }
 

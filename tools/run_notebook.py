@@ -14,6 +14,7 @@ import fcntl
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import sys
@@ -25,10 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from cachemedic.core.files import seal, write_atomically
-from graph import Graph, GraphError, sha256, unknown
+from cachemedic.studies.jobs import AT_ONCE, Cluster
+from graph import ROOT, Graph, GraphError, sha256, unknown
 from records import PROFILES, Variant
 
 FREE_DISK = 1 << 30  # bytes; a run writes far less, but torch and Jupyter write temporary files too
+INTERRUPTED = "interrupted: what is finished is kept, the same command goes on from there"
 THREADS = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 
@@ -58,10 +61,10 @@ def locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 def place_on_the_machine(root: Path, alone: bool) -> AbstractContextManager[None]:
     """Notebooks that measure times run alone, all others beside one another."""
-    return locked(root / "build" / "stamps" / "machine.lock", fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+    return locked(root / "build" / "stamps" / f"{platform.node()}.lock", fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
 
 
-def execute(variant: Variant, name: str, parameters: dict[str, Any], threads: int, retrain: bool) -> None:
+def execute(variant: Variant, name: str, parameters: dict[str, Any], options: argparse.Namespace) -> None:
     """Runs all cells in a fresh kernel; the outputs end up in `variant.work(name)`."""
     import papermill  # slow, and not needed to find that nothing is to be done
     from traitlets.config import Config
@@ -76,11 +79,12 @@ def execute(variant: Variant, name: str, parameters: dict[str, Any], threads: in
         "work": str(work),
         "published": str(variant.published),
         "inputs": variant.graph.inputs(name),
-        "threads": threads,
-        "retrain": retrain,
+        "threads": options.threads,
+        "retrain": options.retrain,
+        "cluster": options.cluster and [options.cluster.executor, options.cluster.options],
     }
     (work / "run.json").write_text(json.dumps(context))
-    os.environ |= dict.fromkeys(THREADS, str(threads))  # sums depend on the number of threads in the last bit
+    os.environ |= dict.fromkeys(THREADS, str(options.threads))  # sums depend on the number of threads in the last bit
     os.environ |= {
         "CACHEMEDIC_RUN": str(work / "run.json"),
         "PYTHONPATH": os.pathsep.join(
@@ -169,15 +173,30 @@ def announcement(variant: Variant, name: str, reason: str, goals: list[str]) -> 
     return f"running ({reason}), about {variant.minutes(name):.0f} min{after}"
 
 
-def bring_up_to_date(variant: Variant, name: str, options: argparse.Namespace) -> None:
-    """Runs notebook `name` of `variant` unless what it makes is there already."""
-    graph, goals = variant.graph, variant.graph.goals(options.goals or [name])
+def title_of(variant: Variant, name: str) -> str:
+    """What lines about a notebook begin with."""
+    return f"{name} [{variant.label}]:"
+
+
+def goals_of(variant: Variant, options: argparse.Namespace) -> list[str]:
+    """The notebooks that make was asked for."""
+    return variant.graph.goals(options.goals or [options.name])
+
+
+def reason_to_run(variant: Variant, options: argparse.Namespace) -> str | None:
+    """Why the notebook has to run, or None if what it makes is there already."""
+    return variant.stale(options.name, options.name in goals_of(variant, options), options.retrain)
+
+
+def bring_up_to_date(variant: Variant, options: argparse.Namespace) -> None:
+    """Runs the notebook that the options name unless what it makes is there already."""
+    graph, name = variant.graph, options.name
     parameters = {"profile": variant.profile, **variant.parameters}
     parameters |= {"device": options.device} if options.device else {}
-    parameters = taken(graph, name, goals, parameters)
-    title = f"{name} [{variant.label}]:"
+    parameters = taken(graph, name, goals_of(variant, options), parameters)
+    title = title_of(variant, name)
     with locked(variant.record_path(name).with_suffix(".lock")):  # two makes in one checkout take turns
-        reason = variant.stale(name, name in goals, options.retrain)
+        reason = reason_to_run(variant, options)
         if reason is None:
             say(f"{title} up to date")
             return
@@ -185,11 +204,11 @@ def bring_up_to_date(variant: Variant, name: str, options: argparse.Namespace) -
         if free < FREE_DISK:
             raise GraphError(f"{free >> 20} MB of disk space are free, {FREE_DISK >> 20} MB are needed")
         with place_on_the_machine(graph.root, graph[name].alone):
-            say(f"{title} {announcement(variant, name, reason, goals)}")
+            say(f"{title} {announcement(variant, name, reason, goals_of(variant, options))}")
             inputs, started = variant.inputs(name), time.monotonic()
             only_draws = variant.computed(name) and not options.retrain
             before = variant.record(name).get("seconds")
-            execute(variant, name, parameters, options.threads, options.retrain)
+            execute(variant, name, parameters, options)
             hashes, seconds = publish(variant, name), round(time.monotonic() - started, 1)
         record = {"inputs": inputs, "parameters": dict(variant.parameters), "retrained": options.retrain}
         record |= {"outputs": hashes, "seconds": before if only_draws else seconds}  # those that computing takes
@@ -206,7 +225,13 @@ def parameter(assignment: str) -> tuple[str, Any]:
         return name, value
 
 
-def main() -> None:
+def variant_of(options: argparse.Namespace) -> Variant:
+    """What the options ask for: a profile and parameters."""
+    return Variant(Graph(), options.profile, dict(options.parameter))
+
+
+def options_of(arguments: list[str]) -> argparse.Namespace:
+    """The arguments of this program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("name", help="a notebook, without folder and suffix")
@@ -215,10 +240,19 @@ def main() -> None:
     option("--device", help="cpu or cuda; where to compute, not part of what is computed")
     option("--threads", type=int, default=1, help="fixed, as sums depend on it in the last bit")
     option("--retrain", action="store_true", help="train operators that the repository ships, too")
+    option("--executor", choices=AT_ONCE, help="train what a notebook trains as jobs, by submitit")
+    option("--cluster", default={}, type=json.loads, help="options of these jobs, an object in JSON")
     option("--goals", nargs="*", help="the targets given to make: notebooks that these only need may stay as shipped")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    given = {"gpus_per_node": int(options.device not in (None, "cpu"))} | options.cluster
+    options.cluster = Cluster(options.executor, ROOT / "build" / "jobs", given) if options.executor else None
+    return options
+
+
+def main() -> None:
+    options = options_of(sys.argv[1:])
     logging.basicConfig(level=logging.INFO, format=f"[{options.name}] %(message)s", stream=sys.stdout)
-    bring_up_to_date(Variant(Graph(), options.profile, dict(options.parameter)), options.name, options)
+    bring_up_to_date(variant_of(options), options)
 
 
 if __name__ == "__main__":
@@ -227,4 +261,4 @@ if __name__ == "__main__":
     except (GraphError, NotebookFailed, OSError) as failure:
         sys.exit(f"error: {failure}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: what is finished is kept, the same command goes on from there")
+        sys.exit(INTERRUPTED)

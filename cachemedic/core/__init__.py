@@ -6,8 +6,10 @@ cache_folder  where this machine keeps what takes long to make
 files       files that are written whole or not at all, carry their hash and are checked when they are read
 tensors     tensors in such a file
 errors      errors for names that do not exist
+hub         whether the Hugging Face hub can answer
 integers    whole numbers of any kind, as plain ones
 quantise    uniform quantisation: numbers as they are read back from few bits
+progress    progress bars
 registry    things by name, to which any module can add its own
 seeds       random generators that are seeded by a name
 threads     one thread for what is kept, so that it does not depend on the machine

@@ -19,10 +19,10 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from cachemedic.core.cache_folder import cache_folder
 from cachemedic.core.files import read_hashed, write_hashed
+from cachemedic.core.progress import tqdm
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_DOCSTRING = 80  # characters; shorter docstrings are mostly one-line boilerplate

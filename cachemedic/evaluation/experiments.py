@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 from cachemedic.core.files import read_hashed, write_hashed
+from cachemedic.core.progress import tqdm
 from cachemedic.core.severity_map import GRID
 from cachemedic.corruption.apply import MIXTURE_WEIGHTS
 from cachemedic.corruption.severity import shipped_map

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
+from cachemedic.core.progress import tqdm
 from cachemedic.core.severity_map import GRID, MAP_COLUMNS
 from cachemedic.corruption.spec import CALIBRATED_POSITIONS, CorruptionSpec
 from cachemedic.corruption.types import CORRUPTIONS, NONE

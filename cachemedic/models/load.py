@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,6 +15,7 @@ from transformers import (
 )
 
 from cachemedic.core.errors import check_given, nearest, nearest_valid
+from cachemedic.core.hub import why_out_of_reach
 from cachemedic.core.severity_map import SeverityMap
 from cachemedic.models import smollm2
 from cachemedic.models.base_files import check_base_files
@@ -106,28 +102,10 @@ def check_base(name: str) -> None:
     near = nearest(name, NAMED, likeness=0.8)
     if near or name.startswith("embedded-") or "\\" in name or name.count("/") > 1:
         raise nearest_valid("base", name, NAMED, "the name of a Hugging Face causal LM, or an existing local folder")
-    _check_within_reach(name)
-
-
-def _check_within_reach(name: str) -> None:
-    """Raise `ValueError` at once for a model that is not kept from the hub, where the hub cannot be reached.
-
-    transformers would ask again and again, for the better part of a minute.
-    """
-    endpoint = urlsplit(constants.ENDPOINT)
-    if endpoint.hostname is None or getproxies():  # a proxy may reach what a socket does not
-        return
-    try:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return
-        socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=5).close()
-    except HFValidationError:  # no name of a model: transformers says why
-        return
-    except OSError as error:
+    if reason := why_out_of_reach(name):
         raise ValueError(
-            f"unknown base {name!r}: it is not embedded ({', '.join(EMBEDDED)}), no local folder and not kept from the "
-            f"Hugging Face hub, which cannot be reached ({error})"
-        ) from error
+            f"unknown base {name!r}: it is not embedded ({', '.join(EMBEDDED)}), no local folder and {reason}"
+        )
 
 
 def check_format(dtype: torch.dtype) -> None:

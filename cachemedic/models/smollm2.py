@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from filelock import FileLock
 from tokenizers import pre_tokenizers
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cachemedic.core.cache_folder import cache_folder
 from cachemedic.core.files import file_digest, seal
+from cachemedic.core.progress import tqdm
 from cachemedic.models.base_files import CARD, check_base_files, defining_digests
 
 NAME = "smollm2-135m"

@@ -221,13 +221,15 @@ class RepairOperator(nn.Module, Defense, ABC):
 
     @staticmethod
     def from_pretrained(name_or_folder: str | Path) -> RepairOperator:
-        """Read what `save_pretrained` wrote, or an operator that ships, by a name like "E/embedded-gpt2" (on the CPU).
+        """Read what `save_pretrained` wrote (on the CPU): from a folder, by a name like "E/embedded-gpt2", or a hub.
 
-        The names are those of `cachemedic.repair.shipped.shipped_operators()`.
+        The names are those of `cachemedic.repair.shipped.shipped_operators()`. Any other "org/name" is a repository of
+        the Hugging Face hub with the files of such a folder.
 
         Raises:
             FileNotFoundError: if there is no such folder, or the weights or `config.json` are missing in it.
-            ValueError: for an unknown name, if a file is damaged, or if the files do not belong together.
+            ValueError: for an unknown name, if the hub cannot be reached or holds no operator there, if a file is
+                damaged, or if the files do not belong together.
         """
         check_given("name_or_folder", name_or_folder, (str, Path))
         folder = operator_folder(name_or_folder)

@@ -6,6 +6,7 @@ From the bottom up:
 pretraining/   how the embedded bases were made
 bench/         benchmarks
 result_files   reading a CSV, which its sidecar knows by its hash
+jobs           jobs on a cluster, by submitit
 run            a run: its parameters and folders, and CSVs that say what they were made from
 summaries      scores, recoveries and intervals of a grid; it needs no torch
 sweeps         conditions by name, and their training

@@ -22,6 +22,7 @@ from cachemedic.models.shape import ModelShape
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.family_study import folded
 from cachemedic.studies.run import Run
+from cachemedic.studies.sweeps import trained
 from cachemedic.token.joint import SINKS
 from cachemedic.token.joint_calibration import clean_caches
 from cachemedic.token.joint_operator import JointOperator
@@ -30,7 +31,6 @@ from cachemedic.token.token_recompute import TokenRecompute
 from cachemedic.token.token_repair import TokenRepair
 from cachemedic.token.vectors import TokenVectors
 from cachemedic.training.config import TrainConfig
-from cachemedic.training.trainer import load_or_train
 
 Name = TypeVar("Name")
 
@@ -43,16 +43,6 @@ def comparison_defenses(base: Base, examples: int = 64) -> tuple[dict[str, Defen
     heuristics = blind_defenses(calibration)
     keeping = {"recompute": TokenRecompute(base.model), **storage_defenses(calibration)}
     return {name: heuristics[name] for name in HEURISTICS}, keeping
-
-
-def trained(
-    base: Base, configs: Mapping[Name, TrainConfig], run: Run, retrain: bool = False
-) -> dict[Name, RepairOperator]:
-    """The operators of named conditions, those that ship or newly trained ones."""
-    return {
-        name: load_or_train(base, config, run.trained, run.work, run.retrain or retrain)
-        for name, config in configs.items()
-    }
 
 
 def token_repairs(

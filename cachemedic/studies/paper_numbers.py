@@ -1,9 +1,9 @@
-"""The numbers of paper and README: made from rows of the committed CSVs, as paper/numbers.toml declares them.
+"""The numbers of paper, README and gallery: made from rows of the committed CSVs, as paper/numbers.toml declares them.
 
-    python -m cachemedic.studies.paper_numbers  # writes paper/numbers.tex, paper/CLAIMS.md and the numbers of README.md
+    python -m cachemedic.studies.paper_numbers  # writes paper/numbers.tex, paper/CLAIMS.md and the numbers of two pages
 
-No number of a result is typed by hand: the paper says \\ClipRecoveryGpt, README has the number behind
-<!--ClipRecoveryGpt-->, and the table says which row and column that is.
+No number of a result is typed by hand: the paper says \\ClipRecoveryGpt, README.md and GALLERY.md have the number
+behind <!--ClipRecoveryGpt-->, and the table says which row and column that is.
 """
 
 from __future__ import annotations
@@ -70,6 +70,11 @@ class Number:
         number, *limits = (_typeset(float(value), self.format) for value in values)
         return f"{number} [{', '.join(limits)}]" if limits else number
 
+    def plain(self, results: Path) -> str:
+        """The number as text."""
+        text = re.sub(r"\\ensuremath\{(.*?)\}(?=[ ,\]]|$)", r"\1", self.latex(results))
+        return text.replace("{,}", ",").replace("\\%", "%")
+
     def _rows(self, frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
         for column in (*self.where, *names):
             if column not in frame:
@@ -103,7 +108,7 @@ class Claim:
 
 
 _read = cache(read_result)
-IN_README = re.compile(r"(?<=<!--)([A-Z][A-Za-z]+)(-->).*?(?=<!---->)")  # a name and the number behind it
+IN_PAGE = re.compile(r"(?<=<!--)([A-Z][A-Za-z]+)(-->).*?(?=<!---->)")  # a name and the number behind it
 
 
 def _typeset(value: float, spec: str) -> str:
@@ -153,6 +158,11 @@ def macros(claims: Sequence[Claim], root: Path = ROOT) -> str:
     return "\n".join(lines) + "\n"
 
 
+def in_words(claim: Claim, results: Path) -> str:
+    """A claim in one sentence with its numbers, from the CSVs of a folder, each with its name in the paper."""
+    return f"{claim.says}: " + ", ".join(f"{number.plain(results)} (`{number.name}`)" for number in claim.numbers) + "."
+
+
 def claims_page(claims: Sequence[Claim], root: Path = ROOT) -> str:
     """The content of paper/CLAIMS.md: every claim with its section, notebook, CSV, figures or tables, and values."""
     return "\n".join(_page(claims, root)) + "\n"
@@ -166,32 +176,30 @@ def _page(claims: Sequence[Claim], root: Path) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     for claim in claims:
         notebook = read_sealed(root / "results" / f"{claim.csv}.json")["notebook"]
-        made = f"[{notebook}](../notebooks/{notebook}.ipynb)" if notebook else "`make bench`"
+        alone = "`make bench`" if claim.csv.startswith("bench_") else "`python -m cachemedic.studies.real_text`"
+        made = f"[{notebook}](../notebooks/{notebook}.ipynb)" if notebook else alone
         shown = ", ".join(f"[{Path(path).stem}](../{path})" for path in claim.shown) or "text"
-        values = "; ".join(f"`{number.name}` {_plain(number.latex(root / 'results'))}" for number in claim.numbers)
+        values = "; ".join(f"`{number.name}` {number.plain(root / 'results')}" for number in claim.numbers)
         data = f"[{claim.csv}](../results/{claim.csv}.csv)"
         yield f"| {claim.says} | {claim.section} | {made} | {data} | {shown} | {values} |"
 
 
-def _plain(latex: str) -> str:
-    return re.sub(r"\\ensuremath\{(.*?)\}(?=[ ,\]]|$)", r"\1", latex).replace("{,}", ",").replace("\\%", "%")
-
-
-def readme(claims: Sequence[Claim], root: Path = ROOT) -> str:
-    """The content of README.md with the numbers of now. Raises `ValueError` for one that is not declared."""
+def page(name: str, claims: Sequence[Claim], root: Path = ROOT) -> str:
+    """The content of a page, such as README.md, with the numbers of now. Raises `ValueError` for one not declared."""
     known = {number.name: number for claim in claims for number in claim.numbers}
 
     def number_of(match: re.Match[str]) -> str:
         if match[1] not in known:
-            raise nearest_valid("number in README.md", match[1], known)
-        return match[1] + match[2] + _plain(known[match[1]].latex(root / "results"))
+            raise nearest_valid(f"number in {name}", match[1], known)
+        return match[1] + match[2] + known[match[1]].plain(root / "results")
 
-    return IN_README.sub(number_of, (root / "README.md").read_text(encoding="utf-8"))
+    return IN_PAGE.sub(number_of, (root / name).read_text(encoding="utf-8"))
 
 
 def main() -> None:
     claims = load()
-    made = {"paper/numbers.tex": macros(claims), "paper/CLAIMS.md": claims_page(claims), "README.md": readme(claims)}
+    made = {"paper/numbers.tex": macros(claims), "paper/CLAIMS.md": claims_page(claims)}
+    made |= {name: page(name, claims) for name in ("README.md", "GALLERY.md")}
     for path, content in made.items():
         write_atomically(ROOT / path, content.encode())
 

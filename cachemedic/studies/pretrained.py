@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cachemedic.core.cache_folder import cache_folder
+from cachemedic.core.progress import tqdm
 from cachemedic.core.severity_map import GRID
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.corruption.types import NONE

@@ -10,15 +10,18 @@ Importing this module changes nothing; making a `Report` sets the style of figur
 
 from __future__ import annotations
 
+import contextlib
 import io
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from cachemedic.core.files import write_atomically
+from cachemedic.studies import paper_numbers
 from cachemedic.studies.drawing.style import STYLE
 from cachemedic.studies.run import ROOT, Run
 
@@ -31,6 +34,27 @@ class Report(Run):
     def __init__(self, profile: str, folder: Path = ROOT / "build" / "lab", **parameters: Any) -> None:
         super().__init__(profile, folder, **parameters)
         plt.style.use(STYLE)
+        self._shown: set[str] = set()
+
+    def results(self, study: str, **given: Any) -> dict[str, pd.DataFrame]:
+        """As `Run.results`; `found` is about these."""
+        frames = super().results(study, **given)
+        self._shown |= set(frames)
+        return frames
+
+    def found(self) -> Markdown:
+        """What the paper claims on the strength of these results, with the numbers that they have in this run.
+
+        Claims about another base, or about more than a smoke run computes, are left out.
+        """
+        sentences = []
+        for claim in paper_numbers.load():
+            if claim.csv in self._shown:
+                own = (self.folder / "results" / f"{claim.csv}.csv").exists()
+                with contextlib.suppress(ValueError):  # these results have no such rows
+                    folder = self.folder if own else self.published
+                    sentences.append(f"- {paper_numbers.in_words(claim, folder / 'results')}")
+        return Markdown("\n".join(sentences) or "The claims of the paper are about other parameters.")
 
     def save_figure(self, figure: Figure, name: str) -> None:
         """Writes figures/NAME.pdf and .png, the same bytes for the same figure: no date, no program version."""

@@ -23,6 +23,7 @@ from typing import Any
 import pandas as pd
 
 from cachemedic.core.files import read_sealed, seal, write_atomically
+from cachemedic.studies.jobs import Cluster
 from cachemedic.studies.result_files import read_result
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,6 +90,8 @@ class Run:
         self.inputs: dict[str, str] | None = context.get("inputs")
         self.threads: int | None = context.get("threads")
         self.retrain: bool = context.get("retrain", False)
+        executor, options = context.get("cluster") or (None, {})
+        self.cluster = Cluster(executor, ROOT / "build" / "jobs", options) if executor else None
         self.folder = Path(context.get("work", folder))
         self.published = Path(context.get("published", ROOT if profile == "paper" else ROOT / "build" / profile))
         self._unkept: tempfile.TemporaryDirectory[str] | None = None

@@ -39,7 +39,7 @@ def standard_of(run: Run, base: Base, steps: int = 300) -> TrainConfig:
 
 def train(run: Run, base: Base, conditions: Mapping[str, TrainConfig]) -> dict[str, RepairOperator]:
     """The operators of every condition: those that ship, or newly trained ones in the smoke profile."""
-    return train_sweep(base, conditions, run.trained, run.work, run.retrain or run.smoke)
+    return train_sweep(base, conditions, run, retrain=run.smoke)
 
 
 def shipped(run: Run, base: Base, conditions: Mapping[str, TrainConfig]) -> dict[str, RepairOperator]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Any, TypeVar
 
 from cachemedic.core.errors import nearest_valid
 from cachemedic.defenses.defense import Defense
-from cachemedic.models.load import Base
+from cachemedic.models.load import Base, load_base
 from cachemedic.repair.folded import FoldedOperator
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.repair.registry import family_class
 from cachemedic.studies.family_study import token_aware_config
+from cachemedic.studies.run import Run
 from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.token_repair import TokenRepair
 from cachemedic.training.bank import WITH_REVIEWS, BankConfig
@@ -20,6 +21,8 @@ from cachemedic.training.config import TrainConfig
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.trainer import load_or_train
 from cachemedic.training.valence.objective import ValenceObjective
+
+Name = TypeVar("Name")
 
 OBJECTIVES = ("canonical", "valence")
 SAMPLES = 256  # texts of the bank for each seed
@@ -130,14 +133,36 @@ def by_condition(stack: RepairOperator, names: Sequence[str]) -> dict[str, Repai
     return {name: RepairOperator.stack([stack.select(run) for run in own]) for name, own in runs.items()}
 
 
-def train_sweep(
-    base: Base, conditions: Mapping[str, TrainConfig], trained: Path, work: Path, retrain: bool = False
-) -> dict[str, RepairOperator]:
-    """The operators of every condition, a stack of one run a seed.
+def trained(
+    base: Base, configs: Mapping[Name, TrainConfig], run: Run, retrain: bool = False
+) -> dict[Name, RepairOperator]:
+    """The operators of named conditions, those that are kept or newly trained ones (`retrain`: all of them).
 
-    `conditions` are those of `stacks`; `trained`, `work` and `retrain` those of `load_or_train`.
+    Where the run has a cluster, and two or more are to be trained, each is a job: a stack with all its seeds, since
+    seeds divide one bank of texts between them and share every pass of the model.
     """
+    retrain = retrain or run.retrain
+    missing = [c for c in configs.values() if retrain or not (run.trained / c.key(base) / "config.json").exists()]
+    if run.cluster is not None and len(missing) > 1:
+        load = base.name, base.model.device.type, base.model.dtype, base.severity_map
+        given = run.trained, run.work, retrain
+        run.cluster.run((config.key(base), _train_as_job, (load, config, *given)) for config in missing)
+        retrain = False
+    return {
+        name: load_or_train(base, config, run.trained, run.work, retrain=retrain) for name, config in configs.items()
+    }
+
+
+def _train_as_job(load: tuple[Any, ...], config: TrainConfig, *given: Any) -> None:
+    load_or_train(load_base(*load), config, *given)
+
+
+def train_sweep(
+    base: Base, conditions: Mapping[str, TrainConfig], run: Run, retrain: bool = False
+) -> dict[str, RepairOperator]:
+    """The operators of every condition, a stack of one run a seed. `conditions` are those of `stacks`."""
+    stacked = {tuple(names): config for config, names in stacks(base, conditions)}
     operators: dict[str, RepairOperator] = {}
-    for config, names in stacks(base, conditions):
-        operators |= by_condition(load_or_train(base, config, trained, work, retrain), names)
+    for names, stack in trained(base, stacked, run, retrain).items():
+        operators |= by_condition(stack, names)
     return {name: operators[name] for name in conditions}

@@ -92,7 +92,7 @@ def stability_rows(run: Run) -> pd.DataFrame:
 def objective_rows(run: Run) -> pd.DataFrame:
     """The conditions that every family has, of the first of them, under noise."""
     base, family = base_of(run), valence.families(run)[0]
-    config, names = valence.trained(run, base, family), list(valence.objectives(run, base, family))
+    config, names = valence.stack(run, base, family), list(valence.objectives(run, base, family))
     stack = RepairOperator.from_pretrained(run.trained / config.key(base))
     readers = defenses_of(base, by_condition(stack, names))
     chosen = {name: readers[name] for name in ("canonical", *CORE)}

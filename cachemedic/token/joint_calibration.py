@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache
 
+from cachemedic.core.progress import tqdm
 from cachemedic.core.threads import one_thread
 from cachemedic.models.cache import unstack_cache
 from cachemedic.models.load import Base

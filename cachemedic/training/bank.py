@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from cachemedic.core.errors import nearest_valid
 from cachemedic.core.files import file_digest, read_sealed, seal, write_atomically
 from cachemedic.core.integers import seed_number, whole_number
+from cachemedic.core.progress import tqdm
 from cachemedic.core.threads import one_thread
 from cachemedic.data.text import CACHE_DIR, DOCUMENTATION_SPLITS, sentiment_review, text_hash
 from cachemedic.data.text_source import EMBEDDED_TEXT, TextSource

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from tqdm import tqdm
 
 from cachemedic.core.files import naming, remove_leftovers, seal, write_atomically
+from cachemedic.core.progress import tqdm
 from cachemedic.core.tensors import flattened, read_tensors, tensor_bytes, unflattened
 from cachemedic.core.threads import one_thread
 from cachemedic.corruption.severity import shipped_map

@@ -134,7 +134,8 @@ def test_a_misspelt_name_of_the_hub_is_refused_at_once_where_the_hub_is_out_of_r
     def unreachable(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(models, "getproxies", dict)
+    monkeypatch.setattr("cachemedic.core.hub.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("socket.create_connection", unreachable)
     monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("looked for on the hub"))
     with pytest.raises(ValueError, match="unknown base 'gpt2-medum': .*cannot be reached \\(no route to host\\)"):

@@ -12,7 +12,10 @@ from toy_project import ROOT, TABLE, Project
 from graph import STUDIES, Graph
 
 LIBRARY = (
+    "core/errors.py",
     "core/files.py",
+    "studies/jobs.py",
+    "studies/paper_numbers.py",
     "studies/result_files.py",
     "studies/run.py",
     "studies/report.py",

@@ -94,6 +94,7 @@ def test_goals_are_words_to_the_shell(project):
         ("PROFILE=smok", "unknown PROFILE=smok; allowed: paper, smoke"),
         ("VENV=my env", "VENV=my env: make cannot name a folder with spaces"),
         ("VENV=x;y", "VENV=x;y: make cannot name a folder with ;"),
+        ("CLUSTER={}", "CLUSTER holds options of jobs: it needs EXECUTOR=slurm or EXECUTOR=local"),
     ],
 )
 def test_what_cannot_be_one_word_is_refused(project, given, message):
@@ -109,3 +110,18 @@ def test_the_path_of_python_may_have_spaces(project):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((project / "seen.json").read_text()) == ["explain", "figures/a.pdf"]
+
+
+def test_an_environment_that_is_there_is_used_as_it_is(project):
+    python = project / "conda/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@" >> asked\n')
+    python.chmod(0o755)
+    unused = project / "unused"
+    unused.write_text("#!/bin/sh\nexit 1\n")
+    unused.chmod(0o755)
+    for _ in range(2):
+        run_make(project, "VENV=conda", f"PYTHON={unused}", "test")
+    asked = (project / "asked").read_text().splitlines()
+    assert asked[1] == "-m pip install --requirement requirements.txt"
+    assert asked[3:] == ["-m pytest"] * 2, "installed once"

@@ -33,6 +33,8 @@ def test_what_a_notebook_can_take_is_accepted(given: str) -> None:
         ("OBJECTIVE=valance", "unknown objective 'valance': did you mean 'valence'?"),
         ("DEVICE=cuba", "unknown device 'cuba'"),
         ("TEXT=wikitext", "unknown text 'wikitext': did you mean 'wikitext2'?"),
+        ("EXECUTOR=slrum", "unknown executor 'slrum': did you mean 'slurm'?"),
+        ("CLUSTER=partition", "must be an object in JSON"),
         ("SEED=[0]", "unknown parameter 'SEED': did you mean 'SEEDS'?"),
     ],
 )

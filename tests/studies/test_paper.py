@@ -12,7 +12,7 @@ import pytest
 from toy_project import ROOT, Project
 
 from cachemedic.core.files import digest, read_sealed, seal
-from cachemedic.studies.paper_numbers import IN_README, Claim, Number, claims_page, load, macros, readme
+from cachemedic.studies.paper_numbers import IN_PAGE, Claim, Number, claims_page, load, macros, page
 
 PAPER = ROOT / "paper"
 SECTIONS = {path.stem: path.read_text() for path in sorted((PAPER / "sections").glob("*.tex"))}
@@ -30,7 +30,7 @@ def used_macros(text: str) -> set[str]:
 
 
 def in_readme() -> set[str]:
-    return {name for name, _ in IN_README.findall(README)}
+    return {name for name, _ in IN_PAGE.findall(README)}
 
 
 def arguments(command: str) -> set[str]:
@@ -114,7 +114,7 @@ def test_generated_files_are_those_of_the_committed_results() -> None:
     claims = load()
     assert (PAPER / "numbers.tex").read_text() == macros(claims), "run `make paper`"
     assert (PAPER / "CLAIMS.md").read_text() == claims_page(claims), "run `make paper`"
-    assert readme(claims) == README, "run `make paper`"
+    assert page("README.md", claims) == README, "run `make paper`"
 
 
 def test_numbers_of_the_readme_are_put_where_their_names_stand(results: Path, tmp_path: Path) -> None:
@@ -124,10 +124,10 @@ def test_numbers_of_the_readme_are_put_where_their_names_stand(results: Path, tm
     claim = Claim("", "README", "demo", (Number("Demo", "demo", "n", over="max", format=",.0f"),))
     (tmp_path / "README.md").write_text("| a | <!--Demo-->?<!----> | <!--Demo--><!----> | <!-- a comment --> |\n")
     filled = "| a | <!--Demo-->1,234<!----> | <!--Demo-->1,234<!----> | <!-- a comment --> |\n"
-    assert readme([claim], tmp_path) == filled
+    assert page("README.md", [claim], tmp_path) == filled
     (tmp_path / "README.md").write_text("<!--Demi-->?<!---->")
     with pytest.raises(ValueError, match="did you mean 'Demo'"):
-        readme([claim], tmp_path)
+        page("README.md", [claim], tmp_path)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

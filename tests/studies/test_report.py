@@ -11,6 +11,7 @@ import pytest
 
 from cachemedic.core.files import digest, seal
 from cachemedic.studies.drawing.style import line_styles
+from cachemedic.studies.paper_numbers import Claim, Number
 from cachemedic.studies.report import AUTHOR, Report
 from cachemedic.studies.run import ROOT, Run, config_hash
 from graph import Graph
@@ -158,3 +159,17 @@ def test_by_hand_committed_results_are_read_if_they_are_current(
     assert run.results("kv_targets")["kv_targets_grid"].x[0] == 1
     with pytest.raises(ValueError, match="unknown study 'kv_target'"):
         run.results("kv_target")
+
+
+def test_what_was_found_are_claims_with_the_numbers_of_this_run(run: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = pd.DataFrame({"base": ["embedded-gpt2"], "recovery": [0.25]})
+    monkeypatch.setattr(run, "_shown", {"demo"})
+    run.write_csv(rows, "demo")
+    here, elsewhere = ({"base": base} for base in ("embedded-gpt2", "embedded-llama"))
+    claims = [
+        Claim("It repairs a quarter", "results", "demo", (Number("Quarter", "demo", "recovery", here, format=".0%"),)),
+        Claim("The other base", "results", "demo", (Number("Other", "demo", "recovery", elsewhere),)),
+        Claim("Another notebook", "results", "rank_results", (Number("Third", "rank_results", "recovery"),)),
+    ]
+    monkeypatch.setattr("cachemedic.studies.paper_numbers.load", lambda: claims)
+    assert run.found().data == "- It repairs a quarter: 25% (`Quarter`)."

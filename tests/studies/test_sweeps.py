@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +14,20 @@ from tiny_repair import base_of, calibrated
 from tiny_training import CONFIG, linear_map, parameters, tiny_bank, tiny_base
 
 from cachemedic.core.severity_map import SeverityMap
+from cachemedic.models.load import load_base
 from cachemedic.studies import sweeps
 from cachemedic.studies.family_study import token_aware_config
+from cachemedic.studies.jobs import Cluster
 from cachemedic.token.token_repair import TokenRepair
 from cachemedic.training import trainer as train
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.trainer import Trainer
 from cachemedic.training.valence.objective import ValenceObjective
+
+
+def run_in(folder: Path, cluster: Cluster | None = None) -> Any:
+    """What training needs of a run."""
+    return SimpleNamespace(trained=folder / "trained", work=folder / "work", retrain=False, cluster=cluster)
 
 
 def test_operators_are_those_of_their_conditions(tmp_path, monkeypatch):
@@ -31,10 +41,10 @@ def test_operators_are_those_of_their_conditions(tmp_path, monkeypatch):
         "free": replace(one, objectives=(RepairObjective(lambda_contr=0.0),)),
         "wide": replace(one, objectives=(RepairObjective(lambda_contr=1.0),)),
     }
-    trained = tmp_path / "trained"
-    operators = sweeps.train_sweep(base, conditions, trained, tmp_path / "work")
+    run = run_in(tmp_path)
+    operators = sweeps.train_sweep(base, conditions, run)
     assert list(operators) == list(conditions)
-    assert len(list(trained.iterdir())) == 2  # one stack for each rank
+    assert len(list(run.trained.iterdir())) == 2  # one stack for each rank
     for name, config in conditions.items():
         alone = Trainer(base, config, tmp_path / name, bank).run()
         for key, value in parameters(alone).items():
@@ -44,7 +54,20 @@ def test_operators_are_those_of_their_conditions(tmp_path, monkeypatch):
 
 def test_a_condition_has_one_objective(tmp_path):
     with pytest.raises(ValueError, match="condition 'both' must have one objective, not 2"):
-        sweeps.train_sweep(tiny_base(), {"both": CONFIG}, tmp_path, tmp_path)
+        sweeps.train_sweep(tiny_base(), {"both": CONFIG}, run_in(tmp_path))
+
+
+def test_stacks_that_are_missing_are_trained_as_jobs(tmp_path):
+    base = load_base("embedded-llama")
+    one = replace(CONFIG, layers=(0,), objectives=(RepairObjective(),), steps=1)
+    conditions = {name: replace(one, rank=rank) for name, rank in {"low": 1, "middle": 2, "high": 4}.items()}
+    sweeps.train_sweep(base, {"middle": conditions["middle"]}, run_in(tmp_path))
+    run = run_in(tmp_path, cluster=Cluster("local", tmp_path / "jobs"))
+    operators = sweeps.train_sweep(base, conditions, run)
+    assert [operator.rank for operator in operators.values()] == [1, 2, 4]
+    assert len(list((tmp_path / "jobs").glob("*_result.pkl"))) == 2
+    alone = sweeps.train_sweep(base, {"high": conditions["high"]}, run_in(tmp_path / "here"))["high"]
+    assert all(map(torch.equal, operators["high"].parameters(), alone.parameters()))
 
 
 @pytest.mark.parametrize(

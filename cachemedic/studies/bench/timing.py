@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 
 import pandas as pd
 import scipy.stats
-from tqdm import tqdm
 
+from cachemedic.core.progress import tqdm
 from cachemedic.evaluation.statistics import LEVEL, Interval
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from cachemedic.core.progress import tqdm
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.data.task_data import TaskData
 from cachemedic.data.text_source import TextSource

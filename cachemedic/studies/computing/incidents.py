@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cachemedic.core.divergence import kd_per_token
+from cachemedic.core.progress import tqdm
 from cachemedic.core.seeds import generator
 from cachemedic.corruption.incidents import INCIDENTS, KeysValues, Turn, strike
 from cachemedic.data.task_data import TaskData

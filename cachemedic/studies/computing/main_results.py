@@ -10,10 +10,11 @@ from cachemedic.models.load import Base
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies import main_study, summaries
 from cachemedic.studies.contraction import measure_contraction
-from cachemedic.studies.family_evaluation import code_alone, token_repairs, trained
+from cachemedic.studies.family_evaluation import code_alone, token_repairs
 from cachemedic.studies.family_study import headline
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import bases_of, unseen_bank
+from cachemedic.studies.sweeps import trained
 from cachemedic.token.token_recompute import TokenRecompute
 from cachemedic.training.bank import open_bank
 from cachemedic.training.config import TrainConfig

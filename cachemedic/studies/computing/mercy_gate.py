@@ -69,7 +69,7 @@ def chosen(rates: pd.DataFrame) -> float:
 
 
 def trained(run: Run, base: Base, conditions: Mapping[Any, TrainConfig]) -> dict[Any, RepairOperator]:
-    return train_sweep(base, conditions, run.trained, run.work, run.retrain or run.smoke)
+    return train_sweep(base, conditions, run, retrain=run.smoke)
 
 
 def folders_of(run: Run, base: Base, conditions: Mapping[Any, TrainConfig]) -> dict[str, Path]:

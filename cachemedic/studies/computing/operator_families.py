@@ -17,13 +17,12 @@ from cachemedic.studies.family_evaluation import (
     comparison_defenses,
     linear_operators,
     token_repairs,
-    trained,
 )
 from cachemedic.studies.family_study import before_training, headline, held_out
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import bases_of, severities_of, text_grid
 from cachemedic.studies.summaries import advantage, by_group, recovery_by_severity, summary
-from cachemedic.studies.sweeps import defenses_of
+from cachemedic.studies.sweeps import defenses_of, trained
 
 # Defenses of notebook 14, which measures them under the faults that they are made for.
 ELSEWHERE = ("secded_ecc", "secded_ecc_in_page", "secded_ecc_restricted", "shadow_4bit")

@@ -17,12 +17,11 @@ from cachemedic.evaluation.stability import NOISE, amplification, sensitivity
 from cachemedic.models.load import Base
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.computing import contraction
-from cachemedic.studies.family_evaluation import trained
 from cachemedic.studies.family_study import headline
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of, standard_of
 from cachemedic.studies.summaries import means_over_seeds
-from cachemedic.studies.sweeps import defense_of, train_sweep
+from cachemedic.studies.sweeps import defense_of, train_sweep, trained
 from cachemedic.training.config import TrainConfig
 
 NO_DEFENCE = "no defence"
@@ -77,7 +76,7 @@ def curves(rows: pd.DataFrame) -> pd.DataFrame:
 
 def results(run: Run) -> dict[str, pd.DataFrame]:
     base = base_of(run)
-    swept = train_sweep(base, conditions(run, base), run.trained, run.work)
+    swept = train_sweep(base, conditions(run, base), run)
     study = headline(base, run.parameters["seeds"], run.smoke)
     found = trained(base, {name: study[name] for name in ("D", "E")}, run)
     compared = readers(run, base, swept, found)

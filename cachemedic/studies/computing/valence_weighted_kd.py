@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 
@@ -20,9 +21,8 @@ from cachemedic.studies import valence_report
 from cachemedic.studies.measured_valence import measure_valence
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of
-from cachemedic.studies.sweeps import by_condition, defenses_of, standard_config
+from cachemedic.studies.sweeps import by_condition, defenses_of, standard_config, trained
 from cachemedic.training.config import Objective, TrainConfig
-from cachemedic.training.trainer import load_or_train
 from cachemedic.training.valence.head import shipped_valence
 
 FAMILIES = ("E", "D", "A")
@@ -45,7 +45,7 @@ def objectives(run: Run, base: Base, family: str) -> dict[str, Objective]:
     return valence_report.conditions(canonical, few=family != run.parameters["family"])
 
 
-def trained(run: Run, base: Base, family: str) -> TrainConfig:
+def stack(run: Run, base: Base, family: str) -> TrainConfig:
     """All conditions of a family, one stack: the same texts, faults and draws."""
     seeds = run.parameters["seeds"][:SEEDS]
     standard = standard_config(base, family, seeds, run.smoke, objective="valence")
@@ -72,23 +72,21 @@ def grid(run: Run, base: Base, readers: Mapping[str, Defense], part: str, types:
     def measured(spec: CorruptionSpec) -> pd.DataFrame:
         return valence_report.per_seed(measure_valence(base.model, task, clean, spec, readers, valence, HORIZON))
 
-    return pd.concat(
-        [kept_frame(run.partial / f"{part}-{spec.type}.csv", lambda spec=spec: measured(spec)) for spec in specs],
-        ignore_index=True,
-    )
+    parts = [kept_frame(run.partial / f"{part}-{spec.type}.csv", partial(measured, spec)) for spec in specs]
+    return pd.concat(parts, ignore_index=True)
 
 
 def results(run: Run) -> dict[str, pd.DataFrame]:
     base = base_of(run)
-    parts = []
+    stacks = {family: stack(run, base, family) for family in families(run)}
+    operators, parts = trained(base, stacks, run, retrain=run.smoke), []
     for family in families(run):
         named = objectives(run, base, family)
-        stack = load_or_train(base, trained(run, base, family), run.trained, run.work, run.retrain or run.smoke)
-        rows = grid(run, base, defenses_of(base, by_condition(stack, list(named))), family)
+        rows = grid(run, base, defenses_of(base, by_condition(operators[family], list(named))), family)
         parts.append(rows.assign(family=family))
     measured = pd.concat(parts, ignore_index=True)
     own = families(run)[0]
-    quickest = trained(run, base, "A")
+    quickest = stack(run, base, "A")
     effective = valence_report.effective_sequences(base, quickest, objectives(run, base, own), 2 if run.smoke else 10)
     overall = valence_report.summary(measured)
     overall["effective"] = overall["reader"].map(effective)

@@ -9,20 +9,24 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from cachemedic.studies.drawing.readers import reader_styles
-from cachemedic.studies.drawing.style import COLOURS, MARKERS, TEXT_WIDTH, errors
+from cachemedic.studies.drawing.style import COLOURS, MARKERS, TEXT_WIDTH, errors, mark_beyond
 
 
 def recovery_by_type(rows: pd.DataFrame, readers: Sequence[str], types: Sequence[str]) -> Figure:
-    """Recovery of the lost NLL, a panel per base, a row per type: rows of `summaries.recovery_by_type` with `base`."""
+    """Recovery of the lost NLL, a panel per base, a row per type: rows of `summaries.recovery_by_type` with `base`.
+
+    The axis ends at -0.5 and 1.1; means beyond are arrows with the number.
+    """
     styles, bases = reader_styles(readers), list(rows["base"].unique())
     figure, axes = plt.subplots(1, len(bases), figsize=(TEXT_WIDTH, 3.9), sharey=True, sharex=True, squeeze=False)
     for ax, base in zip(axes[0], bases, strict=True):
+        ax.set_xlim(-0.5, 1.1)
         for i, reader in enumerate(readers):
             own = rows[(rows["base"] == base) & (rows["reader"] == reader)].set_index("type").reindex(types)
             places = [y + 0.7 * (i / max(len(readers) - 1, 1) - 0.5) for y in range(len(types))]
             style = styles[reader] | {"linestyle": "none"}
             ax.errorbar(own["recovery"], places, xerr=errors(own, "recovery"), **style)
-        ax.set_xlim(-0.5, 1.1)
+            mark_beyond(ax, own["recovery"], places, style["color"])
         ax.axvline(0, color="0.6", linewidth=0.8, zorder=0)
         ax.axvline(1, color="0.6", linewidth=0.8, zorder=0)
         for y in range(len(types) - 1):
@@ -41,22 +45,22 @@ def pareto(
     """A mean `score` of readers against what they cost (column `axis`, drawn on a scale that has a zero).
 
     A panel per base; lines: by the reader whose colour and marker it has, the name of a line and the readers that it
-    joins. All others are points. Recoveries below -0.5 are not shown.
+    joins. All others are points. The axis ends at -0.6 and 1.12; means beyond are arrows with the number.
     """
     bases = list(rows["base"].unique())
     figure, axes = plt.subplots(1, len(bases), figsize=(TEXT_WIDTH, 3.6), sharey=True, sharex=True, squeeze=False)
     for ax, base in zip(axes[0], bases, strict=True):
         own = rows[rows["base"] == base].set_index("reader")
+        ax.set_xscale("symlog", linthresh=0.002, linscale=0.4)
+        ax.set(title=base.removeprefix("embedded-"), xlabel=label, ylim=(-0.6, 1.12), xlim=(-0.0004, 0.5))
         others = [name for name in own.index if not any(name in names for _, names in lines.values())]
         for (line, names), style in zip(lines.values(), reader_styles(list(lines)).values(), strict=True):
             part = own.reindex(names).dropna(subset=[score]).sort_values(axis)
             ax.errorbar(part[axis], part[score], errors(part, score), **style | {"label": line, "linestyle": "-"})
         for name, style in reader_styles(others).items():
-            x, y = own.loc[name, axis], own.loc[name, score]
-            if y > -0.5:
-                ax.plot([x], [y], **style | {"linestyle": "none"})
-        ax.set_xscale("symlog", linthresh=0.002, linscale=0.4)
-        ax.set(title=base.removeprefix("embedded-"), xlabel=label, ylim=(-0.55, 1.08), xlim=(-0.0004, 0.5))
+            x, y = own.loc[[name], axis], own.loc[[name], score]
+            ax.plot(x, y, **style | {"linestyle": "none"})
+            mark_beyond(ax, x, y, style["color"])
         ax.axhline(1, color="0.6", linewidth=0.8, zorder=0)
         ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     axes[0, 0].set_ylabel("recovered share of the lost NLL")

@@ -41,7 +41,7 @@ def forest(rows: pd.DataFrame, label: str, measures: Mapping[str, str], group: s
         ax.set_xlabel(axis)
         ax.grid(axis="y", visible=False)
     axes[0, 0].set_yticks(range(len(labels)), [reader_label(str(x)) for x in labels])
-    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_ylim(len(labels) - 0.5, -0.5)
     if group is not None:
         handles, names = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=3 if len(groups) == 3 else 2)
@@ -226,6 +226,7 @@ def pareto(rows: pd.DataFrame, positions: int) -> Figure:
         ax.set_xlabel(f"decoding step behind {positions} tokens,\ntime over plain (log)")
         ax.set_ylabel(label)
     axes[0].set_yscale("symlog", linthresh=0.1)
+    axes[0].margins(y=0.1)
     axes[0].yaxis.set_major_formatter("{x:g}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -29,6 +28,7 @@ from transformers import (
 )
 
 from cachemedic.core.files import naming, seal, write_atomically
+from cachemedic.core.progress import tqdm
 from cachemedic.core.tensors import flattened, read_tensors, tensor_bytes, unflattened
 from cachemedic.data import text
 from cachemedic.models.base_files import CARD as CARD_FILE
