@@ -3,6 +3,7 @@
 From the bottom up:
 
 dense              which models and caches have tokens that can be looked at one by one
+scratch            memory that is written again and again
 vectors            one vector a token: keys (unrotated) and values of all layers and heads
 lowest_layer       what the token ids tell exactly: the keys and values of the lowest layer
 recompute          damaged tokens computed again from their ids

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cachemedic.token.parts import Knowledge
+from cachemedic.token.scratch import Scratch
 from cachemedic.token.vectors import Angles
 
 OUTLIER = 5.0  # standard deviations from which on a number is lost
@@ -36,7 +37,8 @@ class Sight:
     told: mean squared deviation from what is told, over what is expected of sound parts; found: the same from what c
     says; lost: the share of numbers that say nothing; alike: the regression of what was read on what is told; size:
     its power over that of what is told; exact: parts that are told exactly; noise and variance: as the algebra
-    has them now, of a number; left [B, T, P, d]: what c leaves of the deviation; seen [B, T, P, d]: numbers not lost.
+    has them now, of a number; left [B, T, P, d]: what c leaves of the deviation; seen [B, T, P, d]: 1 for
+    numbers that are not lost, else 0.
     """
 
     told: Tensor
@@ -63,51 +65,57 @@ def estimate(
     rounds: int,
     trust: Trust | None = None,
     sound: Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> Tensor:
     """The estimate [B, T, D] of tokens read as `read` and told as `told` [B, T, D], in float32.
 
     kind [B, T]: which kind of knowledge each token has; told: with keys as before their rotation; read, and what is
     returned: as stored; angles: of the keys; rounds: 1 or more; trust: judges the noise (None: the algebra alone);
-    sound [B, T, P]: parts known to be as they were written, which stay so. Matrix products run in the number format of
-    `told`.
+    sound [B, T, P]: parts known to be as they were written, which stay so; scratch: shared by calls that follow each
+    other. Matrix products run in the number format of `told`.
     """
+    scratch = Scratch() if scratch is None else scratch
     parts, kinds, axes = known.parts, kind.unique(), known.axes.to(told.dtype)
     kind = kinds[:, None] if len(kinds) == 1 else kind  # tokens of one kind share one row of what is known
     left, exact, rest = known.left[kind], known.exact[kind], parts.split(known.rest[kind])
     sound = torch.zeros_like(read[..., :1], dtype=torch.bool) if sound is None else sound
-    stored = parts.rotate_(told.to(torch.float32, copy=True), angles, 1)
-    first, seen, count, expected = _deviation(known, kind, stored, read, sound)
-    d, c = first, torch.zeros_like(left)
-    from_told = _power(first) / count
+    stored = parts.rotate_(_copied(told, scratch("stored", told)), angles, 1, scratch)
+    first, seen, count, expected = _deviation(known, kind, stored, read, sound, scratch)
+    d, c, spare = first, torch.zeros_like(left), scratch("spare", first)
+    from_told = _power(first, spare) / count
     least = (from_told - 2 * expected).clamp_min(0)  # what the told numbers alone make certain
-    rest_seen = (rest * seen).sum(-1) / count
+    rest_seen = torch.mul(rest, seen, out=spare).sum(-1) / count
     noise, more = least, None
-    usable = seen * (~exact).float()[..., None]
+    usable = torch.mul(seen, (~exact).float()[..., None], out=scratch("usable", first))
     floored = rest + FLOOR * known.power
     direction = before = slope = torch.zeros_like(c)
     left_now = left @ known.mass / parts.width
     for number in range(rounds):
-        w = usable / (floored + noise.where(~sound, 0.0)[..., None])
+        whole = torch.add(floored, noise.where(~sound, 0.0)[..., None], out=spare)
+        w = torch.div(usable, whole, out=scratch("weights", first))
         weight = w.mean(-1)
         precision = left.reciprocal() + weight @ known.mass.T
-        pull = parts.rotate_((w * d).flatten(-2), angles, -1)
-        gradient = (pull.to(axes.dtype) @ axes.T).float() - c / left
+        pull = parts.rotate_(torch.mul(w, d, out=spare).flatten(-2), angles, -1, scratch)
+        pull = _as(axes.dtype, pull, scratch("narrow", pull, axes.dtype))
+        gradient = (pull @ axes.T).float() - c / left
         ahead = gradient / precision
         beta = ((gradient - before) * ahead).sum(-1) / slope.sum(-1).clamp_min(TINY) if number else slope.sum(-1)
         direction = ahead + beta.clamp(0, 1)[..., None] * direction
         before, slope = gradient, gradient * ahead
-        moved = parts.split(parts.rotate_((direction.to(axes.dtype) @ axes).float(), angles, 1))
-        curvature = (direction.square() / left).sum(-1) + (w * moved).mul_(moved).sum((-2, -1))
+        product = torch.matmul(direction.to(axes.dtype), axes, out=scratch("narrow", stored, axes.dtype))
+        product = _as(torch.float32, product, scratch("moved", stored))
+        moved = parts.split(parts.rotate_(product, angles, 1, scratch))
+        curvature = (direction.square() / left).sum(-1) + torch.mul(w, moved, out=spare).mul_(moved).sum((-2, -1))
         step = ((gradient * direction).sum(-1) / curvature.clamp_min(TINY))[..., None]
-        c, d = c + step * direction, torch.addcmul(d, step[..., None], moved, value=-1)
+        c, d = c + step * direction, torch.addcmul(d, step[..., None], moved, value=-1, out=scratch("left", first))
         left_now = precision.reciprocal() @ known.mass / parts.width
         fitted = (weight * left_now).clamp(0, 0.9)  # the share of the noise that c has taken up
-        unexplained = _power(seen * d) / count / (1 - fitted)
+        unexplained = _power(torch.mul(seen, d, out=spare), spare) / count / (1 - fitted)
         noise = torch.maximum((unexplained - rest_seen).clamp_min(0), least)
         if trust is not None:
             if number == max(0, rounds - 2):
-                t = parts.split(stored * known.scale)
-                power = _power(t) + TINY
+                t = parts.split(torch.mul(stored, known.scale, out=scratch("told", stored)))
+                power = _power(t, spare) + TINY
                 along = t.mul_(first).sum(-1) / power
                 variance = rest.mean(-1) + left_now
                 sight = Sight(
@@ -120,19 +128,20 @@ def estimate(
                     noise=noise + FAINT * expected,
                     variance=variance,
                     left=d,
-                    seen=seen.bool(),
+                    seen=seen,
                 )
                 more = trust(sight).exp()
             if more is not None:
                 noise = (noise + FAINT * expected) * more
-    variance = rest + left_now[..., None]
-    believed = variance / (variance + noise.where(~sound, 0.0)[..., None])
+    variance = torch.add(rest, left_now[..., None], out=scratch("weights", first))
+    whole = torch.add(variance, noise.where(~sound, 0.0)[..., None], out=spare)
+    believed = torch.mul(torch.div(variance, whole, out=spare), seen, out=spare)
     judged = (sound | ~exact).float()[..., None]  # what is told exactly stays as it is told
-    return (first - d).addcmul_(believed * seen, d).mul_(judged).flatten(-2).div_(known.scale).add_(stored)
+    return (first - d).addcmul_(believed, d).mul_(judged).flatten(-2).div_(known.scale).add_(stored)
 
 
 def _deviation(
-    known: Knowledge, kind: Tensor, stored: Tensor, read: Tensor, sound: Tensor
+    known: Knowledge, kind: Tensor, stored: Tensor, read: Tensor, sound: Tensor, scratch: Scratch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Deviations from what is told, 0 for lost numbers, and which are not lost, 1 or 0, both [B, T, P, d].
 
@@ -140,19 +149,35 @@ def _deviation(
     kept in float32: torch is slow where it has to turn a bool into a number first.
     """
     parts, spread, sure = known.parts, known.parts.split(known.spread[kind]), sound.float()[..., None]
-    d = parts.split((read.float() - stored).mul_(known.scale))
-    there = parts.split(read.to(torch.float32, copy=True).ne_(0))
-    seen = torch.maximum(d.abs().lt_(FAR).mul_(there), sure)  # nothing is less than what is not a number
+    found = parts.split(_copied(read, scratch("deviation", stored)))
+    there = _copied(found, scratch("spare", found)).ne_(0)
+    d = found.sub_(parts.split(stored)).mul_(parts.split(known.scale))
+    held, other = scratch("seen", d), scratch("usable", d)
+    # nothing is less than what is not a number
+    seen = torch.maximum(torch.abs(d, out=held).lt_(FAR).mul_(there), sure, out=held)
     d.nan_to_num_().mul_(seen)
-    squares = d.square().div_(spread)
-    half = (squares + TINY).sqrt_().sqrt_().mul_(seen).sum(-1) / seen.sum(-1).clamp_min(1)  # outliers hardly move it
+    squares = torch.square(d, out=other).div_(spread)
+    roots = torch.add(squares, TINY, out=scratch("spare", d)).sqrt_().sqrt_()
+    half = roots.mul_(seen).sum(-1) / seen.sum(-1).clamp_min(1)  # outliers hardly move it
     near = squares.lt_(OUTLIER**2 * (half / HALF_MOMENT).pow(4).clamp_min(1.0)[..., None])
-    near = torch.maximum(near, sure)
+    near = torch.maximum(near, sure, out=other)
     d.mul_(near), seen.mul_(near)
     count = seen.sum(-1).clamp_min(1)
-    return d, seen, count, (spread * seen).sum(-1) / count
+    return d, seen, count, torch.mul(spread, seen, out=scratch("spare", d)).sum(-1) / count
 
 
-def _power(x: Tensor) -> Tensor:
+def _power(x: Tensor, out: Tensor | None) -> Tensor:
     """The sum of squares of each part [..., d]."""
-    return x.square().sum(-1)
+    return torch.square(x, out=out).sum(-1)
+
+
+def _copied(x: Tensor, out: Tensor | None) -> Tensor:
+    """x in float32, in memory of its own."""
+    return x.to(torch.float32, copy=True) if out is None else out.copy_(x)
+
+
+def _as(dtype: torch.dtype, x: Tensor, out: Tensor | None) -> Tensor:
+    """x in a number format, as it is if it has that one."""
+    if x.dtype == dtype:
+        return x
+    return x.to(dtype) if out is None else out.copy_(x)

@@ -173,10 +173,6 @@ class JointModel:
         """Vectors x [..., D] in units of the scale, about the mean."""
         return torch.addcmul((-self.mean * self.scale).to(x.dtype), x, self.scale.to(x.dtype))
 
-    def restore_scale(self, z: Tensor) -> Tensor:
-        """The inverse of `standardise`."""
-        return torch.addcdiv(self.mean.to(z.dtype), z, self.scale.to(z.dtype))
-
     def project(self, z: Tensor, count: int | None = None) -> Tensor:
         """The first `count` coordinates (None: all) of standardised vectors z [..., D]: [..., count]."""
         return z @ self.axes[:count].to(z.dtype).T
@@ -187,7 +183,8 @@ class JointModel:
 
     def reconstruct(self, c: Tensor, prior: Prior | None = None) -> Tensor:
         """Vectors x [B, T, D] of coordinates c [B, T, n]; with a prior their lowest layer is exact."""
-        x = self.restore_scale(self.expand(c))
+        z = self.expand(c)
+        x = torch.addcdiv(self.mean.to(z.dtype), z, self.scale.to(z.dtype), out=None if z.requires_grad else z)
         if prior is not None and self.lowest_is_exact:
             x[..., : prior.lowest.shape[-1]] = prior.lowest
         return x

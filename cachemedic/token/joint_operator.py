@@ -26,6 +26,7 @@ from cachemedic.token.joint import JointModel, Prior
 from cachemedic.token.joint_files import file_of, find_joint
 from cachemedic.token.kept import Kept, Told, hashes_of, sinks_of, with_sinks
 from cachemedic.token.parts import Knowledge
+from cachemedic.token.scratch import Scratch
 from cachemedic.token.trust import initial_trust, judge
 from cachemedic.token.vectors import TokenVectors
 
@@ -158,14 +159,14 @@ class JointOperator(RepairOperator):
         by_part = None if sound is None else sound[..., None].expand(*sound.shape, parts.heads).flatten(2)
         kind = told.coded.long() * FROM_CODE
         rounds = self.config.options["rounds"]
-        pieces = []
+        pieces, scratch = [], Scratch()
         for piece in torch.arange(read.shape[1], device=read.device).split(max(1, PIECE // len(read))):
             turned = None if angles is None else (angles[0][:, piece], angles[1][:, piece])
             known_sound = None if by_part is None else by_part[:, piece]
             of_piece = kind[:, piece], x[:, piece], read[:, piece], turned
-            pieces.append(estimate(known, *of_piece, rounds, trust or self._judge, known_sound))
-        found = torch.cat(pieces, 1)
-        found = self._first(found, read, told.prior, positions).to(keys.dtype)
+            found = estimate(known, *of_piece, rounds, trust or self._judge, known_sound, scratch)
+            pieces.append(found.to(keys.dtype))
+        found = self._with_first(torch.cat(pieces, 1), read, told.prior, positions)
         sides = zip("kv", parts.unstack(found), (keys, values), strict=True)
         new_keys, new_values = (new if side in self.config.sides else old for side, new, old in sides)
         return new_keys, new_values
@@ -173,20 +174,22 @@ class JointOperator(RepairOperator):
     def _judge(self, sight: Sight) -> Tensor:
         return judge(dict(self.named_parameters()), sight)
 
-    def _first(self, found: Tensor, read: Tensor, prior: Prior | None, positions: Tensor) -> Tensor:
+    def _with_first(self, found: Tensor, read: Tensor, prior: Prior | None, positions: Tensor) -> Tensor:
         """With the first token as calibration knows it, where it is that one, else as it is. (It has no rotation.)"""
-        joint, at_first = self.calibrated, (positions == 0)[..., None]
-        found = torch.where(at_first, read.float().nan_to_num(), found)
-        if joint.first is None:
+        rows, slots = (positions == 0).nonzero(as_tuple=True)
+        as_read = read[rows, slots].float().nan_to_num()
+        found[rows, slots] = as_read.to(found.dtype)
+        if self.calibrated.first is None:
             return found
-        first = joint.first.float()
-        if prior is not None and joint.lowest_is_exact:
+        first = self.calibrated.first.float()
+        if prior is not None and self.calibrated.lowest_is_exact:
             lowest = first[: prior.lowest.shape[-1]]
-            off, size = prior.lowest.float() - lowest, lowest.square().sum()
+            off, size = prior.lowest[rows, slots].float() - lowest, lowest.square().sum()
             same = off.square().sum(-1) < 1e-2 * size
         else:
-            same = (read.float().nan_to_num() @ first) > ALIKE * first.square().sum()
-        return torch.where(same[..., None] & at_first, first, found)
+            same = as_read @ first > ALIKE * first.square().sum()
+        found[rows[same], slots[same]] = first.to(found.dtype)
+        return found
 
     def write_tokens(
         self, model: PreTrainedModel, keys: Tensor, values: Tensor, ids: Tensor, positions: Tensor

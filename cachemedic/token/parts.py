@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cachemedic.token.joint import JointModel
+from cachemedic.token.scratch import Scratch
 from cachemedic.token.vectors import Angles, turn_
 
 LEAST = 1e-6  # of a variance, over the largest
@@ -50,9 +51,9 @@ class Parts:
         keys, values = self._by_head(x).permute(3, 0, 2, 4, 1, 5)
         return keys, values
 
-    def rotate_(self, x: Tensor, angles: Angles | None, direction: int) -> Tensor:
+    def rotate_(self, x: Tensor, angles: Angles | None, direction: int, scratch: Scratch | None = None) -> Tensor:
         """Vectors x [B, T, D] with their keys rotated (direction 1) or unrotated (-1), in place."""
-        turn_(self._by_head(x)[:, :, :, 0], angles, direction)
+        turn_(self._by_head(x)[:, :, :, 0], angles, direction, scratch)
         return x
 
     def level(self, variance: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ it small, over the size of the part, in seconds. The repair objective is what it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -108,7 +108,8 @@ class _Truth:
         caught: list[Sight] = []
 
         def catch(sight: Sight) -> Tensor:
-            caught.append(sight)
+            # the next piece of the tokens writes where this one did
+            caught.append(replace(sight, left=sight.left.clone(), seen=sight.seen.bool()))
             return torch.zeros_like(sight.told)
 
         self.operator.estimate(self.vectors, *here[1], self.told, self.positions, sound, catch)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from cachemedic.models.shape import ModelShape
 from cachemedic.token.dense import LENGTH_DEPENDENT
+from cachemedic.token.scratch import Scratch
 
 Angles = tuple[Tensor, Tensor]
 
@@ -76,7 +77,7 @@ def _rope_types(embedding: Any) -> list[str]:
     return [str(kind) for kind in (found.values() if isinstance(found, dict) else [found])]
 
 
-def turn_(keys: Tensor, angles: Angles | None, direction: int) -> Tensor:
+def turn_(keys: Tensor, angles: Angles | None, direction: int, scratch: Scratch | None = None) -> Tensor:
     """Keys [B, T, ..., d], rotated (direction 1) or unrotated (-1) in place."""
     if angles is None:
         return keys
@@ -84,7 +85,8 @@ def turn_(keys: Tensor, angles: Angles | None, direction: int) -> Tensor:
     cos, sin = (a.view(*a.shape[:2], *between, a.shape[-1]) for a in angles)
     pairs = cos.shape[-1]
     first, second = keys[..., :pairs], keys[..., pairs : 2 * pairs]
-    turned = torch.addcmul(first * cos, second, sin, value=-direction)
+    turned = torch.mul(first, cos, out=None if scratch is None else scratch("turned", first, keys.dtype))
+    turned.addcmul_(second, sin, value=-direction)
     second.mul_(cos).addcmul_(first, sin, value=direction)
     first.copy_(turned)
     return keys
