@@ -10,6 +10,16 @@ from cachemedic.studies.drawing.readers import reader_styles
 from cachemedic.studies.drawing.style import TEXT_WIDTH, errors, line_styles
 
 TITLES = {"A": "A, no contraction term", "D": "D", "E": "E"}
+KINDS = ("standard", "fitted", "lambda", "rank", "K", "V")  # how conditions begin, in the order in which they are shown
+
+
+def in_order(rows: pd.DataFrame) -> pd.DataFrame:
+    """The conditions of `responding_results` as a reader looks for them: what others are compared with comes first."""
+    places = rows["condition"].str.split(" ").str[0].map(KINDS.index)
+    sizes = rows["condition"].str.extract(r"rank (\d+)")[0].astype(float).fillna(0)
+    keys = pd.DataFrame({"base": rows["base"], "family": rows["family"], "place": places, "size": sizes})
+    order = keys.sort_values(["base", "family", "place", "size"], kind="stable").index
+    return rows.loc[order].reset_index(drop=True)
 
 
 def conditions(rows: pd.DataFrame, measure: str, axis: str) -> Figure:
@@ -34,8 +44,8 @@ def conditions(rows: pd.DataFrame, measure: str, axis: str) -> Figure:
         ax.invert_yaxis()
         ax.axvline(0, color="0.6", linewidth=0.8, zorder=0)
         ax.set_title(TITLES[family])
-        ax.set_xlabel(axis)
         ax.grid(axis="y", visible=False)
+    figure.supxlabel(axis, fontsize=9)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(bases))
     return figure
 
