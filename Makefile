@@ -6,9 +6,12 @@ PROFILE ?= paper
 # What a person gives is one word to the shell, whatever is in it, and make expands none of it.
 quote = '$(subst ','\'',$(1))'
 given = $(call quote,$(value $(1)))
-unexport BASE SEEDS DEVICE TEXT REVIEWS TEXT_FOLDER
-# Parameters of all notebooks, each only if given: make reproduce BASE=gpt2-medium SEEDS=[0,1] DEVICE=cuda
+unexport BASE SEEDS FAMILY OBJECTIVE DEVICE TEXT REVIEWS TEXT_FOLDER
+# Parameters of notebooks, each only if given: make reproduce BASE=gpt2-medium SEEDS=[0,1] DEVICE=cuda. A notebook takes
+# those that it has: make 06_protected_layers FAMILY=E OBJECTIVE=valence
 OPTIONS := $(if $(value BASE),--parameter base=$(call given,BASE)) $(if $(value SEEDS),--parameter seeds=$(call given,SEEDS)) \
+	$(if $(value FAMILY),--parameter family=$(call given,FAMILY)) \
+	$(if $(value OBJECTIVE),--parameter objective=$(call given,OBJECTIVE)) \
 	$(if $(value DEVICE),--device $(call given,DEVICE)) $(if $(value RETRAIN),--retrain)
 
 # Text from outside, for the notebook that reads it: make 13_second_model BASE=gpt2-medium TEXT=wikitext2 REVIEWS=sst2
@@ -40,7 +43,7 @@ $(if $(value TEXT)$(value REVIEWS),$(if $(filter reproduce 13_second_model,$(MAK
 	13_second_model: no other target takes them)))
 
 # Only the paper profile with parameters of its own makes what is committed, and can be compared with it.
-COMMITTED := $(if $(filter paper,$(PROFILE)),$(if $(value BASE)$(value SEEDS)$(value TEXT)$(value REVIEWS),,yes))
+COMMITTED := $(if $(filter paper,$(PROFILE)),$(if $(strip $(foreach name,BASE SEEDS FAMILY OBJECTIVE TEXT REVIEWS,$(value $(name)))),,yes))
 COMPARE = $(if $(COMMITTED),$(RUN) -m cachemedic.studies.compare --brief $(1) || true)
 
 # Which notebook makes what: notebooks/graph.toml as rules (defines NOTEBOOKS, and those APART from `reproduce`).
@@ -52,6 +55,7 @@ include build/rules.mk
 .PHONY: help
 help:  ## This list
 	@echo "make TARGET [PROFILE=paper|smoke] [BASE=name-or-path] [SEEDS=[0,1]] [DEVICE=cpu|cuda] [RETRAIN=1]"
+	@echo "     notebooks that have these: [FAMILY=A|B|C|D|E] [OBJECTIVE=canonical|valence]"
 	@echo "     13_second_model [TEXT=name-or-folder] [REVIEWS=name-or-folder]"
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  %-13s%s\n", $$1, $$2 }' Makefile
 	@echo "  figures/NAME.pdf, results/NAME.csv, paper/tables/NAME.tex, or a notebook's name: what that needs, nothing else"
@@ -70,7 +74,7 @@ $(NOTEBOOKS) $(APART): $(READY) | parameters
 		--goals $(foreach goal,$(MAKECMDGOALS),$(call quote,$(goal)))
 
 # Once, before the first notebook: a wrong value is told at once, not after an hour.
-VALUES := $(strip $(foreach name,BASE SEEDS DEVICE TEXT REVIEWS,$(if $(value $(name)),$(name))))
+VALUES := $(strip $(foreach name,BASE SEEDS FAMILY OBJECTIVE DEVICE TEXT REVIEWS,$(if $(value $(name)),$(name))))
 .PHONY: parameters
 parameters: $(READY)
 	@$(if $(VALUES),$(RUN) tools/parameters.py $(foreach name,$(VALUES),$(name)=$(call given,$(name))))

@@ -15,6 +15,8 @@ from cachemedic.core.errors import nearest_valid
 from cachemedic.core.integers import whole_numbers
 from cachemedic.data.external_text import check_documents, check_reviews
 from cachemedic.models.load import check_base
+from cachemedic.repair.registry import family_class
+from cachemedic.studies.sweeps import OBJECTIVES
 from run_notebook import parameter
 
 
@@ -33,8 +35,21 @@ def check_device(given: Any) -> None:
         raise nearest_valid("device", given, allowed)
 
 
+def check_family(given: str) -> None:
+    """Raises `ValueError` for an unknown family of operators."""
+    family_class(given)
+
+
+def check_objective(given: Any) -> None:
+    """Raises `ValueError` for an objective that operators are not trained by."""
+    if given not in OBJECTIVES:
+        raise nearest_valid("objective", given, OBJECTIVES)
+
+
 CHECKS: Mapping[str, Callable[[Any], None]] = {
     "SEEDS": check_seeds,
+    "FAMILY": lambda given: check_family(str(given)),
+    "OBJECTIVE": check_objective,
     "DEVICE": check_device,
     "BASE": lambda given: check_base(str(given)),
     "TEXT": lambda given: check_documents(str(given)),

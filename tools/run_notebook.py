@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -134,12 +134,18 @@ def publish(variant: Variant, name: str) -> dict[str, str]:
     return hashes
 
 
-def check_parameters(graph: Graph, name: str, given: Iterable[str]) -> None:
-    """papermill only warns of a parameter that the notebook does not know; here it is an error."""
-    known = parameter_names(graph, name)
+def taken(graph: Graph, name: str, goals: Collection[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the `given` parameters that a notebook has: what was asked for may need others, without all of them.
+
+    papermill only warns of a parameter that the notebook does not know; one that no goal knows is an error here.
+    """
+    known = {goal: parameter_names(graph, goal) for goal in {name, *goals}}
+    of_goals = sorted({parameter for goal in goals or [name] for parameter in known[goal]})
     for parameter in given:
-        if parameter not in known:
-            raise unknown(f"parameter of notebooks/{name}.ipynb", parameter, known)
+        if parameter not in of_goals:
+            where = f"notebooks/{next(iter(goals), name)}.ipynb" if len(goals) < 2 else "the notebooks asked for"
+            raise unknown(f"parameter of {where}", parameter, of_goals)
+    return {parameter: value for parameter, value in given.items() if parameter in known[name]}
 
 
 def say(line: str) -> None:
@@ -168,7 +174,7 @@ def bring_up_to_date(variant: Variant, name: str, options: argparse.Namespace) -
     graph, goals = variant.graph, variant.graph.goals(options.goals or [name])
     parameters = {"profile": variant.profile, **variant.parameters}
     parameters |= {"device": options.device} if options.device else {}
-    check_parameters(graph, name, parameters)
+    parameters = taken(graph, name, goals, parameters)
     title = f"{name} [{variant.label}]:"
     with locked(variant.record_path(name).with_suffix(".lock")):  # two makes in one checkout take turns
         reason = variant.stale(name, name in goals, options.retrain)

@@ -21,6 +21,7 @@ second_model   the main result on any base and any text
 pretrained     the operators, texts and conditions of the studies of a pretrained model
 real_text      how well a base reads text from outside
 valence_report what the valence experiments report
+gate_report    what the mercy gate did, cost and kept
 computing/     the studies: what each notebook computes
 drawing/       figures and tables, from data frames alone
 report         a run that saves figures and tables: what a notebook makes

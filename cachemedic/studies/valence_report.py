@@ -1,9 +1,8 @@
-"""What the valence experiments report: conditions against a reference, and what the gate did."""
+"""What the valence experiments report: conditions against a reference."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from cachemedic.models.load import Base
 from cachemedic.studies.quantised_evaluation import NEAREST
 from cachemedic.studies.summaries import summary
 from cachemedic.training.config import TrainConfig
-from cachemedic.training.trainer import GATE_LOG, Trainer
+from cachemedic.training.trainer import Trainer
 from cachemedic.training.valence.objective import ValenceObjective
 
 VALENCE = ValenceObjective()
@@ -49,20 +48,6 @@ def against(grid: pd.DataFrame, reference: str) -> pd.DataFrame:
         rows.append((task, reader, interval.estimate, interval.low, interval.high))
     columns = ["task", "reader", "difference", "difference_low", "difference_high"]
     return summary(grid).merge(pd.DataFrame(rows, columns=columns), on=["task", "reader"])
-
-
-def gate_log(folders: Mapping[str, Path]) -> pd.DataFrame:
-    """The checks of the mercy gate beside trained operators, by a name for each folder.
-
-    Columns gate, seed, step, projected, baseline, blocked.
-    """
-    rows = []
-    for name, folder in folders.items():
-        for line in (folder / GATE_LOG).read_text().splitlines():
-            check = json.loads(line)
-            seed = int(check["run_id"].split("/")[1].removeprefix("seed"))
-            rows.append((name, seed, *(check[k] for k in ("step", "projected", "baseline", "blocked"))))
-    return pd.DataFrame(rows, columns=["gate", "seed", "step", "projected", "baseline", "blocked"])
 
 
 def bits_table(scores: pd.DataFrame) -> pd.DataFrame:

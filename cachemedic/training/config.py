@@ -76,10 +76,11 @@ class TrainConfig:
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        if self.bank.samples < self.batch * len(self.seeds):
+        largest = max(self.batch, self.gate.probe if self.gate and self.gate.simulates else 0)
+        if self.bank.samples < largest * len(self.seeds):
             raise ValueError(
                 f"a bank of {self.bank.samples} samples is too small for {len(self.seeds)} seeds with batches of "
-                f"{self.batch}: different seeds share no sample"
+                f"{largest}: different seeds share no sample"
             )
         if self.valence_objectives and self.bank.decoded < 2:
             raise ValueError(
@@ -103,7 +104,7 @@ class TrainConfig:
     @property
     def observes_valence(self) -> bool:
         """Whether each step needs the view of `cachemedic.training.valence.step`."""
-        return bool(self.valence_objectives) or (self.gate is not None and self.gate.projection == "proxy")
+        return bool(self.valence_objectives)
 
     @property
     def first_layer(self) -> int:

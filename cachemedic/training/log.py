@@ -1,19 +1,26 @@
-"""The training log: JSON lines, one for each run and step, as `schemas/log_record.schema.json` says."""
+"""The training log: JSON lines, one for each run and step, as `schemas/log_record.schema.json` says.
+
+Beside the operators that it trained it lies compressed, LOG.gz, and apart from it what a mercy gate found, GATE_LOG, as
+`schemas/gate_record.schema.json` says.
+"""
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cachemedic.core.files import write_atomically
 from cachemedic.corruption.spec import CorruptionEvent
 from cachemedic.training.step_data import StepOutputs
-from cachemedic.training.valence.gate import Verdict
+from cachemedic.training.valence.gate import Projection, Verdict
 
+LOG, GATE_LOG = "log.jsonl", "gate.jsonl"
 # In the objective: in the log. What an objective calls otherwise is logged as `loss_` and its name.
 NAMES = {"loss": "loss_total", "identity": "loss_id", "contraction": "loss_contr", "effective": "effective_sequences"}
 CANONICAL = ("loss_total", "loss_kd", "loss_id", "loss_contr")  # in every record; null where a run has no such part
@@ -55,13 +62,19 @@ def log_records(
             "events": of_run,
         })  # fmt: skip
         if verdict is not None:
-            records[-1]["gate"] = {
-                "projected": _known(verdict.projected[run]),
-                "baseline": _known(verdict.baseline[run]),
+            check: dict[str, Any] = {
+                **_projection((verdict.projected, verdict.baseline), run),
                 "blocked": bool(verdict.blocked[run]),
                 "message": verdict.message[run],
             }
+            if verdict.other is not None:
+                check["other"] = _projection(verdict.other, run)
+            records[-1]["gate"] = check
     return records
+
+
+def _projection(found: Projection, run: int) -> dict[str, float | None]:
+    return {name: _known(values[run]) for name, values in zip(("projected", "baseline"), found, strict=True)}
 
 
 def _known(value: torch.Tensor) -> float | None:
@@ -88,11 +101,18 @@ def drop_after(log: Path, step: int) -> None:
         file.truncate(kept)
 
 
-def gate_lines(log: Path) -> bytes:
-    """The checks of the mercy gate in `log`, one JSON line each: run_id, step and what the record says of the gate."""
-    records = [_record(log, number, line) for number, line in enumerate(log.read_bytes().splitlines(), 1)]
-    kept = ({"run_id": r["run_id"], "step": r["step"], **r["gate"]} for r in records if "gate" in r)
-    return "".join(json.dumps(line) + "\n" for line in kept).encode()
+def ship_log(log: Path, folder: Path) -> None:
+    """Write `log` into `folder`, compressed, and what a mercy gate found; the same bytes for the same log."""
+    write_atomically(folder / f"{LOG}.gz", gzip.compress(log.read_bytes(), mtime=0))
+    kept = [{"run_id": r["run_id"], "step": r["step"], **r["gate"]} for r in _records(log) if "gate" in r]
+    if kept:
+        write_atomically(folder / GATE_LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def _records(log: Path) -> Iterator[dict[str, Any]]:
+    with open(log, "rb") as file:
+        for number, line in enumerate(file, 1):
+            yield _record(log, number, line)
 
 
 def _record(log: Path, number: int, line: bytes) -> dict[str, Any]:

@@ -34,16 +34,16 @@ from cachemedic.training.config import TrainConfig, sweep_objective
 from cachemedic.training.draws import Draw, draw_step
 from cachemedic.training.forward import Students, forward
 from cachemedic.training.keep_best import EVERY, KeepBest
-from cachemedic.training.log import drop_after, gate_lines, log_records
+from cachemedic.training.log import LOG, drop_after, log_records, ship_log
 from cachemedic.training.run_adam import RunAdam
 from cachemedic.training.step_data import StepOutputs
 from cachemedic.training.valence.gate import GateKeeper, Verdict
 from cachemedic.training.valence.head import Valence, shipped_valence
 from cachemedic.training.valence.objective import ValenceObjective
-from cachemedic.training.valence.projection import project, proxy
+from cachemedic.training.valence.projection import projection
 from cachemedic.training.valence.quantiser import KVQuantiser
 
-CHECKPOINT, GATE_LOG = "checkpoint.safetensors", "gate.jsonl"
+CHECKPOINT = "checkpoint.safetensors"
 VALIDATION_STEP, VALIDATIONS = 1_000_000, 2  # draws of steps that no training reaches
 FITTED = 8  # texts of the bank that an untrained trust network sees
 CALIBRATION = 64  # caches of the bank from which an untrained quantiser takes the ranges of channels
@@ -150,18 +150,21 @@ class Trainer:
         if diverged.any():
             runs = diverged.nonzero().flatten().tolist()
             raise FloatingPointError(f"loss or gradient of runs {runs} is not finite at step {self.step + 1}")
-        verdict = self._update(outputs)
+        verdict = self._update(draw)
         self.step += 1
         return log_records(self.run_ids, self.step, draw.events, outputs, parts, verdict)
 
-    def _update(self, outputs: StepOutputs) -> Verdict | None:
-        """The update, under the eyes of the gate if it is due."""
-        gate = self.config.gate
-        if self.keeper is None or gate is None or not gate.due(self.step + 1):
+    def _update(self, draw: Draw) -> Verdict | None:
+        """The update on `draw`, under the eyes of the gate if it is due, or if the state may be the one to return."""
+        update = self.step + 1
+        if self.keeper is None or not (self.keeper.gate.due(update) or self._may_return(update)):
             self.optimizer.step()
             return None
-        by_proxy = gate.projection == "proxy"
-        return self.keeper.step(lambda: proxy(outputs) if by_proxy else project(self.students, gate))
+        return self.keeper.step(update, lambda gate: projection(self.students, gate, draw))
+
+    def _may_return(self, step: int) -> bool:
+        """Whether the state after `step` updates may be what training returns."""
+        return step == self.config.steps or (self.best is not None and step % EVERY == 0)
 
     def _clip(self) -> torch.Tensor:
         """Clips the gradient of each run by its norm; returns the norms [R] before that."""
@@ -203,7 +206,7 @@ class Trainer:
 
         Raises `ValueError` if the checkpoint is damaged or of another configuration or base.
         """
-        checkpoint, log = self.folder / CHECKPOINT, self.folder / "log.jsonl"
+        checkpoint, log = self.folder / CHECKPOINT, self.folder / LOG
         remove_leftovers(self.folder)
         if checkpoint.exists():
             try:
@@ -226,24 +229,38 @@ class Trainer:
         what = f"train {self.config.family} x {self.config.runs} runs on {self.base.name}"
         with (
             warnings.catch_warnings(action="ignore", category=IdleOperatorWarning),  # training begins with the identity
-            open(self.folder / "log.jsonl", "a", encoding="utf-8") as log,
+            open(self.folder / LOG, "a", encoding="utf-8") as log,
             tqdm(total=self.config.steps, initial=self.step, desc=what) as bar,
         ):
-            if self.best is not None and self.step == 0 < self.config.steps:
-                self.best.update(self.validate())
+            if self.step == 0:
+                self._begin()
             while self.step < self.config.steps:
                 records = self.train_step()
                 log.writelines(json.dumps(record) + "\n" for record in records)
                 bar.update()
                 bar.set_postfix(loss=f"{sum(r['loss_total'] for r in records) / len(records):.4f}")
-                if self.best is not None and (self.step % EVERY == 0 or self.step == self.config.steps):
-                    self.best.update(self.validate())
+                if self.best is not None and self._may_return(self.step):
+                    self.best.update(self._losses())
                 if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
                     log.flush()
                     self.save()
+        if self.keeper is not None:
+            self.keeper.end()
         if self.best is not None:
             self.best.restore()
         return self.operator
+
+    def _begin(self) -> None:
+        """Judge the state before training, which may be the best or the last one to pass."""
+        if self.keeper is not None:
+            self.keeper.start(lambda gate: projection(self.students, gate, self.draw(0)))
+        if self.best is not None and self.config.steps:
+            self.best.update(self._losses())
+
+    def _losses(self) -> torch.Tensor:
+        """`validate`, and infinite for runs that are not in a state that has passed the gate."""
+        losses = self.validate()
+        return losses if self.keeper is None else losses.cpu().where(self.keeper.has_passed, torch.inf)
 
 
 def joint_of(base: Base, config: TrainConfig) -> JointModel:
@@ -258,8 +275,8 @@ def load_or_train(base: Base, config: TrainConfig, trained: Path, work: Path, re
     """The trained operators of `config`: those kept under `trained` (unless `retrain`), else trained and kept there.
 
     What else was trained or measured lies beside the operators, in trained / config.key(base): a quantiser
-    (`KVQuantiser.from_pretrained`), and the checks of a mercy gate (`gate.jsonl`).
-    `work` holds checkpoints and logs; an interrupted training goes on from there.
+    (`KVQuantiser.from_pretrained`), the log, and the checks of a mercy gate (`cachemedic.training.log`).
+    `work` holds checkpoints and logs of training in progress; an interrupted training goes on from there.
     """
     key = config.key(base)
     work.mkdir(parents=True, exist_ok=True)
@@ -277,7 +294,6 @@ def _train(base: Base, config: TrainConfig, folder: Path, work: Path) -> None:
     operator = trainer.run()
     if trainer.quantiser is not None:
         trainer.quantiser.save_pretrained(folder)
-    if trainer.keeper is not None:
-        write_atomically(folder / GATE_LOG, gate_lines(trainer.folder / "log.jsonl"))
+    ship_log(work / LOG, folder)
     operator.save_pretrained(folder)
-    (trainer.folder / CHECKPOINT).unlink(missing_ok=True)  # the log stays
+    (work / CHECKPOINT).unlink(missing_ok=True)  # the log stays

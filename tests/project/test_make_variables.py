@@ -9,6 +9,7 @@ from toy_project import ENVIRONMENT, run_make
 
 ROOT = Path(__file__).parents[2]
 RECORDER = "import json, pathlib, sys; pathlib.Path('seen.json').write_text(json.dumps(sys.argv[1:]))"
+NAMES = ("BASE", "SEEDS", "FAMILY", "OBJECTIVE", "TEXT", "REVIEWS", "DEVICE")
 SPELLINGS = [
     "gpt2",
     "x'; touch y; '",
@@ -50,12 +51,12 @@ def arguments_of(folder, *arguments):
 
 @pytest.mark.parametrize("given", SPELLINGS)
 def test_options_reach_the_program_as_they_are(project, given):
-    options = [f"{name}={given}" for name in ("BASE", "SEEDS", "TEXT", "REVIEWS", "DEVICE")]
+    options = [f"{name}={given}" for name in NAMES]
     seen = arguments_of(project, "13_second_model", *options)
-    assert {f"{name}={given}" for name in ("base", "seeds", "text", "reviews")} <= set(seen)
+    assert {f"{name}={given}" for name in map(str.lower, NAMES[:-1])} <= set(seen)
     assert seen[seen.index("--device") + 1] == given
     checked = json.loads((project / "checked.json").read_text())
-    assert set(checked) == {f"{name}={given}" for name in ("BASE", "SEEDS", "TEXT", "REVIEWS", "DEVICE")}
+    assert set(checked) == {f"{name}={given}" for name in NAMES}
 
 
 def test_nothing_is_checked_where_nothing_is_given(project):

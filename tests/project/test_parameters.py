@@ -8,8 +8,10 @@ import pytest
 
 from parameters import check
 
+ACCEPTED = "SEEDS=[0]|SEEDS=[4, 2]|DEVICE=cpu|BASE=embedded-llama|FAMILY=E|OBJECTIVE=valence|TEXT=wikitext2"
 
-@pytest.mark.parametrize("given", ["SEEDS=[0]", "SEEDS=[4, 2]", "DEVICE=cpu", "BASE=embedded-llama", "TEXT=wikitext2"])
+
+@pytest.mark.parametrize("given", ACCEPTED.split("|"))
 def test_what_a_notebook_can_take_is_accepted(given: str) -> None:
     check(given)
 
@@ -26,6 +28,9 @@ def test_what_a_notebook_can_take_is_accepted(given: str) -> None:
         ("SEEDS=[]", "seeds must be distinct whole numbers from 0 upwards"),
         ("BASE=embeded-gpt2", "unknown base 'embeded-gpt2': did you mean 'embedded-gpt2'?"),
         ("BASE=no/such/folder", "unknown base 'no/such/folder'"),
+        ("FAMILY=Z", "unknown operator family 'Z'"),
+        ("FAMILY=3", "unknown operator family '3'"),
+        ("OBJECTIVE=valance", "unknown objective 'valance': did you mean 'valence'?"),
         ("DEVICE=cuba", "unknown device 'cuba'"),
         ("TEXT=wikitext", "unknown text 'wikitext': did you mean 'wikitext2'?"),
         ("SEED=[0]", "unknown parameter 'SEED': did you mean 'SEEDS'?"),

@@ -226,6 +226,14 @@ def test_smoke_and_other_parameters_are_published_apart(fresh: Project) -> None:
     assert not (fresh.root / "paper").exists()
 
 
+def test_a_notebook_takes_the_parameters_that_it_has(fresh: Project) -> None:
+    fresh.notebook("20_figure", f"assert family == 'E'\n{FIGURE}", 'profile = "paper"\nfamily = "A"')
+    assert fresh.ran("20_figure", "FAMILY=E", "PROFILE=smoke") == {"10_map", "20_figure"}
+    assert (fresh.root / "build/smoke,family=E/results/map.csv").is_file()
+    message = fresh.make("20_figure", "FAMILY=E", "OBJECTIVE=valence", fails=True)
+    assert "unknown parameter of notebooks/20_figure.ipynb 'objective'" in message
+
+
 def test_undeclared_outputs_are_refused(fresh: Project) -> None:
     fresh.notebook("10_map", "import cachemedic\ncachemedic.write('results/other.csv')")
     message = fresh.make("10_map", fails=True)

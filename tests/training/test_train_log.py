@@ -12,7 +12,7 @@ from tiny_training import CONFIG, log_lines, parameters, saved
 
 import cachemedic
 from cachemedic.training import trainer as train
-from cachemedic.training.log import drop_after, gate_lines
+from cachemedic.training.log import drop_after, ship_log
 from cachemedic.training.trainer import Trainer, load_or_train
 
 SCHEMA = json.loads((Path(cachemedic.__file__).parent / "schemas" / "log_record.schema.json").read_text())
@@ -141,4 +141,4 @@ def test_a_damaged_line_of_the_log_is_named(line, tmp_path):
     with pytest.raises(ValueError, match=r"line 2 of .*log.jsonl is damaged"):
         drop_after(log, 1)
     with pytest.raises(ValueError, match=r"line 2 of .*log.jsonl is damaged"):
-        gate_lines(log)
+        ship_log(log, tmp_path)

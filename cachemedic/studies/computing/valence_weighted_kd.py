@@ -23,7 +23,6 @@ from cachemedic.studies.sweeps import by_condition, defenses_of, standard_config
 from cachemedic.training.config import Objective, TrainConfig
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.trainer import load_or_train
-from cachemedic.training.valence.objective import MercyGate
 from cachemedic.training.valence.quantiser import BITS
 
 STEPS, VARIANT_STEPS, QUANTISER_STEPS = 150, 100, 80
@@ -55,18 +54,8 @@ def variants(run: Run, base: Base) -> TrainConfig:
     return replace(common, seeds=common.seeds[:FEW], objectives=changed, steps=min(common.steps, VARIANT_STEPS))
 
 
-def gated(run: Run, base: Base) -> dict[str, TrainConfig]:
-    """(e) Training under each mercy gate, none of which ends it: what it blocks is to be counted."""
-    common = variants(run, base)
-    gates = {
-        "rollouts": MercyGate(every=1 if run.smoke else 5, horizon=10, probe=4, patience=common.steps),
-        "proxy": MercyGate("proxy", patience=common.steps),
-    }
-    return {name: replace(common, objectives=(valence_report.VALENCE,), gate=gate) for name, gate in gates.items()}
-
-
 def quantised(run: Run, base: Base) -> TrainConfig:
-    """(f) What trains the quantiser: no other fault than its rounding."""
+    """(e) What trains the quantiser: no other fault than its rounding."""
     common = sweep(run, base)
     steps, batch = min(common.steps, QUANTISER_STEPS), 2 if run.smoke else 4
     return replace(common, mixture=Mixture(clean_share=1.0), steps=steps, batch=batch, lr=1e-2)
@@ -97,13 +86,11 @@ def results(run: Run) -> dict[str, pd.DataFrame]:
     def trained(config: TrainConfig) -> RepairOperator:
         return load_or_train(base, config, run.trained, run.work, retrain=run.retrain or run.smoke)
 
-    first, second, gates = objectives(run, base), variants(run, base), gated(run, base)
+    first, second = objectives(run, base), variants(run, base)
     grid_a = grid(run, base, defenses_of(base, by_condition(trained(first), list(OBJECTIVES))), "a")
     names = list(valence_report.VARIANTS)
     others = defenses_of(base, by_condition(trained(second), names))
-    others |= defenses_of(base, {f"gate: {name}": trained(config) for name, config in gates.items()})
     grid_b = grid(run, base, others, "b", few=True)
-    folders = {name: run.trained / config.key(base) for name, config in gates.items()}
 
     repair, valence, plain = RepairObjective(), valence_report.VALENCE, quantised(run, base)
     kinds: dict[str, tuple[Objective, bool]] = {
@@ -119,7 +106,6 @@ def results(run: Run) -> dict[str, pd.DataFrame]:
         "valence_grid": grid_a,
         "valence_objectives": valence_report.against(grid_a, "canonical"),
         "valence_conditions": valence_report.against(grid_b, "valence"),
-        "mercy_gate": valence_report.gate_log(folders),
         "quantised_cache": rows,
         "quantised_cache_summary": valence_report.bits_table(rows),
         "valence_effective": valence_report.effective_sequences(base, second, names, 2 if run.smoke else 10),

@@ -27,24 +27,6 @@ def differences(rows: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def gate(checks: pd.DataFrame, threshold: float) -> Figure:
-    """Projected over teacher's valence at every check, a panel per gate, a line per seed (`gate_log`)."""
-    gates = list(checks["gate"].unique())
-    figure, axes = plt.subplots(1, len(gates), figsize=(TEXT_WIDTH, 2.4), sharey=True, squeeze=False)
-    for ax, name in zip(axes[0], gates, strict=True):
-        part = checks[checks["gate"] == name]
-        for seed, style in line_styles([str(s) for s in part["seed"].unique()]).items():
-            own = part[part["seed"] == int(seed)]
-            ratio = own["projected"] / own["baseline"]
-            ax.plot(own["step"], ratio, **style | {"markersize": 3}, label=f"seed {seed}")
-            ax.plot(own["step"][own["blocked"]], ratio[own["blocked"]], "rx")
-        ax.axhline(threshold, color="0.7", linewidth=0.8, zorder=0)
-        ax.set(title=name, xlabel="update")
-    axes[0, 0].set_ylabel("projected / teacher's valence")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    return figure
-
-
 def bits(rows: pd.DataFrame) -> Figure:
     """NLL lost to storage in few bits against bytes a token, a line per kind (`valence_report.bits_table`)."""
     figure, ax = plt.subplots(figsize=(0.7 * TEXT_WIDTH, 2.8))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +14,11 @@ import torch
 from cachemedic.core.errors import nearest_valid
 
 log = logging.getLogger(__name__)
-PROJECTIONS = ("rollout", "proxy")
+EVERY = {"rollout": 5, "proxy": 1}  # updates between checks, by projection
+PROJECTIONS = tuple(EVERY)
+LEAST_PROBE = 16  # sequences
+MESSAGE = "Mercy gate blocked – low projected valence trajectory"
+Projection = tuple[torch.Tensor, torch.Tensor]  # of the students and of their teacher, [R] each
 PROXY = 0.95  # the proxy takes this share of the batch's present valence for its future one
 
 
@@ -21,40 +26,59 @@ class MercyGateError(RuntimeError):
     """A run of blocked updates: training does not go on like this."""
 
 
+class SmallProbeWarning(UserWarning):
+    """The probe batch of a mercy gate is smaller than its projection needs."""
+
+
 @dataclass(frozen=True)
 class MercyGate:
     """After an update the projected valence of the student must be at least `threshold` times the teacher's.
 
     projection: "rollout", the mean valence over the next `horizon` simulated steps (10 to 30) from `probe` sequences,
-    on every `every`-th update (default 25); or "proxy", 0.95 times the mean valence of the batch, on every one.
-    greedy: rollouts take the likeliest token; else they sample. patience: as many checks of one run blocked in a row
-    are an error.
+    on every `every`-th update (default 5); or "proxy", 0.95 times the mean valence of the batch, on every one.
+    threshold: above 0 and at most 1, or 0 to block nothing and only watch. greedy: rollouts take the likeliest token;
+    else they sample. patience: as many checks of one run blocked in a row are an error. both: the other projection is
+    measured and logged, too, at those checks at which it would be due; it blocks nothing.
+    Warns where `probe` is below 16: so few sequences are no trajectory to judge by.
     """
 
     projection: str = "rollout"
     threshold: float = 0.90
     every: int | None = None
     horizon: int = 20
-    probe: int = 8
+    probe: int = LEAST_PROBE
     greedy: bool = True
     patience: int = 10
+    both: bool = False
 
     def __post_init__(self) -> None:
         if self.projection not in PROJECTIONS:
             raise nearest_valid("projection of the mercy gate", self.projection, PROJECTIONS)
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold must be above 0 and at most 1, not {self.threshold}")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold must be 0 to 1, not {self.threshold}")
         if not 10 <= self.horizon <= 30:
             raise ValueError(f"horizon must be 10 to 30 steps, not {self.horizon}")
         for name in ("every", "probe", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.probe < LEAST_PROBE:
+            warnings.warn(SmallProbeWarning(f"a probe of {self.probe} is below {LEAST_PROBE} sequences"), stacklevel=3)
 
     def due(self, update: int) -> bool:
         """Whether update number `update` (from 1) is checked."""
-        every = self.every or (25 if self.projection == "rollout" else 1)
-        return update % every == 0
+        return update % (self.every or EVERY[self.projection]) == 0
+
+    @property
+    def simulates(self) -> bool:
+        """Whether there are rollouts, and so a probe batch."""
+        return self.projection == "rollout" or self.both
+
+    @property
+    def other(self) -> MercyGate | None:
+        """What else is measured, if anything."""
+        name = next(name for name in PROJECTIONS if name != self.projection)
+        return replace(self, projection=name, every=None, both=False) if self.both else None
 
 
 @dataclass
@@ -65,6 +89,7 @@ class Verdict:
     baseline: torch.Tensor
     blocked: torch.Tensor
     message: list[str | None]  # of blocked runs
+    other: Projection | None = None  # by the projection that does not judge
 
 
 class GateKeeper:
@@ -77,42 +102,63 @@ class GateKeeper:
     def __init__(self, gate: MercyGate, runs: int, optimizer: torch.optim.Optimizer) -> None:
         self.gate, self.runs, self.optimizer = gate, runs, optimizer
         self.blocked, self.in_a_row = torch.zeros(2, runs, dtype=torch.long)
+        self.has_passed = torch.zeros(runs, dtype=torch.bool)
         self.passed = Snapshot(optimizer)
 
-    def step(self, project: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> Verdict:
-        """One update; the runs that fail the check are then bit for bit what passed last, optimiser state included.
+    def start(self, measure: Callable[[MercyGate], Projection]) -> None:
+        """Judge the state before any update, to which runs may have to go back. Nothing is blocked or counted."""
+        self.has_passed = ~self._fails(*measure(self.gate))
 
-        `project()` is called after the tentative update: the projected valence of the student and the baseline of the
-        teacher, [R] each. Raises `MercyGateError` after `patience` blocked checks of a run in a row.
+    def step(self, update: int, measure: Callable[[MercyGate], Projection]) -> Verdict:
+        """Update number `update`; runs that fail are then bit for bit what passed last, optimiser state included.
+
+        `measure` is called after the tentative update: by a gate, the projected valence of the students and the
+        baseline of the teacher, [R] each. Raises `MercyGateError` after `patience` blocked checks of a run in a row.
         """
         self.optimizer.step()
-        projected, baseline = (x.detach().cpu().expand(self.runs) for x in project())
-        # not "<": a valence that is not a number does not pass
-        blocked = ~(projected >= self.gate.threshold * baseline)
+        projected, baseline = (x.detach().cpu().expand(self.runs) for x in measure(self.gate))
+        other = self.gate.other
+        beside = measure(other) if other is not None and other.due(update) else None
+        blocked = self._fails(projected, baseline)
         self.passed.restore(blocked)
         self.passed.take(~blocked)
+        self.has_passed |= ~blocked
         self.blocked += blocked
         self.in_a_row = torch.where(blocked, self.in_a_row + 1, 0)
         messages: list[str | None] = [None] * self.runs
         for run in blocked.nonzero().flatten().tolist():
+            found, needed = float(projected[run]), self.gate.threshold * float(baseline[run])
             messages[run] = (
-                f"Mercy gate blocked: projected valence {float(projected[run]):.4f} is below {self.gate.threshold:g} "
-                f"times the teacher's {float(baseline[run]):.4f}"
+                f"{MESSAGE}: {found:.4f} is projected, {needed:.4f} needed ({self.gate.threshold:g} of the teacher's)"
             )
             log.warning("run %d: %s", run, messages[run])
         stuck = (self.in_a_row >= self.gate.patience).nonzero().flatten().tolist()
         if stuck:
             raise MercyGateError(
-                f"{self.gate.patience} updates in a row were blocked in runs {stuck}; the last one of run {stuck[0]}: "
+                f"{self.gate.patience} checks in a row were blocked in runs {stuck}; the last one of run {stuck[0]}: "
                 f"{messages[stuck[0]]}. Lower the threshold or the learning rate"
             )
-        return Verdict(projected, baseline, blocked, messages)
+        return Verdict(projected, baseline, blocked, messages, beside)
+
+    def _fails(self, projected: torch.Tensor, baseline: torch.Tensor) -> torch.Tensor:
+        # not "<": a valence that is not a number does not pass
+        return ~(projected >= self.gate.threshold * baseline).cpu().expand(self.runs)
+
+    def end(self) -> None:
+        """Raises `MercyGateError` if there are runs of which no state has passed."""
+        never = (~self.has_passed).nonzero().flatten().tolist()
+        if never:
+            raise MercyGateError(
+                f"no state of runs {never} passed the mercy gate, not even the one before training: their faults lower "
+                "the valence below the threshold, and training did not raise it. Lower the threshold"
+            )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"blocked": self.blocked, "in_a_row": self.in_a_row, "passed": self.passed.state_dict()}
+        counts = {"blocked": self.blocked, "in_a_row": self.in_a_row, "has_passed": self.has_passed}
+        return {**counts, "passed": self.passed.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.blocked, self.in_a_row = state["blocked"], state["in_a_row"]
+        self.blocked, self.in_a_row, self.has_passed = (state[k] for k in ("blocked", "in_a_row", "has_passed"))
         self.passed.load_state_dict(state["passed"])
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cachemedic.training.run_adam import RunAdam
-from cachemedic.training.valence.gate import GateKeeper, MercyGateError
+from cachemedic.training.valence.gate import GateKeeper, MercyGateError, SmallProbeWarning
 from cachemedic.training.valence.objective import MercyGate
 
 RUNS = 3
@@ -34,7 +34,7 @@ def state_of(parameters, adam, run: int) -> list[torch.Tensor]:
 
 
 def projecting(*valences: float):
-    return lambda: (torch.tensor(valences), torch.full((RUNS,), 0.5))
+    return lambda gate: (torch.tensor(valences), torch.full((RUNS,), 0.5))
 
 
 @pytest.mark.parametrize("updates", [0, 3])
@@ -45,7 +45,7 @@ def test_a_blocked_run_is_what_it_was_and_the_others_move_on(updates):
     keeper = GateKeeper(MercyGate(), RUNS, adam)
     gradients(parameters, updates)
     gradients(free_parameters, updates)
-    verdict = keeper.step(projecting(0.46, 0.44, 0.45))  # the bound is 0.45
+    verdict = keeper.step(4, projecting(0.46, 0.44, 0.45))  # the bound is 0.45
     free.step()
     assert verdict.blocked.tolist() == [False, True, False]
     assert all(torch.equal(x, y) for x, y in zip(state_of(parameters, adam, 1), before, strict=True))
@@ -76,28 +76,28 @@ def test_any_optimiser_can_be_set_back_as_a_whole_but_not_in_part():
     steps = [adam.state[p]["step"].clone() for p in parameters]
     keeper = GateKeeper(MercyGate(), RUNS, adam)
     gradients(parameters, 9)
-    keeper.step(projecting(0.1, 0.1, 0.1))
+    keeper.step(3, projecting(0.1, 0.1, 0.1))
     assert all(torch.equal(p, q) for p, q in zip(parameters, before[0], strict=True))
     assert all(torch.equal(adam.state[p]["step"], s) for p, s in zip(parameters, steps, strict=True))
     gradients(parameters, 9)
     with pytest.raises(ValueError, match="state 'step' of Adam is not one a run: use RunAdam"):
-        keeper.step(projecting(0.1, 0.9, 0.9))
+        keeper.step(4, projecting(0.1, 0.9, 0.9))
 
 
 def test_it_says_what_it_blocked_and_counts(caplog):
     parameters, adam = stack()
     keeper = GateKeeper(MercyGate(), RUNS, adam)
     with caplog.at_level(logging.WARNING):
-        for valences in ((0.9, 0.4, 0.9), (0.9, 0.4, 0.2), (0.9, 0.9, float("nan"))):
+        for update, valences in enumerate(((0.9, 0.4, 0.9), (0.9, 0.4, 0.2), (0.9, 0.9, float("nan"))), 1):
             gradients(parameters, 0)
-            verdict = keeper.step(projecting(*valences))
+            verdict = keeper.step(update, projecting(*valences))
     assert keeper.blocked.tolist() == [0, 2, 2]
     assert keeper.in_a_row.tolist() == [0, 0, 2]
     assert len(caplog.messages) == 4
-    said = "run 1: Mercy gate blocked: projected valence 0.4000 is below 0.9 times the teacher's 0.5000"
-    assert caplog.messages[0] == said
+    said = "Mercy gate blocked – low projected valence trajectory: 0.4000 is projected, 0.4500 needed"
+    assert caplog.messages[0] == f"run 1: {said} (0.9 of the teacher's)"
     assert verdict.message[0] is None
-    assert verdict.message[2].startswith("Mercy gate blocked")
+    assert verdict.message[2].startswith("Mercy gate blocked – low projected valence trajectory: nan is projected")
     other = GateKeeper(MercyGate(), RUNS, adam)
     other.load_state_dict(keeper.state_dict())
     assert other.in_a_row.tolist() == [0, 0, 2]
@@ -106,26 +106,59 @@ def test_it_says_what_it_blocked_and_counts(caplog):
 def test_blocks_in_a_row_end_in_an_error():
     parameters, adam = stack()
     keeper = GateKeeper(MercyGate(patience=3), RUNS, adam)
-    for valences in ((0.1, 0.9, 0.9), (0.1, 0.1, 0.9)):
+    for update, valences in enumerate(((0.1, 0.9, 0.9), (0.1, 0.1, 0.9)), 1):
         gradients(parameters, 0)
-        keeper.step(projecting(*valences))
+        keeper.step(update, projecting(*valences))
     gradients(parameters, 0)
-    with pytest.raises(
-        MercyGateError, match=r"3 updates in a row were blocked in runs \[0\].*0.1000 is below 0.9 times"
-    ):
-        keeper.step(projecting(0.1, 0.9, 0.1))
+    message = r"3 checks in a row were blocked in runs \[0\].*0.1000 is projected, 0.4500 needed"
+    with pytest.raises(MercyGateError, match=message):
+        keeper.step(3, projecting(0.1, 0.9, 0.1))
 
 
-@pytest.mark.parametrize(("gate", "checked"), [(MercyGate(), [25, 50]), (MercyGate("proxy"), list(range(1, 51)))])
+def test_a_run_of_which_no_state_passed_is_an_error_at_the_end():
+    parameters, adam = stack()
+    keeper = GateKeeper(MercyGate(), RUNS, adam)
+    keeper.start(projecting(0.9, 0.1, 0.1))
+    assert keeper.has_passed.tolist() == [True, False, False]
+    gradients(parameters, 0)
+    keeper.step(1, projecting(0.1, 0.9, 0.1))
+    other = GateKeeper(MercyGate(), RUNS, adam)
+    other.load_state_dict(keeper.state_dict())
+    for resumed in (keeper, other):
+        with pytest.raises(MercyGateError, match=r"no state of runs \[2\] passed the mercy gate"):
+            resumed.end()
+    gradients(parameters, 0)
+    keeper.step(2, projecting(0.1, 0.1, 0.9))
+    keeper.end()
+
+
+def test_what_does_not_judge_is_measured_when_it_would_be_due():
+    parameters, adam = stack()
+    keeper, asked = GateKeeper(MercyGate("proxy", both=True), RUNS, adam), []
+
+    def measure(gate):
+        asked.append(gate.projection)
+        return projecting(*((0.9,) * RUNS if gate.projection == "proxy" else (0.1,) * RUNS))(gate)
+
+    for update in range(1, 6):
+        gradients(parameters, update)
+        verdict = keeper.step(update, measure)
+        assert not verdict.blocked.any()
+        assert (verdict.other is None) == (update < 5)
+    assert asked == ["proxy"] * 5 + ["rollout"]
+    assert verdict.other[0].tolist() == pytest.approx([0.1] * RUNS)
+
+
+@pytest.mark.parametrize(("gate", "checked"), [(MercyGate(), [5, 10]), (MercyGate("proxy"), list(range(1, 11)))])
 def test_when_it_is_asked(gate, checked):
-    assert [update for update in range(1, 51) if gate.due(update)] == checked
+    assert [update for update in range(1, 11) if gate.due(update)] == checked
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"projection": "rollouts"}, "did you mean 'rollout'"),
-        ({"threshold": 0.0}, "threshold must be above 0"),
+        ({"threshold": -0.1}, "threshold must be 0 to 1, not -0.1"),
         ({"horizon": 9}, "horizon must be 10 to 30 steps, not 9"),
         ({"horizon": 31}, "not 31"),
         ({"every": 0}, "every must be at least 1"),
@@ -135,6 +168,12 @@ def test_when_it_is_asked(gate, checked):
 def test_bad_gates_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         MercyGate(**options)
+
+
+def test_a_probe_of_less_than_sixteen_sequences_is_told():
+    assert MercyGate().probe == 16
+    with pytest.warns(SmallProbeWarning, match="a probe of 15 is below 16 sequences"):
+        MercyGate(probe=15)
 
 
 def test_a_run_goes_back_to_its_last_state_that_passed_a_check():
@@ -147,7 +186,7 @@ def test_a_run_goes_back_to_its_last_state_that_passed_a_check():
         if update % 3:
             adam.step()
             continue
-        keeper.step(projecting(*{3: (0.9, 0.1, 0.9), 6: (0.1, 0.9, 0.9), 9: (0.1, 0.1, 0.1)}[update]))
+        keeper.step(update, projecting(*{3: (0.9, 0.1, 0.9), 6: (0.1, 0.9, 0.9), 9: (0.1, 0.1, 0.1)}[update]))
         states[update] = copies_of(parameters, adam)
         if update == 6:  # a training that is resumed here
             other = GateKeeper(MercyGate(every=3), RUNS, adam)

@@ -25,7 +25,11 @@ from cachemedic.training.valence.projection import project
 from cachemedic.training.valence.quantiser import KVQuantiser, QuantiserConfig
 
 OPTIONS = {"D": {}, "E": {"share": 1 / 16}}
-pytestmark = [pytest.mark.usefixtures("_calibrated"), pytest.mark.parametrize("family", ["D", "E"])]
+pytestmark = [
+    pytest.mark.usefixtures("_calibrated"),
+    pytest.mark.parametrize("family", ["D", "E"]),
+    pytest.mark.filterwarnings("ignore:a probe of 12"),
+]
 
 
 def trainer_of(family, base, bank, folder, *objectives, **changes) -> Trainer:
@@ -61,7 +65,7 @@ def test_it_sees_the_states_of_a_student_behind_the_repaired_cache(family, base,
 
 
 def test_it_trains_with_gate_and_quantiser(family, base, bank, tmp_path):
-    options = {"gate": MercyGate(threshold=0.01, every=2, horizon=10, probe=2), "quantiser": QuantiserConfig(2)}
+    options = {"gate": MercyGate(threshold=0.01, every=2, horizon=10, probe=12), "quantiser": QuantiserConfig(2)}
     trainer = trainer_of(family, base, bank, tmp_path, VALENCE, RepairObjective(), **options)
     trainer.best = None  # else a run may end where it began, if no step was better on validation
     parts = trainer.trained.values()
@@ -72,7 +76,7 @@ def test_it_trains_with_gate_and_quantiser(family, base, bank, tmp_path):
             assert p.isfinite().all()
             assert (p != before[name]).flatten(1).any(1).all(), name  # of every run
     checks = [line["gate"] for line in log_lines(tmp_path) if "gate" in line]
-    assert len(checks) == 2 * 4
+    assert len(checks) == 3 * 4  # updates 2, 4 and the last
 
 
 def test_what_the_gate_blocks_is_taken_back(family, base, bank, tmp_path):
@@ -84,8 +88,23 @@ def test_what_the_gate_blocks_is_taken_back(family, base, bank, tmp_path):
     torch.testing.assert_close(parameters(trainer.operator), start, rtol=0, atol=0)
 
 
+def test_what_did_not_pass_the_gate_is_never_the_best(family, base, bank, tmp_path, monkeypatch):
+    """The state before training has the lowest loss and fails; the one at the end passes, and is returned."""
+    high, low = (torch.full((2,), x) for x in (0.9, 0.1))
+    verdicts, losses = [(low, high), (high, high)], [torch.zeros(2), torch.ones(2)]
+    monkeypatch.setattr("cachemedic.training.trainer.projection", lambda students, gate, draw: verdicts.pop(0))
+    trainer = trainer_of(family, base, bank, tmp_path, RepairObjective(), gate=MercyGate(probe=12))
+    monkeypatch.setattr(trainer, "validate", lambda: losses.pop(0))
+    start = parameters(trainer.operator)
+    end = parameters(trainer.run())
+    assert all(not torch.equal(end[name], p) for name, p in start.items())
+    assert not verdicts
+    assert not losses
+    assert trainer.best.loss.tolist() == [1.0, 1.0]
+
+
 def test_the_gate_projects_behind_the_repaired_cache(family, base, bank, tmp_path):
-    gate = MercyGate(horizon=10, probe=3)
+    gate = MercyGate(horizon=10, probe=12)
     trainer = trainer_of(family, base, bank, tmp_path, RepairObjective(), gate=gate)
     unrepaired, baseline = project(trainer.students, gate)
     repaired, same = project(at_work(trainer).students, gate)

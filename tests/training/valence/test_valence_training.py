@@ -1,5 +1,6 @@
 """The valence objective in the trainer: what it sees, what it adds up, and its place beside the canonical one."""
 
+import gzip
 import json
 from contextlib import nullcontext
 from dataclasses import fields, replace
@@ -18,17 +19,19 @@ from cachemedic.models.cache import unstack_cache
 from cachemedic.repair.attach import protect
 from cachemedic.training.config import TrainConfig
 from cachemedic.training.draws import draw_step
+from cachemedic.training.log import ship_log
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.trainer import Trainer, load_or_train
 from cachemedic.training.valence.gate import MercyGateError
 from cachemedic.training.valence.objective import MercyGate, ValenceObjective, valence_weights
-from cachemedic.training.valence.projection import PROBE_STEP, project
+from cachemedic.training.valence.projection import PROBE_STEP, project, proxy
 from cachemedic.training.valence.quantiser import QuantiserConfig
 from cachemedic.training.valence.saliency import saliency
 
-SCHEMA = json.loads((Path(cachemedic.__file__).parent / "schemas" / "log_record.schema.json").read_text())
+SCHEMAS = Path(cachemedic.__file__).parent / "schemas"
+SCHEMA, GATE_SCHEMA = (json.loads((SCHEMAS / f"{name}_record.schema.json").read_text()) for name in ("log", "gate"))
 VALENCE = ValenceObjective(sampled=3)
-pytestmark = pytest.mark.usefixtures("_calibrated")
+pytestmark = [pytest.mark.usefixtures("_calibrated"), pytest.mark.filterwarnings("ignore:a probe of 12")]
 
 
 def feeling(hidden: torch.Tensor) -> torch.Tensor:
@@ -185,7 +188,7 @@ def test_quantiser_steps_decay_under_the_valence_objective(base, bank, tmp_path)
 
 @pytest.mark.parametrize("greedy", [True, False])
 def test_the_projection_is_the_valence_of_what_the_student_goes_on_to_say(greedy, base, bank, tmp_path):
-    gate = MercyGate(horizon=10, probe=3, greedy=greedy)
+    gate = MercyGate(horizon=10, probe=12, greedy=greedy)
     trainer = trainer_of(base, bank, tmp_path, RepairObjective(), gate=gate)
     projected, baseline = project(trainer.students, gate)
     assert torch.equal(projected, project(trainer.students, gate)[0])  # the probe is always the same
@@ -218,24 +221,68 @@ def test_a_gate_that_blocks_leaves_every_run_as_it_was_and_ends_in_an_error(base
     again = Trainer(base, replace(CONFIG, gate=never), tmp_path, bank, low)
     again.resume()
     assert again.keeper.blocked.tolist() == [2] * 4
-    with pytest.raises(MercyGateError, match="3 updates in a row"):
+    with pytest.raises(MercyGateError, match="3 checks in a row"):
         again.train_step()
 
 
 def test_a_gate_that_passes_changes_nothing(base, bank, tmp_path, monkeypatch):
     free, gated = (
         trainer_of(base, bank, tmp_path / name, VALENCE, gate=gate)
-        for name, gate in (("free", None), ("gated", MercyGate(threshold=0.01, every=2, horizon=10, probe=2)))
+        for name, gate in (("free", None), ("gated", MercyGate(threshold=0.01, every=2, horizon=10, probe=12)))
     )
     torch.testing.assert_close(parameters(free.run()), parameters(gated.run()), rtol=0, atol=0)
     checks = [line["gate"] for line in log_lines(tmp_path / "gated") if "gate" in line]
-    assert len(checks) == 2 * 2
+    assert len(checks) == 2 * 3  # updates 2, 4 and the last
     assert not any(check["blocked"] for check in checks)
     monkeypatch.setattr("cachemedic.training.trainer.open_bank", lambda *_: bank)
     monkeypatch.setattr("cachemedic.training.trainer.shipped_valence", lambda *_: feeling)
     load_or_train(base, gated.config, tmp_path / "trained", tmp_path / "work")
-    kept = (tmp_path / "trained" / gated.key / "gate.jsonl").read_text().splitlines()
-    assert [json.loads(line)["projected"] for line in kept] == [check["projected"] for check in checks]
+    shipped = tmp_path / "trained" / gated.key
+    kept = [json.loads(line) for line in (shipped / "gate.jsonl").read_text().splitlines()]
+    assert [line["projected"] for line in kept] == [check["projected"] for check in checks]
+    for line in kept:
+        jsonschema.Draft202012Validator(GATE_SCHEMA).validate(line)
+    log = tmp_path / "work" / gated.key / "log.jsonl"
+    assert gzip.decompress((shipped / "log.jsonl.gz").read_bytes()) == log.read_bytes()
+    first = (shipped / "log.jsonl.gz").read_bytes()
+    ship_log(log, shipped)
+    assert (shipped / "log.jsonl.gz").read_bytes() == first
+
+
+def test_the_state_that_training_returns_has_passed(base, bank, tmp_path, monkeypatch):
+    """Updates 4 and 6, the last, are checked; only the fourth passes, so its state is what training returns."""
+    monkeypatch.setattr("cachemedic.training.trainer.projection", lambda students, gate, draw: verdicts.pop(0))
+    high, low = (torch.full((2,), x) for x in (0.9, 0.1))
+    verdicts = [(high, high), (high, high), (low, high)]  # before training, update 4, update 6
+    gated = trainer_of(base, bank, tmp_path / "a", RepairObjective(), gate=MercyGate(every=4, probe=12), steps=6)
+    gated.run()
+    assert not verdicts
+    free = trainer_of(base, bank, tmp_path / "b", RepairObjective(), steps=6)
+    for _ in range(4):
+        free.train_step()
+    torch.testing.assert_close(parameters(gated.operator), parameters(free.operator), rtol=0, atol=0)
+    checks = [(line["step"], line["gate"]["blocked"]) for line in log_lines(tmp_path / "a") if "gate" in line]
+    assert checks == [(4, False)] * 2 + [(6, True)] * 2
+    verdicts = [(low, high), (low, high), (low, high)]
+    with pytest.raises(MercyGateError, match=r"no state of runs \[0, 1\] passed"):
+        trainer_of(base, bank, tmp_path / "c", RepairObjective(), gate=MercyGate(every=4, probe=12), steps=6).run()
+
+
+def test_the_proxy_sees_the_update(base, bank, tmp_path):
+    gate = MercyGate("proxy", threshold=0, both=True, probe=12)
+    trainer = trainer_of(base, bank, tmp_path, RepairObjective(), gate=gate)
+    drawn = trainer.draw(0)
+    before, teacher = proxy(trainer.students, drawn)
+    trainer.train_step()
+    (after, same), outputs = proxy(trainer.students, drawn), trainer.forward(drawn)
+    assert not torch.allclose(before, after)
+    assert torch.equal(teacher, same)
+    assert outputs.valence is None
+    seen = trainer_of(base, bank, tmp_path, VALENCE)
+    seen.operator.load_state_dict(trainer.operator.state_dict())
+    futures = seen.forward(drawn).valence
+    torch.testing.assert_close(after, 0.95 * futures.future_rep[..., 0].mean((1, 2)))
+    torch.testing.assert_close(teacher, futures.future_clean[..., 0].mean((1, 2)))
 
 
 def test_resuming_ends_in_the_same_bytes(base, bank, tmp_path):
@@ -256,7 +303,7 @@ def test_resuming_ends_in_the_same_bytes(base, bank, tmp_path):
 def test_keys_tell_objectives_and_options_apart(base):
     changed = [replace(VALENCE, **{f.name: v}) for f in fields(VALENCE) for v in VALUES.get(f.name, ())]
     configs = [replace(CONFIG, objectives=(o,)) for o in (RepairObjective(), VALENCE, *changed)]
-    configs += [replace(CONFIG, gate=MercyGate()), replace(CONFIG, gate=MercyGate("proxy"))]
+    configs += [replace(CONFIG, gate=MercyGate(probe=12)), replace(CONFIG, gate=MercyGate("proxy"))]
     configs += [replace(CONFIG, quantiser=QuantiserConfig(b)) for b in (2, 3)]
     assert len({c.key(base) for c in configs}) == len(configs)
 

@@ -1,0 +1,44 @@
+"""The training logs that ship beside operators are valid, as are the checks of mercy gates, and they are linked."""
+
+import gzip
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = [folder for folder in sorted((ROOT / "trained").iterdir()) if (folder / "log.jsonl.gz").exists()]
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in gzip.decompress((folder / "log.jsonl.gz").read_bytes()).splitlines()]
+
+
+def validator(name: str) -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(json.loads((ROOT / "schemas" / f"{name}_record.schema.json").read_text()))
+
+
+def test_some_logs_ship():
+    assert FOLDERS
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_shipped_log_is_valid_and_complete(folder):
+    lines, log = records(folder), validator("log")
+    for line in lines:
+        log.validate(line)
+    runs = {line["run_id"] for line in lines}
+    assert all(run.startswith(f"{folder.name}/seed") for run in runs)
+    last = max(line["step"] for line in lines)
+    assert len(lines) == last * len(runs)
+    assert len({(line["run_id"], line["step"]) for line in lines}) == len(lines)
+    checks = [{"run_id": r["run_id"], "step": r["step"], **r["gate"]} for r in lines if "gate" in r]
+    assert (folder / "gate.jsonl").exists() == bool(checks)
+    if checks:
+        kept = [json.loads(line) for line in (folder / "gate.jsonl").read_text().splitlines()]
+        assert kept == checks
+        gate = validator("gate")
+        for line in kept:
+            gate.validate(line)
+        assert {line["step"] for line in kept} >= {last}, "the last update is always checked"
