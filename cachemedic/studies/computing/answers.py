@@ -20,6 +20,7 @@ from cachemedic.evaluation.experiments import TYPES, calibration_of, kept_frame
 from cachemedic.models.load import Base, load_base
 from cachemedic.models.shape import ModelShape
 from cachemedic.studies import pretrained
+from cachemedic.studies.family_evaluation import bytes_per_token
 from cachemedic.studies.run import Run
 from cachemedic.studies.summaries import by_group, in_order, means_over_seeds
 
@@ -68,8 +69,9 @@ def results(run: Run, source: TextSource) -> dict[str, pd.DataFrame]:
     readers = readers_of(base, source, run.smoke)
     rows = conversations(run, base, readers)
     names = [CLEAN, *readers]
+    overall = shares(rows).merge(bytes_per_token(base, readers), on="reader", how="left")
     return {
         "answers": rows,
-        "answers_results": in_order(shares(rows), "reader", names),
+        "answers_results": in_order(overall, "reader", names),
         "answers_by_type": in_order(by_group(rows, KIND, shares), "reader", names),
     }

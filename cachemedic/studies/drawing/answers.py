@@ -39,6 +39,7 @@ def _cut(text: str, width: int) -> str:
 def table(rows: pd.DataFrame) -> pd.DataFrame:
     """The shares of `answers_results` with their intervals."""
     shown = {"reader": rows["reader"].map(lambda name: SHOWN["clean"] if name == "clean" else reader_label(name))}
+    shown |= {"bytes, %": 100 * rows["share"]}
     return pd.DataFrame(shown | {"names the fact": brackets(rows, "named"), "same tokens": brackets(rows, "same")})
 
 
