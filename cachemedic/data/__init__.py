@@ -8,4 +8,5 @@ text_source    one interface to both
 windows        windows of tokens from the documents of a text
 task_data      the tensors of a task
 tasks          perplexity, sentiment and needle tasks
+chats          conversations about a text that states a fact
 """

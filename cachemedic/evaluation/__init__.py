@@ -7,6 +7,7 @@ detection             AUROC of damaged tokens
 bounds                what linear maps can do at best
 decoding              the clean pass of a task, and decoding over any cache
 evaluate              scores of all readers under one condition
+answers               what a model answers behind a damaged cache
 severity_calibration  measures the severity map
 experiments           grids of conditions that resume where they were
 repair_quality        contraction ratio and detection of a trained operator

@@ -19,7 +19,7 @@ SECTIONS = {path.stem: path.read_text() for path in sorted((PAPER / "sections").
 README = (ROOT / "README.md").read_text()
 TEXT = "\n".join([(PAPER / "main.tex").read_text(), *SECTIONS.values()])
 # Definitions and chosen settings may hold numerals; everything else reports what was measured.
-DEFINITIONS = {"pretrained", "token_aware", "operators", "bounds", "threat_model", "objective", "setup"}
+DEFINITIONS = {"pretrained", "method", "token_aware", "operators", "bounds", "threat_model", "objective", "setup"}
 NAMES = ("GPT-2", "WikiText-2", "SST-2", "SmolLM2")
 OWN_MACROS = {"Kh", "Vh", "Kc", "Vc", "T", "F", "R", "E", "KL"}
 LATEX_MACROS = {"Omega", "Lambda", "Psi", "Delta", "Bigl", "Bigr"}
