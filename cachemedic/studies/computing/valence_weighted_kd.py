@@ -25,8 +25,8 @@ from cachemedic.studies.sweeps import by_condition, defenses_of, standard_config
 from cachemedic.training.config import Objective, TrainConfig
 from cachemedic.training.valence.head import shipped_valence
 
-FAMILIES = ("E", "D", "A")
-STEPS = {"A": 30, "D": 16, "E": 16}
+FAMILIES = ("D", "E", "A")
+STEPS = {"A": 100, "D": 40, "E": 40}
 SEEDS, CACHED = 3, 64  # of the runs; tokens that are cached where valence is measured
 SAMPLES, PREFIX, BATCH = 256, 32, 8  # texts a seed, cached tokens of each, and sequences of a step
 HORIZON = 10  # simulated tokens
