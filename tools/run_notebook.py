@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import fcntl
 import json
 import logging
 import os
@@ -20,10 +19,12 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, ReadWriteLock
 
 from cachemedic.core.files import seal, write_atomically
 from cachemedic.studies.jobs import AT_ONCE, Cluster
@@ -50,18 +51,18 @@ def parameter_names(graph: Graph, name: str) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-@contextmanager
-def locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Holds a lock of that kind; whoever wants one that does not go with it waits."""
+def turn(path: Path) -> AbstractContextManager[Any]:
+    """Holds a lock that one process has at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, kind)
-        yield
+    return FileLock(path)
 
 
-def place_on_the_machine(root: Path, alone: bool) -> AbstractContextManager[None]:
+def place_on_the_machine(root: Path, alone: bool) -> AbstractContextManager[Any]:
     """Notebooks that measure times run alone, all others beside one another."""
-    return locked(root / "build" / "stamps" / f"{platform.node()}.lock", fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+    path = root / "build" / "stamps" / f"{platform.node()}.db"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = ReadWriteLock(path)
+    return lock.write_lock() if alone else lock.read_lock()
 
 
 def execute(variant: Variant, name: str, parameters: dict[str, Any], options: argparse.Namespace) -> None:
@@ -195,7 +196,7 @@ def bring_up_to_date(variant: Variant, options: argparse.Namespace) -> None:
     parameters |= {"device": options.device} if options.device else {}
     parameters = taken(graph, name, goals_of(variant, options), parameters)
     title = title_of(variant, name)
-    with locked(variant.record_path(name).with_suffix(".lock")):  # two makes in one checkout take turns
+    with turn(variant.record_path(name).with_suffix(".lock")):  # two makes in one checkout take turns
         reason = reason_to_run(variant, options)
         if reason is None:
             say(f"{title} up to date")
