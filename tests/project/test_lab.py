@@ -134,7 +134,8 @@ def test_the_playground_answers_in_a_browser(lab: Lab) -> None:
 
     try:
         browser.get(f"{lab.address}/lab/tree/{PLAYGROUND}?token={TOKEN}")
-        wait.until(lambda _: browser.find_elements(By.CSS_SELECTOR, ".jp-CodeCell"))
+        idle = "//*[@id='jp-main-statusbar']//*[contains(., '| Idle')]"  # before that cells may be dropped
+        wait.until(lambda _: browser.find_elements(By.XPATH, idle))
         run_all()
         repaired = changed("")
         assert "lantern" in repaired
