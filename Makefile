@@ -133,7 +133,8 @@ lint: $(READY)  ## Style, types, and what may import what
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-# All that JupyterLab and its kernels keep beside notebooks: settings, checkpoints, history.
+# All that JupyterLab and its kernels keep beside notebooks: settings, checkpoints, history. To look for language servers it
+# would run npm, which writes a log at home.
 JUPYTER := $(call quote,$(CURDIR)/build/jupyter)
 .PHONY: lab
 lab: $(READY)  ## JupyterLab with the notebooks open (CONTAINER=1: as root, reachable from outside, no browser)
@@ -141,7 +142,7 @@ lab: $(READY)  ## JupyterLab with the notebooks open (CONTAINER=1: as root, reac
 	JUPYTER_DATA_DIR=$(JUPYTER)/data JUPYTER_RUNTIME_DIR=$(JUPYTER)/runtime IPYTHONDIR=$(JUPYTER)/ipython \
 		JUPYTERLAB_SETTINGS_DIR=$(JUPYTER)/settings JUPYTERLAB_WORKSPACES_DIR=$(JUPYTER)/workspaces \
 		$(RUN) -m jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks \
-		--FileCheckpoints.checkpoint_dir=$(JUPYTER)/checkpoints \
+		--FileCheckpoints.checkpoint_dir=$(JUPYTER)/checkpoints --LanguageServerManager.autodetect=False \
 		$(if $(value CONTAINER),--allow-root --ip=0.0.0.0 --no-browser)
 
 .PHONY: torture

@@ -94,6 +94,7 @@ def test_what_it_writes_is_in_build(lab: Lab) -> None:
     assert lab.ask(f"/api/contents/{PLAYGROUND}/checkpoints", "POST").status == 201
     assert list((lab.folder / "build/jupyter/checkpoints").rglob("playground-checkpoint.ipynb"))
     assert lab.files() == before
+    assert not [path for path in lab.home.rglob("*") if path.is_file()]
 
 
 @pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs chromium and chromedriver")
