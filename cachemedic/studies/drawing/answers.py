@@ -68,8 +68,8 @@ def by_type(rows: pd.DataFrame) -> Figure:
         ax.set(title=kind.replace("_", " "), ylim=(-0.03, 1.05))
     for ax in axes[-1]:
         ax.set_xlabel("severity $s$")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("answers that name the fact")
+        ax.set_xticks([0.5, 0.75, 1.0])
+    figure.supylabel("answers that name the fact", fontsize=9)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
@@ -99,6 +99,6 @@ def story(rows: pd.DataFrame, frontier: pd.DataFrame) -> Figure:
         right.errorbar(row["time"], row["kl"], errors(row, "kl"), errors(row, "time"), **style)
     right.set_xscale("symlog", linthresh=0.01, linscale=0.5)
     right.set_yscale("symlog", linthresh=1e-3, linscale=0.5)
-    right.set(xlim=(-0.002, 2), ylim=(-3e-4, 2), xlabel="time, share of a prefill", ylabel="KL left, nats per token")
+    right.set(xlim=(-0.002, 2), ylim=(-3e-4, 6), xlabel="time, share of a prefill", ylabel="KL left, nats per token")
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure
