@@ -24,7 +24,7 @@ def _first_seed(rows: pd.DataFrame) -> pd.DataFrame:
     return own[own["example"] < rows["question"].nunique()]
 
 
-def examples(rows: pd.DataFrame, width: int = 38) -> pd.DataFrame:
+def examples(rows: pd.DataFrame, width: int = 30) -> pd.DataFrame:
     """One line per question with the answers behind the sound, the damaged and the repaired caches."""
     own = _first_seed(rows).pivot(index=["example", "question", "fact"], columns="reader", values="answer")
     own = own.reset_index()
