@@ -45,7 +45,7 @@ def conditions(rows: pd.DataFrame, measure: str, axis: str) -> Figure:
         ax.axvline(0, color="0.6", linewidth=0.8, zorder=0)
         ax.set_title(TITLES[family])
         ax.grid(axis="y", visible=False)
-    figure.supxlabel(axis, fontsize=9)
+    axes[0, len(families) // 2].set_xlabel(axis)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(bases))
     return figure
 
