@@ -80,7 +80,7 @@ def test_the_demonstration_shows_a_damaged_answer_repaired(capsys: pytest.Captur
         (["calibrate", "embedded-llama", "--to", "{tmp}", "--share", "2"], "share '2' is out of range"),
         (["calibrate", "embedded-llama", "--to", "{tmp}", "--share", "1/0"], "share '1/0' is out of range"),
         (["calibrate", "embedded-llama", "--to", "{tmp}", "--texts", "{tmp}/bytes"], "{tmp}/bytes is no text in UTF-8"),
-        (["calibrate", "embedded-llama", "--to", "{tmp}", "--family", "A"], "allowed are D and E"),
+        (["calibrate", "embedded-llama", "--to", "{tmp}", "--family", "A"], "an operator of family D or E, not A"),
         (["calibrate", "embedded-llama", "--to", "{tmp}", "--family", "D", "--share", "0.1"], "unknown option"),
         (["bench", "decod"], "unknown benchmark 'decod': did you mean 'decode'?"),
         (["demo", "--corruption", "gausian"], "unknown corruption type 'gausian': did you mean 'gaussian'?"),

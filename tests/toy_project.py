@@ -45,7 +45,8 @@ def write(*names):
 NUMBERS = "import pathlib\npathlib.Path('paper').mkdir(exist_ok=True)\npathlib.Path('paper/numbers.tex').touch()"
 COMPARED = "import sys\nprint('compared:', *sys.argv[1:])"
 # What a surrounding make, or a notebook that runs the tests, would hand down.
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "CACHEMEDIC_RUN"}}
+HANDED_DOWN = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "CACHEMEDIC_RUN", "CACHEMEDIC_CACHE"}
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in HANDED_DOWN}
 
 
 def run_make(folder: Path, *arguments: str, fails: bool = False) -> str:

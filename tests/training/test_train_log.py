@@ -11,6 +11,7 @@ import torch
 from tiny_training import CONFIG, log_lines, parameters, saved
 
 import cachemedic
+from cachemedic.core.files import seal
 from cachemedic.training import trainer as train
 from cachemedic.training.log import drop_after, ship_log
 from cachemedic.training.trainer import Trainer, load_or_train
@@ -140,8 +141,8 @@ def test_two_that_ask_at_once_train_once(base, bank, tmp_path, monkeypatch):
 @pytest.mark.parametrize("line", ["{", "[]", "{}", '{"step": "x", "run_id": "a"}', "\x00"])
 def test_a_damaged_line_of_the_log_is_named(line, tmp_path):
     log = tmp_path / "log.jsonl"
-    log.write_text(f'{{"step": 1, "run_id": "a"}}\n{line}\n')
+    log.write_bytes(seal({"step": 1, "run_id": "a"}, indent=None) + f"{line}\n".encode())
     with pytest.raises(ValueError, match=r"line 2 of .*log.jsonl is damaged"):
-        drop_after(log, 1)
+        drop_after(log, 2, runs=1)
     with pytest.raises(ValueError, match=r"line 2 of .*log.jsonl is damaged"):
         ship_log(log, tmp_path)
