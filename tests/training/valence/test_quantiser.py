@@ -170,7 +170,8 @@ def test_steps_are_learned_together_with_the_repair(base, bank, tmp_path):
 
 @pytest.mark.usefixtures("_calibrated")
 def test_alone_the_operator_stays_the_identity(base, bank, tmp_path):
-    trainer = Trainer(base, replace(ROUNDING, quantiser=QuantiserConfig(2, trained="steps")), tmp_path, bank)
+    alone = replace(ROUNDING, steps=30, quantiser=QuantiserConfig(2, trained="steps"))
+    trainer = Trainer(base, alone, tmp_path, bank)
     trainer.run()
     assert (trainer.operator.u_k == 0).all()
     assert (trainer.quantiser.value_step != 0).any()
