@@ -137,7 +137,10 @@ def _quantiser(folder: Path) -> FileKind:
 
     keys, values = torch.randn(2, 3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
     for bits, place in ((3, folder), (2, folder / "other")):
-        KVQuantiser.calibrated(QuantiserConfig(bits), keys, values).save_pretrained(place)
+        quantiser = KVQuantiser.calibrated(QuantiserConfig(bits), keys, values)
+        with torch.no_grad():  # as if it were trained: untrained ones differ in nothing but their configuration
+            quantiser.key_step.fill_(bits)
+        quantiser.save_pretrained(place)
     return FileKind(folder, read, _contents(folder / "other"))
 
 

@@ -56,23 +56,23 @@ class CorruptionSpec:
         given = [name for name in ("severity", "parameter") if getattr(self, name) is not None]
         if self.type == NONE:
             if given:
-                raise ValueError(f"corruption type 'none' takes no {given[0]}, got {getattr(self, given[0])!r}")
+                raise ValueError(f"corruption type 'none' takes no {given[0]}, got {shown(getattr(self, given[0]))}")
         elif len(given) != 1:
             raise ValueError(
-                f"corruption type {self.type!r} needs exactly one of severity and parameter, "
-                f"got severity={self.severity!r} and parameter={self.parameter!r}"
+                f"corruption type {shown(self.type)} needs exactly one of severity and parameter, "
+                f"got severity={shown(self.severity)} and parameter={shown(self.parameter)}"
             )
         if self.severity is not None and not (self.severity >= 0 and math.isfinite(self.severity)):
-            raise ValueError(f"severity {self.severity!r} is out of range: a number from 0 upwards")
+            raise ValueError(f"severity {shown(self.severity)} is out of range: a number from 0 upwards")
         if self.severity and not (known := CORRUPTIONS[self.type]).calibration:
             raise ValueError(
-                f"the severity of {self.type} is not calibrated, got severity={self.severity!r}; give parameter=..., "
-                f"{known.parameter} from {known.low:g} to {known.high:g}"
+                f"the severity of {self.type} is not calibrated, got severity={shown(self.severity)}; give "
+                f"parameter=..., {known.parameter} from {known.low:g} to {known.high:g}"
             )
         if self.parameter is not None:
             CORRUPTIONS[self.type].check(self.type, self.parameter)
         if not 0 <= self.share <= 1:
-            raise ValueError(f"share {self.share!r} is out of range: a number from 0 to 1")
+            raise ValueError(f"share {shown(self.share)} is out of range: a number from 0 to 1")
         for name in ("layers", "heads"):
             object.__setattr__(self, name, _checked_axis(name, getattr(self, name)))
         object.__setattr__(self, "time", _checked_time(self.time))
@@ -169,7 +169,7 @@ def _strength(spec: CorruptionSpec, shape: Shape) -> tuple[float, float, float]:
         assert spec.parameter is not None  # checked by the specification
         if corruption.is_length and spec.parameter > shape[2]:
             raise ValueError(
-                f"{spec.type} length {spec.parameter!r} is out of range: the cache holds {shape[2]} positions"
+                f"{spec.type} length {shown(spec.parameter)} is out of range: the cache holds {shape[2]} positions"
             )
         return math.nan, spec.parameter, spec.share
     calibrated = spec.severity_map or shipped_map()
@@ -190,7 +190,7 @@ def _checked_axis(name: str, value: Any) -> Axis:
         if indices := whole_numbers(name, value, 0):
             return indices
     raise ValueError(
-        f"{name}={value!r} is not a mask; allowed: 'all', a float from 0 to 1 (each is hit with that probability), "
+        f"{name}={shown(value)} is not a mask; allowed: 'all', a float from 0 to 1 (the chance of each to be hit), "
         "or a non-empty list of indices from 0"
     )
 
@@ -206,7 +206,7 @@ def _checked_time(value: Any) -> Any:
         ):
             return (mode, *numbers)
     raise ValueError(
-        f"time={value!r} is not a position mask; allowed: 'all_past', ('old_only', n_recent) or "
+        f"time={shown(value)} is not a position mask; allowed: 'all_past', ('old_only', n_recent) or "
         "('window', a, b) with 0 <= a < b"
     )
 
@@ -232,5 +232,5 @@ def _allowed_positions(time: Any, n_positions: int) -> tuple[int, int]:
     mode, *numbers = time
     start, stop = (0, n_positions - numbers[0]) if mode == "old_only" else numbers
     if not start < stop <= n_positions:
-        raise ValueError(f"time={time!r} does not fit a cache of {n_positions} positions")
+        raise ValueError(f"time={shown(time)} does not fit a cache of {n_positions} positions")
     return start, stop
