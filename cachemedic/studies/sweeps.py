@@ -18,8 +18,8 @@ from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.token_repair import TokenRepair
 from cachemedic.training.bank import WITH_REVIEWS, BankConfig
 from cachemedic.training.config import TrainConfig
+from cachemedic.training.kept_operators import load_or_train
 from cachemedic.training.objective import RepairObjective
-from cachemedic.training.trainer import load_or_train
 from cachemedic.training.valence.objective import ValenceObjective
 
 Name = TypeVar("Name")

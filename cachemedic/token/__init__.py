@@ -14,6 +14,7 @@ joint_calibration, calibration_text  how it is measured, and on which text
 code               the code of a token under the joint model
 parts, estimate    what damaged tokens most likely held
 trust, trust_fit   the network that says how much of a damaged token to believe
+first_token        the very first token, which the joint model leaves out
 kept               what family E keeps of the tokens of a cache
 joint_operator     the families D and E
 token_repair, token_recompute  the same, and recomputation, as defenses beside all others

@@ -22,6 +22,7 @@ from cachemedic.repair.operator import STATISTICS, Attention, Gates, RepairOpera
 from cachemedic.repair.registry import register_family
 from cachemedic.token.code import TokenCode, check_share
 from cachemedic.token.estimate import Sight, Trust, estimate
+from cachemedic.token.first_token import with_first
 from cachemedic.token.joint import JointModel, Prior
 from cachemedic.token.joint_files import file_of, find_joint
 from cachemedic.token.kept import Kept, Told, hashes_of, sinks_of, with_sinks
@@ -33,7 +34,6 @@ from cachemedic.token.vectors import TokenVectors
 Alarms = dict[str, list[float]]  # thresholds of `check_cache`, by rate of false alarms
 FROM_PRIOR, FROM_CODE = 0, 1  # kinds of knowledge
 PIECE = 128  # tokens, over all rows, that are estimated at once: their numbers stay in the processor's cache
-ALIKE = 0.5  # regression on the known first token from which on, without ids, the first token counts as that one
 
 
 class JointOperator(RepairOperator):
@@ -164,30 +164,13 @@ class JointOperator(RepairOperator):
             known_sound = None if by_part is None else by_part[:, piece]
             of_piece = kind[:, piece], x[:, piece], read[:, piece], turned
             pieces.append(estimate(known, *of_piece, rounds, trust or self._judge, known_sound, scratch).to(keys.dtype))
-        found = self._with_first(torch.cat(pieces, 1), read, told.prior, positions)
+        found = with_first(joint, torch.cat(pieces, 1), read, told.prior, positions)
         sides = zip("kv", parts.unstack(found), (keys, values), strict=True)
         new_keys, new_values = (new if side in self.config.sides else old for side, new, old in sides)
         return new_keys, new_values
 
     def _judge(self, sight: Sight) -> Tensor:
         return judge({name: p.float() for name, p in self.named_parameters()}, sight)
-
-    def _with_first(self, found: Tensor, read: Tensor, prior: Prior | None, positions: Tensor) -> Tensor:
-        """With the first token as calibration knows it, where it is that one, else as it is. (It has no rotation.)"""
-        rows, slots = (positions == 0).nonzero(as_tuple=True)
-        as_read = read[rows, slots].float().nan_to_num()
-        found[rows, slots] = as_read.to(found.dtype)
-        if self.calibrated.first is None:
-            return found
-        first = self.calibrated.first.float()
-        if prior is not None and self.calibrated.lowest_is_exact:
-            lowest = first[: prior.lowest.shape[-1]]
-            off, size = prior.lowest[rows, slots].float() - lowest, lowest.square().sum()
-            same = off.square().sum(-1) < 1e-2 * size
-        else:
-            same = as_read @ first > ALIKE * first.square().sum()
-        found[rows[same], slots[same]] = first.to(found.dtype)
-        return found
 
     def write_tokens(
         self, model: PreTrainedModel, keys: Tensor, values: Tensor, ids: Tensor, positions: Tensor, lossy: bool = False

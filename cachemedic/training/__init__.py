@@ -15,5 +15,6 @@ forward       one training step
 run_adam      Adam for a stack of runs
 log           the training log
 trainer       the loop; resumes where it was
+kept_operators  trained operators, by the key of their configuration
 valence/      valence-weighted distillation
 """

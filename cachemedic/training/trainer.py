@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from cachemedic.core.files import naming, remove_leftovers, seal, write_atomically
 from cachemedic.core.progress import tqdm
@@ -34,7 +33,7 @@ from cachemedic.training.config import TrainConfig, sweep_objective
 from cachemedic.training.draws import Draw, draw_step
 from cachemedic.training.forward import Students, forward
 from cachemedic.training.keep_best import EVERY, KeepBest
-from cachemedic.training.log import LOG, drop_after, log_records, ship_log
+from cachemedic.training.log import LOG, drop_after, log_records
 from cachemedic.training.run_adam import RunAdam
 from cachemedic.training.step_data import StepOutputs
 from cachemedic.training.valence.gate import GateKeeper, Verdict
@@ -275,31 +274,3 @@ def joint_of(base: Base, config: TrainConfig) -> JointModel:
     if shipped is not None and shipped.layers == config.layers and not source:
         return shipped
     return fit_joint_model(base, source_texts(base, source), config.layers)
-
-
-def load_or_train(base: Base, config: TrainConfig, trained: Path, work: Path, retrain: bool = False) -> RepairOperator:
-    """The trained operators of `config`: those kept under `trained` (unless `retrain`), else trained and kept there.
-
-    What else was trained or measured lies beside the operators, in trained / config.key(base): a quantiser
-    (`KVQuantiser.from_pretrained`), the log, and the checks of a mercy gate (`cachemedic.training.log`).
-    `work` holds checkpoints and logs of training in progress; an interrupted training goes on from there.
-    """
-    key = config.key(base)
-    work.mkdir(parents=True, exist_ok=True)
-    with FileLock(work / f"{key}.lock"):  # notebooks that run side by side may ask for the same operators
-        if retrain or not (trained / key / "config.json").exists():
-            _train(base, config, trained / key, work / key)
-        operator = RepairOperator.from_pretrained(trained / key)
-    operator.check_model(base.model.config)
-    return operator.to(base.model.device)
-
-
-def _train(base: Base, config: TrainConfig, folder: Path, work: Path) -> None:
-    """Trains in `work` and writes into `folder`, the operators last."""
-    trainer = Trainer(base, config, work)
-    operator = trainer.run()
-    if trainer.quantiser is not None:
-        trainer.quantiser.save_pretrained(folder)
-    ship_log(work / LOG, folder)
-    operator.save_pretrained(folder)
-    (work / CHECKPOINT).unlink(missing_ok=True)  # the log stays

@@ -13,8 +13,9 @@ from tiny_training import CONFIG, log_lines, parameters, saved
 import cachemedic
 from cachemedic.core.files import seal
 from cachemedic.training import trainer as train
+from cachemedic.training.kept_operators import load_or_train
 from cachemedic.training.log import drop_after, ship_log
-from cachemedic.training.trainer import Trainer, load_or_train
+from cachemedic.training.trainer import Trainer
 
 SCHEMA = json.loads((Path(cachemedic.__file__).parent / "schemas" / "log_record.schema.json").read_text())
 pytestmark = pytest.mark.usefixtures("_calibrated")

@@ -30,8 +30,9 @@ from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.token_repair import TokenRepair
 from cachemedic.training.bank import WITH_REVIEWS, BankConfig
 from cachemedic.training.config import Objective, TrainConfig
+from cachemedic.training.kept_operators import load_or_train
 from cachemedic.training.objective import RepairObjective
-from cachemedic.training.trainer import joint_of, load_or_train
+from cachemedic.training.trainer import joint_of
 from cachemedic.training.valence.head import shipped_valence
 from cachemedic.training.valence.objective import ValenceObjective
 from cachemedic.training.valence.quantiser import BITS, GROUPS, KVQuantiser, QuantiserConfig
