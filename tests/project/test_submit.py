@@ -19,8 +19,9 @@ from cachemedic.studies.jobs import Cluster, check_options
 SBATCH = """\
 #!/bin/sh
 cat "$1" >> {root}/submitted
+cp "$1" {root}/spooled  # as Slurm does: submitit renames its file at once
 export SLURM_JOB_ID=$$
-sh "$1" > {root}/build/jobs/$$_0_log.out 2>&1 &
+sh {root}/spooled > {root}/build/jobs/$$_0_log.out 2>&1 &
 echo "Submitted batch job $$"
 """
 
@@ -33,7 +34,7 @@ def submitted(output: str) -> set[str]:
 def submit(project: Project, name: str, executor: str = "local", *options: str) -> tuple[int, str, str]:
     """Exit status, output and errors of a notebook as a job."""
     command = [sys.executable, "tools/submit.py", name, "--executor", executor, *options]
-    done = subprocess.run(command, cwd=project.root, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=project.root, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout, done.stderr
 
 
