@@ -8,7 +8,11 @@ import pytest
 from toy_project import ENVIRONMENT, run_make
 
 ROOT = Path(__file__).parents[2]
-RECORDER = "import json, pathlib, sys; pathlib.Path('seen.json').write_text(json.dumps(sys.argv[1:]))"
+# Rules run beside one another: what one wrote is replaced whole.
+RECORDER = """import json, os, pathlib, sys
+new = pathlib.Path(f"new-{os.getpid()}")
+new.write_text(json.dumps(sys.argv[1:]))
+new.replace("seen.json")"""
 NAMES = ("BASE", "SEEDS", "FAMILY", "OBJECTIVE", "TEXT", "REVIEWS", "DEVICE")
 SPELLINGS = [
     "gpt2",
