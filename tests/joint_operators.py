@@ -32,10 +32,10 @@ def joint_of(name: str) -> JointModel:
     c = z @ axes.float().T
     lowest = lowest_layer(model, ids, positions)
     lowest_mean, lowest_scale = lowest.mean((0, 1)), 1 / lowest.std((0, 1)).clamp_min(1e-3)
-    told = recent((lowest - lowest_mean) * lowest_scale)[:, SINKS:].flatten(0, 1)
-    gram = told.double().T @ told.double()
+    regressors = recent((lowest - lowest_mean) * lowest_scale)[:, SINKS:].flatten(0, 1)
+    gram = regressors.double().T @ regressors.double()
     prior_out = torch.linalg.solve(
-        gram + 0.01 * len(told) * torch.eye(len(gram)).double(), told.double().T @ c.double()
+        gram + 0.01 * len(regressors) * torch.eye(len(gram)).double(), regressors.double().T @ c.double()
     ).float()
     return JointModel(
         of=ModelShape.of(model.config),
@@ -47,9 +47,9 @@ def joint_of(name: str) -> JointModel:
         rest=(z - c @ axes.float()).square().mean(0) + 1e-6,
         lowest_mean=lowest_mean,
         lowest_scale=lowest_scale,
-        prior_in=torch.eye(told.shape[1]),
+        prior_in=torch.eye(regressors.shape[1]),
         prior_out=prior_out,
-        prior_variance=(c - told @ prior_out).var(0),
+        prior_variance=(c - regressors @ prior_out).var(0),
     )
 
 

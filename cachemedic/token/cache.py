@@ -59,7 +59,7 @@ class SketchCache(RecordedCache):
     def __init__(
         self, model: PreTrainedModel, operator: JointOperator | None = None, storage: Cache | None = None, seed: int = 0
     ) -> None:
-        self.know(model, operator, seed)
+        self.bind(model, operator, seed)
         self._store_in(DynamicCache() if storage is None else _empty(storage))
         self.report: Report | None = None  # of the last check
         self._hooks = ForwardHooks.of(model)
@@ -79,11 +79,11 @@ class SketchCache(RecordedCache):
 
     @property
     def preallocated(self) -> bool:
-        """See `ToldCache`."""
+        """See `HookedCache`."""
         return any(isinstance(layer, StaticLayer) for layer in self.layers)
 
     def begin(self, ids: Tensor, positions: Tensor) -> None:
-        """See `ToldCache`.
+        """See `HookedCache`.
 
         Raises `ValueError` in training mode, for tokens that preallocated layers have no room for, and if the cache
         holds tokens it was not told of.
@@ -112,11 +112,11 @@ class SketchCache(RecordedCache):
         self._remember(sides[0], sides[1], ids, positions)
 
     def known_positions(self) -> Tensor:
-        """See `ToldCache`."""
+        """See `HookedCache`."""
         return self.kept.positions
 
     def unread(self) -> Tensor | None:
-        """See `ToldCache`."""
+        """See `HookedCache`."""
         return self.record.erased if self.record is not None and self.record.erased.any() else None
 
     def update(
@@ -128,8 +128,10 @@ class SketchCache(RecordedCache):
             raise ValueError(
                 "a SketchCache has to know the tokens that it stores: use it with the model it was made for"
             )
-        if (written := key_states.shape[2]) != (told := self._new[0].shape[1]):
-            raise ValueError(f"{type(self.model).__name__} stores {written} tokens for {told} ids: each needs an id")
+        if (written := key_states.shape[2]) != (announced := self._new[0].shape[1]):
+            raise ValueError(
+                f"{type(self.model).__name__} stores {written} tokens for {announced} ids: each needs an id"
+            )
         stored = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         keys.append(key_states)
         values.append(value_states)

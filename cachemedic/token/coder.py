@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from cachemedic.models.load import check_format
 from cachemedic.token.joint import RECENT, Prior
-from cachemedic.token.joint_operator import JointOperator, Told
+from cachemedic.token.joint_operator import JointOperator, Prediction
 from cachemedic.token.lowest_layer import stored_in_lowest_layer
 from cachemedic.token.record import TokenRecord
 from cachemedic.token.vectors import TokenVectors
@@ -91,8 +91,8 @@ class Coder:
 
     def restore(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> Iterator[Sides]:
         """Keys and values [N, G, d] as stored of the tokens (rows[i], slots[i]), from code and ids alone, by layer."""
-        told = self._told(record, rows, slots)
-        x = self.joint.reconstruct(told.c, told.prior)
+        prediction = self._predict(record, rows, slots)
+        x = self.joint.reconstruct(prediction.c, prediction.prior)
         for keys, values in self.vectors.by_layer(x, record.positions[rows, slots][None]):
             yield keys[0], values[0]
 
@@ -104,12 +104,12 @@ class Coder:
         sound [N, L', 2]: which of them are known to be as they were written.
         """
         read_keys, read_values = (side.permute(1, 2, 0, 3)[None] for side in (keys, values))
-        told, positions = self._told(record, rows, slots), record.positions[rows, slots][None]
-        found = self.operator.estimate(self.vectors, read_keys, read_values, told, positions, sound[None])
+        prediction, positions = self._predict(record, rows, slots), record.positions[rows, slots][None]
+        found = self.operator.estimate(self.vectors, read_keys, read_values, prediction, positions, sound[None])
         for layer_keys, layer_values in zip(found[0][0], found[1][0], strict=True):
             yield layer_keys.transpose(0, 1), layer_values.transpose(0, 1)
 
-    def _told(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> Told:
+    def _predict(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> Prediction:
         """What ids and codes tell of N tokens."""
         coded = slots < record.codes.shape[1]
         count = self.joint.coordinates if self.code is None else len(self.code.bits)
@@ -120,7 +120,7 @@ class Coder:
             packed = record.codes[rows[coded], slots[coded]][None]
             of_coded = None if prior is None else prior.tokens(coded)
             c[:, coded] = self.code.decode(packed, of_coded, dtype=dtype)
-        return Told(c, prior, coded[None])
+        return Prediction(c, prior, coded[None])
 
     def _prior(self, record: TokenRecord, rows: Tensor, slots: Tensor, count: int) -> Prior:
         first, end = max(0, int(slots.min()) - (RECENT - 1)), int(slots.max()) + 1

@@ -28,7 +28,7 @@ ZEROS = 0.05  # of the changed numbers; sound ones are hardly ever zero exactly
 FAR = 3.0  # times the largest magnitude of the same channel in the sound tokens
 FEW = 0.15  # of the numbers of a head
 MOST_HEADS = 4  # whose orders are all tried
-JUDGED = 512  # keys or values of a layer that are looked at: a check takes about as long however much is damaged
+COMPARED = 512  # keys or values of a layer that are looked at: a check takes about as long however much is damaged
 PROBED = 16  # tokens that are tried in another layout before all of them are
 KNOWN = 64  # sound tokens that are compared with
 
@@ -39,12 +39,12 @@ def kinds_of(hasher: TokenHash, sides: Sides, damaged: Tensor, parts: Tensor, so
     """The number in `KINDS` [n] of the n `damaged` tokens, bool [B, T], from the most to the least certain sign.
 
     sides: keys and values [B, G, T, d] of all layers as stored; parts [B, T, L, 2]: which of them are not what was
-    written; sound [B, T]: tokens to compare with. A token is judged by some of the layers that are damaged, and by all
-    of them where it is a matter of numbers that are not finite.
+    written; sound [B, T]: tokens to compare with. A token is compared in some of the layers that are damaged, and in
+    all of them where it is a matter of numbers that are not finite.
     """
     rows, slots = damaged.nonzero(as_tuple=True)
     changed = parts[rows, slots].flatten(1)
-    places = _some_places(changed, min(changed.shape[1], max(2, JUDGED // len(rows))))
+    places = _some_places(changed, min(changed.shape[1], max(2, COMPARED // len(rows))))
     numbers, largest = _numbers_at(sides, rows, slots, places, sound)
     found = torch.full((len(rows),), NUMBER["other numbers"], device=rows.device)
     found[_few_far(numbers, largest).flatten(1).any(1)] = NUMBER["flips"]

@@ -1,13 +1,13 @@
 """The estimate of damaged tokens: what they most likely held, given what is known of them and what was read.
 
-Under the joint model the numbers read deviate from those told (by the code, or by the prior) by
+Under the joint model the numbers read deviate from those predicted (by the code, or by the prior) by
 
-    d = axes (c - told c) + rest + noise,
+    d = axes (c - predicted c) + rest + noise,
 
 all of it normal. The noise of each part of a token has a size of its own; numbers that are lost (zero, not finite, far
-off) say nothing. Rounds of judging the noise by what c leaves unexplained, and of one step of conjugate gradients
+off) say nothing. Rounds of estimating the noise from what c leaves unexplained, and of one step of conjugate gradients
 (Polak and Ribiere 1969) toward the most likely c, are followed by one weighted mean a number of what was read and what
-c says. Noise is judged number by number as they are stored, keys rotated, because there it is independent.
+c says. Noise is estimated number by number as they are stored, keys rotated, because there it is independent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachemedic.token.parts import Knowledge
+from cachemedic.token.parts import DeviationModel
 from cachemedic.token.scratch import Scratch
 from cachemedic.token.vectors import Angles
 
@@ -31,35 +31,35 @@ FAR = 1e4  # of a standardised number that is lost anyway: its square has to sta
 
 
 @dataclass(frozen=True, eq=False)
-class Sight:
-    """What is seen of parts [B, T, P] after the first round.
+class PartStatistics:
+    """Statistics of parts [B, T, P] after the first round, from which a network corrects their noise.
 
-    told: mean squared deviation from what is told, over what is expected of sound parts; found: the same from what c
-    says; lost: the share of numbers that say nothing; alike: the regression of what was read on what is told; size:
-    its power over that of what is told; exact: parts that are told exactly; noise and variance: as the algebra
-    has them now, of a number; left [B, T, P, d]: what c leaves of the deviation; seen [B, T, P, d]: 1 for
-    numbers that are not lost, else 0.
+    deviation_power: mean squared deviation from the prediction, over what is expected of sound parts; residual_power:
+    the same from what c says; lost: the share of numbers that say nothing; regression: the coefficient of what was read
+    on what is predicted; power: of what was read, over that of what is predicted; exact: parts that are predicted
+    exactly; noise and variance: as the algebra has them now, of a number; residual [B, T, P, d]: what c leaves of the
+    deviation; present [B, T, P, d]: 1 for numbers that are not lost, else 0.
     """
 
-    told: Tensor
-    found: Tensor
+    deviation_power: Tensor
+    residual_power: Tensor
     lost: Tensor
-    alike: Tensor
-    size: Tensor
+    regression: Tensor
+    power: Tensor
     exact: Tensor
     noise: Tensor
     variance: Tensor
-    left: Tensor
-    seen: Tensor
+    residual: Tensor
+    present: Tensor
 
 
-Trust = Callable[[Sight], Tensor]  # what to add [B, T, P] to the logarithm of the noise
+Trust = Callable[[PartStatistics], Tensor]  # what to add [B, T, P] to the logarithm of the noise
 
 
 def estimate(
-    known: Knowledge,
+    deviations: DeviationModel,
     kind: Tensor,
-    told: Tensor,
+    predicted: Tensor,
     read: Tensor,
     angles: Angles | None,
     rounds: int,
@@ -67,34 +67,34 @@ def estimate(
     sound: Tensor | None = None,
     scratch: Scratch | None = None,
 ) -> Tensor:
-    """The estimate [B, T, D] of tokens read as `read` and told as `told` [B, T, D], in float32.
+    """The estimate [B, T, D] of tokens [B, T, D] from what was `read` and `predicted`, in float32.
 
-    kind [B, T]: which kind of knowledge each token has; told: with keys as before their rotation; read, and what is
-    returned: as stored; angles: of the keys; rounds: 1 or more; trust: judges the noise (None: the algebra alone);
-    sound [B, T, P]: parts known to be as they were written, which stay so; scratch: shared by calls that follow each
-    other. Matrix products run in the number format of `told`.
+    kind [B, T]: of each token's prediction, a row of `deviations`; predicted: with keys as before their rotation; read,
+    and what is returned: as stored; angles: of the keys; rounds: 1 or more; trust: corrects the noise (None: the
+    algebra alone); sound [B, T, P]: parts known to be as they were written, which stay so; scratch: shared by calls
+    that follow each other. Matrix products run in the number format of `predicted`.
     """
     scratch = Scratch() if scratch is None else scratch
-    parts, kinds, axes = known.parts, kind.unique(), known.axes.to(told.dtype)
-    kind = kinds[:, None] if len(kinds) == 1 else kind  # tokens of one kind share one row of what is known
-    left, exact, rest = known.left[kind], known.exact[kind], parts.split(known.rest[kind])
+    parts, kinds, axes = deviations.parts, kind.unique(), deviations.axes.to(predicted.dtype)
+    kind = kinds[:, None] if len(kinds) == 1 else kind  # tokens of one kind share one row of the model
+    left, exact, rest = deviations.left[kind], deviations.exact[kind], parts.split(deviations.rest[kind])
     sound = torch.zeros_like(read[..., :1], dtype=torch.bool) if sound is None else sound
-    stored = parts.rotate_(_copied(told, scratch("stored", told)), angles, 1, scratch)
-    first, seen, count, expected = _deviation(known, kind, stored, read, sound, scratch)
+    stored = parts.rotate_(_copied(predicted, scratch("stored", predicted)), angles, 1, scratch)
+    first, present, count, expected = _deviation(deviations, kind, stored, read, sound, scratch)
     d, c, spare = first, torch.zeros_like(left), scratch("spare", first)
-    from_told = _power(first, spare) / count
-    least = (from_told - 2 * expected).clamp_min(0)  # what the told numbers alone make certain
-    rest_seen = torch.mul(rest, seen, out=spare).sum(-1) / count
+    from_prediction = _power(first, spare) / count
+    least = (from_prediction - 2 * expected).clamp_min(0)  # what the prediction alone makes certain
+    rest_present = torch.mul(rest, present, out=spare).sum(-1) / count
     noise, more = least, None
-    usable = torch.mul(seen, (~exact).float()[..., None], out=scratch("usable", first))
-    floored = rest + FLOOR * known.power
+    usable = torch.mul(present, (~exact).float()[..., None], out=scratch("usable", first))
+    floored = rest + FLOOR * deviations.power
     direction = before = slope = torch.zeros_like(c)
-    left_now = left @ known.mass / parts.width
+    left_now = left @ deviations.mass / parts.width
     for number in range(rounds):
         whole = torch.add(floored, noise.where(~sound, 0.0)[..., None], out=spare)
         w = torch.div(usable, whole, out=scratch("weights", first))
         weight = w.mean(-1)
-        precision = left.reciprocal() + weight @ known.mass.T
+        precision = left.reciprocal() + weight @ deviations.mass.T
         pull = parts.rotate_(torch.mul(w, d, out=spare).flatten(-2), angles, -1, scratch)
         pull = _as(axes.dtype, pull, scratch("narrow", pull, axes.dtype))
         gradient = (pull @ axes.T).float() - c / left
@@ -108,62 +108,62 @@ def estimate(
         curvature = (direction.square() / left).sum(-1) + torch.mul(w, moved, out=spare).mul_(moved).sum((-2, -1))
         step = ((gradient * direction).sum(-1) / curvature.clamp_min(TINY))[..., None]
         c, d = c + step * direction, torch.addcmul(d, step[..., None], moved, value=-1, out=scratch("left", first))
-        left_now = precision.reciprocal() @ known.mass / parts.width
+        left_now = precision.reciprocal() @ deviations.mass / parts.width
         fitted = (weight * left_now).clamp(0, 0.9)  # the share of the noise that c has taken up
-        unexplained = _power(torch.mul(seen, d, out=spare), spare) / count / (1 - fitted)
-        noise = torch.maximum((unexplained - rest_seen).clamp_min(0), least)
+        unexplained = _power(torch.mul(present, d, out=spare), spare) / count / (1 - fitted)
+        noise = torch.maximum((unexplained - rest_present).clamp_min(0), least)
         if trust is not None:
             if number == max(0, rounds - 2):
-                t = parts.split(torch.mul(stored, known.scale, out=scratch("told", stored)))
+                t = parts.split(torch.mul(stored, deviations.scale, out=scratch("predicted", stored)))
                 power = _power(t, spare) + TINY
                 along = t.mul_(first).sum(-1) / power
                 variance = rest.mean(-1) + left_now
-                sight = Sight(
-                    told=from_told / expected.clamp_min(TINY),
-                    found=unexplained / variance,
-                    lost=1 - seen.mean(-1),
-                    alike=1 + along,
-                    size=1 + 2 * along + (from_told * count - TINY) / power,
+                statistics = PartStatistics(
+                    deviation_power=from_prediction / expected.clamp_min(TINY),
+                    residual_power=unexplained / variance,
+                    lost=1 - present.mean(-1),
+                    regression=1 + along,
+                    power=1 + 2 * along + (from_prediction * count - TINY) / power,
                     exact=exact.expand_as(noise),
                     noise=noise + FAINT * expected,
                     variance=variance,
-                    left=d,
-                    seen=seen,
+                    residual=d,
+                    present=present,
                 )
-                more = trust(sight).exp()
+                more = trust(statistics).exp()
             if more is not None:
                 noise = (noise + FAINT * expected) * more
     variance = torch.add(rest, left_now[..., None], out=scratch("weights", first))
     whole = torch.add(variance, noise.where(~sound, 0.0)[..., None], out=spare)
-    believed = torch.mul(torch.div(variance, whole, out=spare), seen, out=spare)
-    judged = (sound | ~exact).float()[..., None]  # what is told exactly stays as it is told
-    return (first - d).addcmul_(believed, d).mul_(judged).flatten(-2).div_(known.scale).add_(stored)
+    believed = torch.mul(torch.div(variance, whole, out=spare), present, out=spare)
+    updated = (sound | ~exact).float()[..., None]  # what is predicted exactly stays as predicted
+    return (first - d).addcmul_(believed, d).mul_(updated).flatten(-2).div_(deviations.scale).add_(stored)
 
 
 def _deviation(
-    known: Knowledge, kind: Tensor, stored: Tensor, read: Tensor, sound: Tensor, scratch: Scratch
+    deviations: DeviationModel, kind: Tensor, stored: Tensor, read: Tensor, sound: Tensor, scratch: Scratch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Deviations from what is told, 0 for lost numbers, and which are not lost, 1 or 0, both [B, T, P, d].
+    """Deviations from the prediction, 0 for lost numbers, and which are not lost, 1 or 0, both [B, T, P, d].
 
     Also how many of a part are not lost, 1 or more, and the variance expected of those [B, T, P]. What is 1 or 0 is
     kept in float32: torch is slow where it has to turn a bool into a number first.
     """
-    parts, spread, sure = known.parts, known.parts.split(known.spread[kind]), sound.float()[..., None]
+    parts, spread, sure = deviations.parts, deviations.parts.split(deviations.spread[kind]), sound.float()[..., None]
     found = parts.split(_copied(read, scratch("deviation", stored)))
     there = _copied(found, scratch("spare", found)).ne_(0)
-    d = found.sub_(parts.split(stored)).mul_(parts.split(known.scale))
-    held, other = scratch("seen", d), scratch("usable", d)
+    d = found.sub_(parts.split(stored)).mul_(parts.split(deviations.scale))
+    held, other = scratch("present", d), scratch("usable", d)
     # nothing is less than what is not a number
-    seen = torch.maximum(torch.abs(d, out=held).lt_(FAR).mul_(there), sure, out=held)
-    d.nan_to_num_().mul_(seen)
+    present = torch.maximum(torch.abs(d, out=held).lt_(FAR).mul_(there), sure, out=held)
+    d.nan_to_num_().mul_(present)
     squares = torch.square(d, out=other).div_(spread)
     roots = torch.add(squares, TINY, out=scratch("spare", d)).sqrt_().sqrt_()
-    half = roots.mul_(seen).sum(-1) / seen.sum(-1).clamp_min(1)  # outliers hardly move it
+    half = roots.mul_(present).sum(-1) / present.sum(-1).clamp_min(1)  # outliers hardly move it
     near = squares.lt_(OUTLIER**2 * (half / HALF_MOMENT).pow(4).clamp_min(1.0)[..., None])
     near = torch.maximum(near, sure, out=other)
-    d.mul_(near), seen.mul_(near)
-    count = seen.sum(-1).clamp_min(1)
-    return d, seen, count, torch.mul(spread, seen, out=scratch("spare", d)).sum(-1) / count
+    d.mul_(near), present.mul_(near)
+    count = present.sum(-1).clamp_min(1)
+    return d, present, count, torch.mul(spread, present, out=scratch("spare", d)).sum(-1) / count
 
 
 def _power(x: Tensor, out: Tensor | None) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 
-class ToldCache(Cache, ABC):
-    """A cache that is told of the tokens that it gets."""
+class HookedCache(Cache, ABC):
+    """A cache that a forward pre-hook gives the ids and positions of the tokens that come."""
 
     @abstractmethod
     def begin(self, ids: Tensor, positions: Tensor) -> None:
@@ -78,14 +78,14 @@ def _forget(module: nn.Module) -> None:
 
 
 def _announce(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """The forward pre-hook. Raises `ValueError` for a call that does not tell a `ToldCache` ids or positions."""
+    """The forward pre-hook. Raises `ValueError` for a call that does not tell a `HookedCache` ids or positions."""
     if not torch.compiler.is_compiling() and module not in _hooked:
         _forget(module)
         return None
     given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     given |= given.pop("kwargs", {})
     cache = given.get("past_key_values")
-    if not isinstance(cache, ToldCache):
+    if not isinstance(cache, HookedCache):
         return None
     if (ids := given.get("input_ids")) is None:
         raise ValueError(f"a {type(cache).__name__} keeps token ids: pass input_ids in place of inputs_embeds")
@@ -108,7 +108,7 @@ def _numbers_by_padding(module: nn.Module) -> bool:
     return any(hasattr(part, "create_position_ids_from_input_ids") for part in module.modules())
 
 
-def _positions(cache: ToldCache, given: dict[str, Any], past: int, ids: Tensor) -> Tensor:
+def _positions(cache: HookedCache, given: dict[str, Any], past: int, ids: Tensor) -> Tensor:
     """Positions [B, M] of the new tokens behind `past` ones, -1 for padding."""
     end = past + ids.shape[1]
     mask, positions = given.get("attention_mask"), given.get("position_ids")

@@ -101,15 +101,15 @@ def expected_kl(operator: JointOperator, base: Base, texts: Texts, seed: int = 0
     events = [draw_event(spec, (keys.shape[1], keys.shape[2], prefix), generator) for _ in ids]
     noisy = corrupt(keys, values, events, generator)
     kept = operator.write_tokens(base.model, keys, values, ids[:, :prefix], positions)
-    told: dict[str, Any] = {"ids": ids[:, :prefix], "positions": positions, "kept": kept}
+    of_tokens: dict[str, Any] = {"ids": ids[:, :prefix], "positions": positions, "kept": kept}
     found = {
-        "restore": left(operator.repair(base.model, *noisy, **told, way="restore")),
-        "estimate": left(operator.repair(base.model, *noisy, **told)),
+        "restore": left(operator.repair(base.model, *noisy, **of_tokens, way="restore")),
+        "estimate": left(operator.repair(base.model, *noisy, **of_tokens)),
         "leave": left(noisy),
         "erase": left((keys, values), erased=True),
     }
     if operator.code is not None:
-        _print_shares(operator, (keys, values), noisy, told, base.model, left)
+        _print_shares(operator, (keys, values), noisy, of_tokens, base.model, left)
     return found
 
 
@@ -124,7 +124,7 @@ def _print_shares(
     operator: JointOperator,
     clean: tuple[Tensor, Tensor],
     lost: tuple[Tensor, Tensor],
-    told: dict[str, Any],
+    of_tokens: dict[str, Any],
     model: PreTrainedModel,
     left: Callable[[tuple[Tensor, Tensor]], float],
 ) -> None:
@@ -137,8 +137,8 @@ def _print_shares(
             other.set_joint(operator.calibrated)
         except ValueError:  # less than a byte a token
             continue
-        kept = other.write_tokens(model, *clean, told["ids"], told["positions"])
-        kl = left(other.repair(model, *lost, **(told | {"kept": kept}), way="restore"))
+        kept = other.write_tokens(model, *clean, of_tokens["ids"], of_tokens["positions"])
+        kl = left(other.repair(model, *lost, **(of_tokens | {"kept": kept}), way="restore"))
         print(f"code of 1/{1 / share:.0f} of the bytes, {other.bytes_per_token} a token: KL {kl:.3g}, every token lost")
         recommended = share if recommended is None and kl <= GOOD else recommended
     if recommended is not None:

@@ -69,11 +69,11 @@ def fit_joint_model(
     axes = principal_axes(seen, min(coordinates, len(seen), max(1, vectors.dim // LARGEST_PART)), seed)
     lowest_mean = lowest.flatten(0, 1).mean(0)
     lowest_scale = (lowest - lowest_mean).flatten(0, 1).std(0).clamp_min(LEAST_WEIGHT).reciprocal()
-    told = recent((lowest - lowest_mean) * lowest_scale)[:, SINKS:]
-    told_seen, told_unseen = (told[rows].flatten(0, 1) for rows in (~held_out, held_out))
-    prior_in, prior_out = (x.bfloat16() for x in _reduced_rank(told_seen, _project(seen, axes)))
+    regressors = recent((lowest - lowest_mean) * lowest_scale)[:, SINKS:]
+    seen_in, unseen_in = (regressors[rows].flatten(0, 1) for rows in (~held_out, held_out))
+    prior_in, prior_out = (x.bfloat16() for x in _reduced_rank(seen_in, _project(seen, axes)))
     c = _project(unseen, axes)
-    innovation = c - told_unseen @ prior_in.float() @ prior_out.float()
+    innovation = c - unseen_in @ prior_in.float() @ prior_out.float()
     rest = torch.zeros(vectors.dim)
     for rows in torch.arange(len(unseen)).split(BLOCK):
         rest += (unseen[rows].float() - c[rows] @ axes.float()).square().sum(0)
@@ -233,11 +233,11 @@ def _project(z: Tensor, axes: Tensor) -> Tensor:
     return torch.cat([rows.float() @ axes.float().T for rows in z.split(BLOCK)])
 
 
-def _reduced_rank(told: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """The map of low rank from told [N, n] to c [N, m] of least squared error (Izenman 1975)."""
-    gram = told.T @ told
+def _reduced_rank(regressors: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """The map of low rank from regressors [N, n] to c [N, m] of least squared error (Izenman 1975)."""
+    gram = regressors.T @ regressors
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
-    full = torch.linalg.solve(gram + ridge, told.T @ c)
-    predicted = told @ full
+    full = torch.linalg.solve(gram + ridge, regressors.T @ c)
+    predicted = regressors @ full
     axes = torch.linalg.eigh(predicted.T @ predicted).eigenvectors[:, -min(PRIOR_RANK, *full.shape) :]
     return full @ axes, axes.T

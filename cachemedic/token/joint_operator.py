@@ -21,18 +21,18 @@ from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.operator import STATISTICS, Attention, Gates, RepairOperator
 from cachemedic.repair.registry import register_family
 from cachemedic.token.code import TokenCode, check_share
-from cachemedic.token.estimate import Sight, Trust, estimate
+from cachemedic.token.estimate import PartStatistics, Trust, estimate
 from cachemedic.token.first_token import with_first
 from cachemedic.token.joint import JointModel, Prior
 from cachemedic.token.joint_files import file_of, find_joint
-from cachemedic.token.kept import Kept, Told, hashes_of, sinks_of, with_sinks
-from cachemedic.token.parts import Knowledge
+from cachemedic.token.kept import Kept, Prediction, hashes_of, sinks_of, with_sinks
+from cachemedic.token.parts import DeviationModel
 from cachemedic.token.scratch import Scratch
-from cachemedic.token.trust import initial_trust, judge
+from cachemedic.token.trust import initial_trust, noise_correction
 from cachemedic.token.vectors import TokenVectors
 
 Alarms = dict[str, list[float]]  # thresholds of `check_cache`, by rate of false alarms
-FROM_PRIOR, FROM_CODE = 0, 1  # kinds of knowledge
+FROM_PRIOR, FROM_CODE = 0, 1  # kinds of predictions
 PIECE = 128  # tokens, over all rows, that are estimated at once: their numbers stay in the processor's cache
 
 
@@ -51,7 +51,7 @@ class JointOperator(RepairOperator):
         self.code: TokenCode | None = None
         self.expected_kl: dict[str, float] = {}  # nats, by way of repair
         self.alarms: Alarms = {}
-        self.known: Knowledge | None = None  # of the joint model, as an estimate takes it
+        self.deviations: DeviationModel | None = None  # of the joint model, as an estimate takes it
 
     @classmethod
     def initial_parameters(cls, config: OperatorConfig, generator: torch.Generator) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ class JointOperator(RepairOperator):
         left = [joint.prior_variance if with_ids else joint.variance, *([self.code.left] if self.code else [])]
         count = min(joint.coordinates, self.rank * self.config.model.num_kv_heads * len(self.layers))
         exact = torch.full((len(left),), with_ids, device=self.device)
-        self.known = Knowledge.of(joint, torch.stack(left), exact, count)
+        self.deviations = DeviationModel.of(joint, torch.stack(left), exact, count)
 
     def _code(self, joint: JointModel) -> TokenCode | None:
         """Hook: what E writes."""
@@ -122,8 +122,8 @@ class JointOperator(RepairOperator):
         """What joint model and parameters take, whatever the number of tokens."""
         return self.calibrated.fixed_bytes + sum(p.nbytes for p in self.parameters())
 
-    def told(self, prior: Prior | None, codes: Tensor | None = None, like: Tensor | None = None) -> Told:
-        """What codes [B, T, bytes] and the prior tell; without either nothing (`like` [B, T, ...]: how many tokens)."""
+    def predict(self, prior: Prior | None, codes: Tensor | None = None, like: Tensor | None = None) -> Prediction:
+        """From codes [B, T, bytes] and the prior; zeros without either (`like` [B, T, ...]: how many tokens)."""
         if codes is not None and self.code is not None:
             dtype = torch.float32 if prior is None else prior.mean.dtype
             c, coded = self.code.decode(codes, prior if self.code.with_ids else None, dtype=dtype), True
@@ -132,14 +132,14 @@ class JointOperator(RepairOperator):
         else:
             assert like is not None  # there is nothing else that says how many tokens there are
             c, coded = like.new_zeros(*like.shape[:2], 1), False
-        return Told(c, prior, torch.full(c.shape[:2], coded, device=c.device))
+        return Prediction(c, prior, torch.full(c.shape[:2], coded, device=c.device))
 
     def estimate(
         self,
         vectors: TokenVectors,
         keys: Tensor,
         values: Tensor,
-        told: Told,
+        prediction: Prediction,
         positions: Tensor,
         sound: Tensor | None = None,
         trust: Trust | None = None,
@@ -147,30 +147,31 @@ class JointOperator(RepairOperator):
         """Keys and values [B, L', G, T, d] of the protected layers, repaired, from those that were read.
 
         positions [B, T]; sound [B, T, L', 2] bool: keys and values known to be as they were written. With R runs B is
-        R rows of samples, run-major. trust: judges instead of the operator's own network.
+        R rows of samples, run-major. trust: corrects the noise instead of the operator's own network.
         """
-        joint, known = self.calibrated, self.known
-        assert known is not None  # as there is a joint model
-        parts = known.parts
-        x = joint.reconstruct(told.c, told.prior)
+        joint, deviations = self.calibrated, self.deviations
+        assert deviations is not None  # as there is a joint model
+        parts = deviations.parts
+        x = joint.reconstruct(prediction.c, prediction.prior)
         angles = vectors.rotation.angles(positions.to(x.device), torch.float32)
         read = parts.stack(keys, values)
         by_part = None if sound is None else sound[..., None].expand(*sound.shape, parts.heads).flatten(2)
-        kind = told.coded.long() * FROM_CODE
-        rounds = self.config.options["rounds"]
+        kind = prediction.coded.long() * FROM_CODE
+        rounds, trust = self.config.options["rounds"], trust or self._noise_correction
         pieces, scratch = [], Scratch()
         for piece in torch.arange(read.shape[1], device=read.device).split(max(1, PIECE // len(read))):
             turned = None if angles is None else (angles[0][:, piece], angles[1][:, piece])
             known_sound = None if by_part is None else by_part[:, piece]
             of_piece = kind[:, piece], x[:, piece], read[:, piece], turned
-            pieces.append(estimate(known, *of_piece, rounds, trust or self._judge, known_sound, scratch).to(keys.dtype))
-        found = with_first(joint, torch.cat(pieces, 1), read, told.prior, positions)
+            found = estimate(deviations, *of_piece, rounds, trust, known_sound, scratch)
+            pieces.append(found.to(keys.dtype))
+        found = with_first(joint, torch.cat(pieces, 1), read, prediction.prior, positions)
         sides = zip("kv", parts.unstack(found), (keys, values), strict=True)
         new_keys, new_values = (new if side in self.config.sides else old for side, new, old in sides)
         return new_keys, new_values
 
-    def _judge(self, sight: Sight) -> Tensor:
-        return judge({name: p.float() for name, p in self.named_parameters()}, sight)
+    def _noise_correction(self, statistics: PartStatistics) -> Tensor:
+        return noise_correction({name: p.float() for name, p in self.named_parameters()}, statistics)
 
     def write_tokens(
         self, model: PreTrainedModel, keys: Tensor, values: Tensor, ids: Tensor, positions: Tensor, lossy: bool = False
@@ -208,9 +209,9 @@ class JointOperator(RepairOperator):
         With what E kept, all that is as it was written keeps every bit.
         """
         prior = self.prior(model, ids, positions)
-        return self.repair_told(TokenVectors(model, self.layers), keys, values, prior, positions, kept, way)
+        return self.repair_with_prior(TokenVectors(model, self.layers), keys, values, prior, positions, kept, way)
 
-    def repair_told(
+    def repair_with_prior(
         self,
         vectors: TokenVectors,
         keys: Tensor,
@@ -220,15 +221,15 @@ class JointOperator(RepairOperator):
         kept: Kept | None = None,
         way: str = "estimate",
     ) -> tuple[Tensor, Tensor]:
-        """The same where what the ids tell is known already."""
+        """The same with the prior that `prior` found."""
         layers = list(self.layers)
         here = keys[:, layers], values[:, layers]
-        told = self.told(prior, None if kept is None else kept.codes, like=keys[:, 0, 0, :, :1])
+        prediction = self.predict(prior, None if kept is None else kept.codes, like=keys[:, 0, 0, :, :1])
         sound = None if kept is None else kept.sound(keys, values, layers)
         if way == "restore":
-            new = vectors.back(self.calibrated.reconstruct(told.c, told.prior), positions)
+            new = vectors.back(self.calibrated.reconstruct(prediction.c, prediction.prior), positions)
         else:
-            new = self.estimate(vectors, *here, told, positions, sound)
+            new = self.estimate(vectors, *here, prediction, positions, sound)
         repaired = []
         for number, (whole, side, old) in enumerate(zip((keys, values), new, here, strict=True)):
             whole, side = whole.clone(), side.to(whole.dtype)

@@ -1,4 +1,4 @@
-"""What is known of the tokens of a cache before they are read, and what family E keeps of them."""
+"""What codes and ids predict of the tokens of a cache, and what family E keeps of them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from cachemedic.token.joint import SINKS, Prior
 
 
 @dataclass(frozen=True, eq=False)
-class Told:
-    """What is known of tokens [B, T] before they are read: c [B, T, n]; their prior, None without ids; coded [B, T]
-    bool: whether c comes from a code.
+class Prediction:
+    """What is predicted of tokens [B, T] before they are read: c [B, T, n]; their prior, None without ids; coded
+    [B, T] bool: whether c comes from a code.
     """
 
     c: Tensor

@@ -1,4 +1,4 @@
-"""The parts of a token, and what is known of their numbers before they are read.
+"""The parts of a token, and how far their numbers may lie from a prediction.
 
 A part is the keys or the values of one head in one layer: d numbers that a fault usually hits alike.
 """
@@ -65,11 +65,11 @@ class Parts:
 
 
 @dataclass(frozen=True, eq=False)
-class Knowledge:
-    """What is known of c and of the numbers of a token before it is read, for tokens of K kinds.
+class DeviationModel:
+    """How far c and the numbers of a token may deviate from their prediction, for predictions of K kinds.
 
     axes [n, D]: those that an estimate moves along; left [K, n]: the variance of c; spread [K, D]: of each number;
-    exact [K, P]: parts that are told exactly; rest [K, D]: the variance of each number once these n are
+    exact [K, P]: parts that are predicted exactly; rest [K, D]: the variance of each number once these n are
     known; mass [n, P]: the share of each part in the length of an axis; power: the mean variance of a clean number.
     """
 
@@ -84,8 +84,8 @@ class Knowledge:
     power: float
 
     @classmethod
-    def of(cls, joint: JointModel, left: Tensor, exact: Tensor, count: int) -> Knowledge:
-        """left [K, m]: the variance of c; exact [K]: whether the lowest layer is told exactly; count: n."""
+    def of(cls, joint: JointModel, left: Tensor, exact: Tensor, count: int) -> DeviationModel:
+        """left [K, m]: the variance of c; exact [K]: whether the lowest layer is predicted exactly; count: n."""
         parts = Parts.of_model(joint)
         squares = joint.axes.float().square()
         least = LEAST * float(joint.variance.max())

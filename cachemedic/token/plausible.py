@@ -81,18 +81,18 @@ def statistics(
     model: PreTrainedModel, operator: JointOperator, keys: Tensor, values: Tensor, ids: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Statistics [B, T, 3] of tokens and [B, T, L'] of their layers; keys and values [B, L, G, T, d] of all layers."""
-    joint, known = operator.calibrated, operator.known
-    assert known is not None  # as there is a joint model
+    joint, deviations = operator.calibrated, operator.deviations
+    assert deviations is not None  # as there is a joint model
     layers = list(operator.layers)
     positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
     x = TokenVectors(model, operator.layers).of(keys[:, layers], values[:, layers], positions)
     x = x.nan_to_num(nan=LARGEST).clamp(-LARGEST, LARGEST)
     prior = joint.prior(model, ids, positions)
     z = joint.standardise(x)
-    c = z @ known.axes.to(z.dtype).T
-    rest = (z - c @ known.axes.to(z.dtype)).float()
+    c = z @ deviations.axes.to(z.dtype).T
+    rest = (z - c @ deviations.axes.to(z.dtype)).float()
     by_layer = rest.square().unflatten(-1, (len(layers), -1)).mean(-1)
-    by_layer = by_layer / known.rest[0].unflatten(-1, (len(layers), -1)).mean(-1)
+    by_layer = by_layer / deviations.rest[0].unflatten(-1, (len(layers), -1)).mean(-1)
     count = c.shape[-1]
     off = (c - prior.mean[..., :count]).float().square() / joint.prior_variance[:count].clamp_min(1e-6)
     width = prior.lowest.shape[-1]

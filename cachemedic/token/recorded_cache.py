@@ -11,18 +11,18 @@ from transformers import PreTrainedModel
 from cachemedic.core.integers import seed_number
 from cachemedic.token.coder import Coder
 from cachemedic.token.dense import dense_shape
-from cachemedic.token.forward_hook import ToldCache
+from cachemedic.token.forward_hook import HookedCache
 from cachemedic.token.hashes import TokenHash
 from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.record import TokenRecord
 
 
-class RecordedCache(ToldCache):
+class RecordedCache(HookedCache):
     """What `cachemedic.token.cache.SketchCache` is to those who look at its tokens."""
 
     record: TokenRecord | None
 
-    def know(self, model: PreTrainedModel, operator: JointOperator | None, seed: int) -> None:
+    def bind(self, model: PreTrainedModel, operator: JointOperator | None, seed: int) -> None:
         """Whose cache this is, and who repairs it; its record is empty. Raises what `SketchCache` raises."""
         self.shape = dense_shape(model)
         self.model, self.operator, self.seed = model, operator, seed_number(seed)

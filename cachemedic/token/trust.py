@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from cachemedic.token.estimate import Sight
+from cachemedic.token.estimate import PartStatistics
 
 FEATURES = 11
 GAIN = 8.0  # of the output: few updates take a part from believed to not believed
@@ -29,26 +29,27 @@ def initial_trust(parts: int, hidden: int, generator: torch.Generator) -> dict[s
     }
 
 
-def judge(parameters: Mapping[str, Tensor], sight: Sight) -> Tensor:
+def noise_correction(parameters: Mapping[str, Tensor], parts: PartStatistics) -> Tensor:
     """What to add [R*B, T, P] to the logarithm of the noise; parameters [R, ...] of R runs, rows run-major."""
-    x = features(sight)
+    x = features(parts)
     rows = x.reshape(len(parameters["trust_in"]), -1, *x.shape[2:])
-    return said_of(parameters, rows, parameters["trust_part"][:, None]).view(x.shape[:-1])
+    return network(parameters, rows, parameters["trust_part"][:, None]).view(x.shape[:-1])
 
 
-def said_of(parameters: Mapping[str, Tensor], x: Tensor, embedding: Tensor) -> Tensor:
+def network(parameters: Mapping[str, Tensor], x: Tensor, embedding: Tensor) -> Tensor:
     """The network on features x [R, N, ..., FEATURES] and the embedding [R, N or 1, ..., hidden] of their parts."""
     hidden = torch.bmm(x.flatten(1, -2), parameters["trust_in"]).view(*x.shape[:-1], -1)
-    said = torch.bmm(torch.tanh(hidden + embedding).flatten(1, -2), parameters["trust_out"])
-    return (GAIN * (said + parameters["trust_bias"][:, None])).clamp(-GAIN, GAIN).view(x.shape[:-1])
+    output = torch.bmm(torch.tanh(hidden + embedding).flatten(1, -2), parameters["trust_out"])
+    return (GAIN * (output + parameters["trust_bias"][:, None])).clamp(-GAIN, GAIN).view(x.shape[:-1])
 
 
-def features(sight: Sight) -> Tensor:
+def features(parts: PartStatistics) -> Tensor:
     """Of every part [B, T, P, FEATURES]: its own, the means over its token, and of the lowest layer."""
-    sized = [x.clamp(SMALLEST, LARGEST).log() / 2 for x in (sight.told, sight.found, sight.size)]
-    own = torch.stack([*sized, sight.lost, sight.alike.clamp(-2, 3)], -1)
-    inexact = (~sight.exact).float()[..., None]
+    sized = [x.clamp(SMALLEST, LARGEST).log() / 2 for x in (parts.deviation_power, parts.residual_power, parts.power)]
+    own = torch.stack([*sized, parts.lost, parts.regression.clamp(-2, 3)], -1)
+    inexact = (~parts.exact).float()[..., None]
     token = (own * inexact).sum(2) / inexact.sum(2).clamp_min(1)
-    off = (sight.size - 2 * sight.alike + 1).clamp(SMALLEST, LARGEST).log() / 2  # of the deviation, over what is told
-    lowest = ((off * sight.exact).sum(2) / sight.exact.sum(2).clamp_min(1))[..., None]
+    off = parts.power - 2 * parts.regression + 1  # the power of the deviation, over that of what is predicted
+    off = off.clamp(SMALLEST, LARGEST).log() / 2
+    lowest = ((off * parts.exact).sum(2) / parts.exact.sum(2).clamp_min(1))[..., None]
     return torch.cat([own, torch.cat([token, lowest], -1)[:, :, None].expand(-1, -1, own.shape[2], -1)], -1)

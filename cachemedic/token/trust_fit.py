@@ -2,7 +2,7 @@
 
 For each part the squared error of the estimate is a quadratic form in the share a that is believed of what was read,
 
-    (1 - a)^2 E_told + 2 a (1 - a) E_both + a^2 E_read,
+    (1 - a)^2 E_predicted + 2 a (1 - a) E_both + a^2 E_read,
 
 of the mean products of the two errors, and a follows from the noise that the network says. The network learns to make
 it small, over the size of the part, in seconds. The repair objective is what it is then trained on.
@@ -20,10 +20,10 @@ from transformers import DynamicCache, PreTrainedModel
 from cachemedic.corruption.apply import corrupt
 from cachemedic.corruption.spec import CorruptionEvent, CorruptionSpec, draw_event
 from cachemedic.models.cache import stack_cache
-from cachemedic.token.estimate import Sight
+from cachemedic.token.estimate import PartStatistics
 from cachemedic.token.joint import SINKS
 from cachemedic.token.joint_operator import JointOperator
-from cachemedic.token.trust import features, said_of
+from cachemedic.token.trust import features, network
 from cachemedic.token.vectors import TokenVectors
 
 RANGES = {  # of parameters: from harmless to what leaves little
@@ -46,7 +46,7 @@ def fit_trust(
     generator = torch.Generator().manual_seed(seed)
     ids = ids[:, :PREFIX].to(model.device)
     truth, count = _Truth(operator, model, ids), SAMPLES // (len(types) * DRAWS)
-    found = [truth.sights(kind, count, generator) for kind in types for _ in range(DRAWS)]
+    found = [truth.samples(kind, count, generator) for kind in types for _ in range(DRAWS)]
     x, part, products, noise, variance = (torch.cat(column) for column in zip(*found, strict=True))
     parameters = dict(operator.named_parameters())
     optimizer = torch.optim.Adam(parameters.values(), lr=RATE)
@@ -54,23 +54,23 @@ def fit_trust(
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
         rows = torch.randint(len(x), (BATCH,), generator=generator)
         runs = x[rows].expand(operator.runs, -1, -1)
-        more = said_of(parameters, runs, parameters["trust_part"][:, part[rows]])
+        more = network(parameters, runs, parameters["trust_part"][:, part[rows]])
         believed = variance[rows] / (variance[rows] + noise[rows] * more.exp())
-        of_told, of_both, of_read = products[rows].unbind(-1)
+        predicted, both, read = products[rows].unbind(-1)
         rest = 1 - believed
-        loss = (rest.square() * of_told + 2 * believed * rest * of_both + believed.square() * of_read).mean(1).sum()
+        loss = (rest.square() * predicted + 2 * believed * rest * both + believed.square() * read).mean(1).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
 
 class _Truth:
-    """Clean caches of windows ids [N, T], what is told of their tokens, and what is kept of them."""
+    """Clean caches of windows ids [N, T], the prediction of their tokens, and what is kept of them."""
 
     @torch.no_grad()
     def __init__(self, operator: JointOperator, model: PreTrainedModel, ids: Tensor) -> None:
-        assert operator.known is not None  # it is calibrated
-        self.operator, self.known, self.layers = operator, operator.known, list(operator.layers)
+        assert operator.deviations is not None  # it is calibrated
+        self.operator, self.deviations, self.layers = operator, operator.deviations, list(operator.layers)
         cache = DynamicCache()
         model.base_model(ids, past_key_values=cache, use_cache=True)
         self.keys, self.values = stack_cache(cache)
@@ -79,7 +79,7 @@ class _Truth:
         self.kept = operator.write_tokens(model, self.keys, self.values, ids, self.positions)
         codes = None if self.kept is None else self.kept.codes
         prior = operator.prior(model, ids, self.positions)
-        self.told = operator.told(prior, codes, like=self.keys[:, 0, 0, :, :1])
+        self.prediction = operator.predict(prior, codes, like=self.keys[:, 0, 0, :, :1])
 
     def _events(self, kind: str, generator: torch.Generator) -> list[CorruptionEvent]:
         """A fault of this kind for each window, of any strength, half of them everywhere."""
@@ -98,34 +98,36 @@ class _Truth:
         return events
 
     @torch.no_grad()
-    def sights(self, kind: str, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def samples(self, kind: str, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Features [n, F], parts [n], error products [n, 3], noise and variance [n] of `count` parts so hit."""
         events = self._events(kind, generator)
         donors = self.keys.roll(1, 0), self.values.roll(1, 0)
         bad = corrupt(self.keys, self.values, events, generator, *donors)
         sound = None if self.kept is None else self.kept.sound(bad[0], bad[1], self.layers)
         here = [(x[0][:, self.layers], x[1][:, self.layers]) for x in ((self.keys, self.values), bad)]
-        caught: list[Sight] = []
+        collected: list[PartStatistics] = []
 
-        def catch(sight: Sight) -> Tensor:
+        def collect(statistics: PartStatistics) -> Tensor:
             # the next piece of the tokens writes where this one did
-            caught.append(replace(sight, left=sight.left.clone(), seen=sight.seen.bool()))
-            return torch.zeros_like(sight.told)
+            own = {"residual": statistics.residual.clone(), "present": statistics.present.bool()}
+            collected.append(replace(statistics, **own))
+            return torch.zeros_like(statistics.noise)
 
-        self.operator.estimate(self.vectors, *here[1], self.told, self.positions, sound, catch)
-        names = [field.name for field in fields(Sight)]
-        sight = Sight(**{name: torch.cat([getattr(piece, name) for piece in caught], 1) for name in names})
-        known = self.known
-        clean, read = (known.parts.stack(k, v).float() for k, v in here)
-        off = known.parts.split((read - clean).nan_to_num() * known.scale)
-        off_told = torch.where(sight.seen, off - sight.left, 0.0)
-        off = torch.where(sight.seen, off, 0.0)
-        products = torch.stack([(a * b).mean(-1) for a, b in ((off_told, off_told), (off_told, off), (off, off))], -1)
-        wanted = ~sight.exact & (self.positions >= SINKS)[..., None]
+        self.operator.estimate(self.vectors, *here[1], self.prediction, self.positions, sound, collect)
+        columns = {field.name: [getattr(piece, field.name) for piece in collected] for field in fields(PartStatistics)}
+        statistics = PartStatistics(**{name: torch.cat(pieces, 1) for name, pieces in columns.items()})
+        deviations = self.deviations
+        clean, read = (deviations.parts.stack(k, v).float() for k, v in here)
+        off = deviations.parts.split((read - clean).nan_to_num() * deviations.scale)
+        off_predicted = torch.where(statistics.present, off - statistics.residual, 0.0)
+        off = torch.where(statistics.present, off, 0.0)
+        pairs = (off_predicted, off_predicted), (off_predicted, off), (off, off)
+        products = torch.stack([(a * b).mean(-1) for a, b in pairs], -1)
+        wanted = ~statistics.exact & (self.positions >= SINKS)[..., None]
         if sound is not None:
-            wanted &= ~sound[..., None].expand(*sound.shape, known.parts.heads).flatten(2)
-        place = torch.arange(known.parts.count).expand(wanted.shape)
+            wanted &= ~sound[..., None].expand(*sound.shape, deviations.parts.heads).flatten(2)
+        place = torch.arange(deviations.parts.count).expand(wanted.shape)
         chosen = wanted.flatten().nonzero().squeeze(1)
         chosen = chosen[torch.randperm(len(chosen), generator=generator)[:count]]
-        columns = features(sight), place, products / known.power, sight.noise, sight.variance
-        return tuple(c.flatten(0, 2)[chosen] for c in columns)
+        found = features(statistics), place, products / deviations.power, statistics.noise, statistics.variance
+        return tuple(x.flatten(0, 2)[chosen] for x in found)

@@ -42,7 +42,7 @@ def repair_read(base: Base, bank: Bank, operator: JointOperator, draw: Draw, rea
         whole[:, first:] = side.detach().repeat_interleave(runs // len(side), 0).flatten(0, 1)
         return whole
 
-    repaired = operator.repair_told(
+    repaired = operator.repair_with_prior(
         vectors,
         found(read.keys, clean[0]),
         found(read.values, clean[1]),
