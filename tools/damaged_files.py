@@ -24,8 +24,8 @@ from cachemedic.models.base_files import CARD, check_base_files, defining_digest
 from cachemedic.models.load import WEIGHTS
 from cachemedic.repair.shipped import operator_folder
 from cachemedic.studies.result_files import read_result
+from cachemedic.token.coder import joint_operator
 from cachemedic.token.joint import JointModel
-from cachemedic.token.joint_operator import JointOperator
 from cachemedic.training.bank import BankConfig, open_bank
 from cachemedic.training.log import drop_after
 from cachemedic.training.valence.quantiser import KVQuantiser, QuantiserConfig
@@ -123,8 +123,7 @@ def _token_operator(folder: Path) -> FileKind:
         shutil.copy(next((WEIGHTS / "embedded-llama").glob("joint-*.safetensors")), place)
 
     def read(place: Path) -> Any:
-        operator = RepairOperator.from_pretrained(place)
-        assert isinstance(operator, JointOperator)
+        operator = joint_operator(RepairOperator.from_pretrained(place))
         return operator.digest, operator.expected_kl, operator.alarms
 
     return FileKind(folder, read, {name: x for name, x in _contents(folder / "other").items() if "joint" not in name})

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from cachemedic.core.errors import check_given
 
 EPS = 1e-8
+Norms = tuple[torch.Tensor, torch.Tensor]  # of keys and of values
 
 
 def kd_loss(z_clean: torch.Tensor, z_rep: torch.Tensor, temperature: float = 2.0) -> torch.Tensor:
@@ -47,8 +48,19 @@ def _check_shapes(*caches: torch.Tensor) -> None:
         raise ValueError(f"keys and values of one layer must be [B, G, T, d] alike, not {sorted(shapes)}")
 
 
-def _norm(x: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(x.flatten(1), dim=1)  # unlike a root of squares, its gradient at zero is zero
+def cache_norm(x: torch.Tensor) -> torch.Tensor:
+    """Frobenius norms [...] of keys or values [..., G, T, d]."""
+    return torch.linalg.vector_norm(x.flatten(-3), dim=-1)  # unlike a root of squares, its gradient at zero is zero
+
+
+def relative_square(left: Norms, clean: Norms) -> torch.Tensor:
+    """The identity loss from norms (of keys, of values): of the error that is left, and of what is clean."""
+    return (left[0].square() + left[1].square()) / (clean[0].square() + clean[1].square() + EPS)
+
+
+def error_ratio(left: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """rho from norms: of the error that is left, over that of the error that was found."""
+    return left / (found + EPS)
 
 
 def identity_loss(
@@ -60,8 +72,8 @@ def identity_loss(
     Raises `ValueError` for different shapes.
     """
     _check_shapes(k_clean, v_clean, k_rep, v_rep)
-    deviation = _norm(k_rep - k_clean).square() + _norm(v_rep - v_clean).square()
-    return deviation / (_norm(k_clean).square() + _norm(v_clean).square() + EPS)
+    left = cache_norm(k_rep - k_clean), cache_norm(v_rep - v_clean)
+    return relative_square(left, (cache_norm(k_clean), cache_norm(v_clean)))
 
 
 def contraction_ratio(
@@ -78,9 +90,8 @@ def contraction_ratio(
     corruption changed nothing has no ratio: mask it before averaging. Raises `ValueError` for different shapes.
     """
     _check_shapes(k_clean, v_clean, k_corr, v_corr, k_rep, v_rep)
-    left = _norm(k_rep - k_clean) + _norm(v_rep - v_clean)
-    found = _norm(k_corr - k_clean) + _norm(v_corr - v_clean)
-    return left / (found + EPS)
+    left = cache_norm(k_rep - k_clean) + cache_norm(v_rep - v_clean)
+    return error_ratio(left, cache_norm(k_corr - k_clean) + cache_norm(v_corr - v_clean))
 
 
 def contraction_loss(rho: torch.Tensor, alpha: float | torch.Tensor = 0.8) -> torch.Tensor:

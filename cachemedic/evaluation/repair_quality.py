@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cachemedic.core.divergence import EPS
+from cachemedic.core.divergence import EPS, cache_norm, error_ratio
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.data.task_data import TaskData
 from cachemedic.defenses.defense import Defense
@@ -60,8 +60,8 @@ def repair_quality(
     for name, defense in defenses.items():
         read = defense.read(found_damaged, defense.write(written))
         errors = {
-            "k": (_size(read.k - clean.k), _size(torch.nan_to_num(k) - clean.k)),
-            "v": (_size(read.v - clean.v), _size(torch.nan_to_num(v) - clean.v)),
+            "k": (cache_norm(read.k - clean.k), cache_norm(torch.nan_to_num(k) - clean.k)),
+            "v": (cache_norm(read.v - clean.v), cache_norm(torch.nan_to_num(v) - clean.v)),
             "s": (_scores(queries, read.k - clean.k), _scores(queries, torch.nan_to_num(k) - clean.k)),
         }
         left, found = (errors["k"][i] + errors["v"][i] for i in (0, 1))
@@ -72,19 +72,14 @@ def repair_quality(
     return pd.DataFrame(rows)
 
 
-def _size(error: Tensor) -> Tensor:
-    """Norms [B, L] of errors [B, L, G, T, d]."""
-    return torch.linalg.vector_norm(error.flatten(2), dim=2)
-
-
 def _scores(queries: Tensor, error: Tensor) -> Tensor:
     """Norms [B, L] of what errors of keys [B, L, G, T, d] do to attention scores."""
     repeats = queries.shape[2] // error.shape[2]
-    return _size(queries @ error.repeat_interleave(repeats, 2).mT)
+    return cache_norm(queries @ error.repeat_interleave(repeats, 2).mT)
 
 
 def _ratio(left: Tensor, found: Tensor) -> np.ndarray:
     """Means [B] over the layers in which there was something to find."""
     hit = found > EPS
-    ratio = torch.where(hit, left / found.clamp_min(EPS), 0).sum(1) / hit.sum(1).clamp_min(1)
+    ratio = torch.where(hit, error_ratio(left, found), 0).sum(1) / hit.sum(1).clamp_min(1)
     return torch.where(hit.any(1), ratio, torch.nan).numpy()

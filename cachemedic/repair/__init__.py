@@ -9,6 +9,8 @@ attach        attaches an operator to the attention of a model (`protect`)
 registry      the families by name
 shipped       the trained operators that come with the package
 weights/      these operators
+trainable     what training asks of a family
 operator      what every family shares
+gram          identity loss and contraction ratio from Gram matrices
 folded        the families A, B and C
 """

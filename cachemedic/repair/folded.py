@@ -18,9 +18,11 @@ from torch import Tensor
 from cachemedic.core.integers import LONGEST, whole_number
 from cachemedic.repair.attention import Attention, Gates
 from cachemedic.repair.config import OperatorConfig
+from cachemedic.repair.gram import Gram, layer_terms
 from cachemedic.repair.inward_clamp import InwardClamp
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.repair.registry import register_family
+from cachemedic.repair.trainable import Sides
 
 
 class FoldedOperator(RepairOperator):
@@ -80,6 +82,12 @@ class FoldedOperator(RepairOperator):
         gates = self.gates(layer, query)
         output, weights = attention(self.fold_query(layer, query, gates), key, value)
         return self.fold_output(layer, output.transpose(1, 2), gates).transpose(1, 2), weights, gates
+
+    def repair_terms(self, layer: int, clean: Sides, found: Sides, gates: Gates) -> dict[str, Tensor]:
+        """See `Trainable.repair_terms`; in Gram space, where no repaired cache is formed."""
+        keys, values = (Gram.of(sound, hit) for sound, hit in zip(clean, found, strict=True))
+        damage = (keys.found + values.found).repeat_interleave(self.runs // len(found[0]), 0)
+        return {**layer_terms(keys, values, self.factors(layer), gates), "found": damage}
 
     def materialise(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The repaired keys and values themselves, for each query its own: the slow reference of the fold.

@@ -28,16 +28,18 @@ from cachemedic.repair.attention import Attention, Gates
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.registry import family_class
 from cachemedic.repair.shipped import CONFIG, operator_folder
+from cachemedic.repair.trainable import Trainable
 
 WEIGHTS, STATISTICS = "operator.safetensors", "statistics.json"
 UNNAMED = "unnamed"  # statistics of folders that were written before their `config.json` named them
 
 
-class RepairOperator(nn.Module, Defense, ABC):
+class RepairOperator(nn.Module, Trainable, ABC):
     """A stack of R repair operators for the attention of some layers of one model.
 
     Make one with `create` or `from_pretrained`; use it with `cachemedic.repair.attach.protect`. A family says how its
-    parameters start (`initial_parameters`) and what it does around attention (`attend`).
+    parameters start (`initial_parameters`) and what it does around attention (`attend`), or else to stored tokens, see
+    `cachemedic.token.token_repair.TokenOperator`.
     """
 
     default_options: dict[str, Any] = {}
@@ -164,6 +166,10 @@ class RepairOperator(nn.Module, Defense, ABC):
     def idle_because(self) -> str | None:
         """Why this operator would change nothing inside attention; None if it may change something."""
         return None
+
+    def defense(self, model: PreTrainedModel) -> Defense:
+        """This operator at work on the caches of `model`, to be measured beside other defenses."""
+        return self
 
     def num_parameters(self) -> int:
         """Trainable numbers of one run."""

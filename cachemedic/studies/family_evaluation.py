@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -23,9 +23,9 @@ from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.family_study import folded
 from cachemedic.studies.run import Run
 from cachemedic.studies.sweeps import trained
+from cachemedic.token.coder import joint_operator
 from cachemedic.token.joint import SINKS
 from cachemedic.token.joint_calibration import clean_caches
-from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.kept import Kept
 from cachemedic.token.token_recompute import TokenRecompute
 from cachemedic.token.token_repair import TokenRepair
@@ -50,7 +50,7 @@ def token_repairs(
 ) -> dict[Name, TokenRepair]:
     """What reads a damaged cache with each of the `trained` operators of families D and E."""
     operators = trained(base, configs, run, retrain).items()
-    return {name: TokenRepair(base.model, cast(JointOperator, operator)) for name, operator in operators}
+    return {name: TokenRepair(base.model, operator) for name, operator in operators}
 
 
 def code_alone(repair: TokenRepair) -> TokenRepair:
@@ -64,7 +64,7 @@ def without_trust(repair: TokenRepair) -> TokenRepair:
     for name, p in operator.named_parameters():
         if name in ("trust_out", "trust_bias"):
             p.data.zero_()
-    return TokenRepair(repair.model, cast(JointOperator, operator))
+    return TokenRepair(repair.model, operator)
 
 
 def linear_operators(base: Base, seeds: Sequence[int], run: Run, smoke: bool) -> dict[str, RepairOperator]:
@@ -124,7 +124,8 @@ def rate_distortion(base: Base, codes: Mapping[str, TokenRepair], samples: int =
     positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
     ((_, cache),) = clean_caches(base, ids, len(ids))
     keys, values = stack_cache(cache)
-    vectors, joint = TokenVectors(base.model), next(iter(codes.values())).operator.calibrated
+    operators = {name: joint_operator(repair.operator) for name, repair in codes.items()}
+    vectors, joint = TokenVectors(base.model), next(iter(operators.values())).calibrated
     x = vectors.of(keys, values, positions)
     centred = joint.standardise(x)[:, SINKS:].flatten(0, 1)
     centred = (centred - centred.mean(0)).double()
@@ -136,12 +137,11 @@ def rate_distortion(base: Base, codes: Mapping[str, TokenRepair], samples: int =
     for kind, spectrum in (("joint", over_all), ("by layer", alone)):
         for share in (1 / 1024, 1 / 512, 1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8):
             rows.append((kind, share, float(_water_filling(spectrum, share * whole) / total)))
-    for name, repair in codes.items():
-        operator = repair.operator
+    for name, operator in operators.items():
         assert operator.code is not None  # only family E has something to draw here
         prior = operator.prior(base.model, ids, positions)
-        told = joint.reconstruct(operator.code.decode(operator.code.encode(x, prior), prior), prior)
-        error = ((told - x) * joint.scale)[:, SINKS:].square().mean((0, 1)).sum()
+        restored = joint.reconstruct(operator.code.decode(operator.code.encode(x, prior), prior), prior)
+        error = ((restored - x) * joint.scale)[:, SINKS:].square().mean((0, 1)).sum()
         rows.append((name, 8 * operator.bytes_per_token / whole, float(error / total)))
     return pd.DataFrame(rows, columns=["kind", "share", "distortion"])
 

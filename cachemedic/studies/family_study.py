@@ -27,7 +27,7 @@ SMALL = 1 / 256  # the share that is ablated: there is something to lose
 def token_aware_config(
     base: Base, family: str, seeds: Sequence[int], smoke: bool = False, **options: Any
 ) -> TrainConfig:
-    """How family D or E is trained on a base: faults on all layers, repair of all layers."""
+    """How D, E or another family that repairs stored tokens is trained: faults on all layers, repair of all layers."""
     bank = BankConfig(samples=16 * len(seeds), decoded=4) if smoke else BankConfig(samples=1280, decoded=16)
     return TrainConfig(
         family=family,
@@ -36,7 +36,7 @@ def token_aware_config(
         seeds=tuple(seeds),
         mixture=Mixture(severities=SEVERITIES),
         bank=bank,
-        steps=2 if smoke else STEPS[family],
+        steps=2 if smoke else STEPS.get(family, STEPS["E"]),
         batch=4,
         lr=LEARNING_RATE,
         options=options,

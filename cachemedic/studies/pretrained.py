@@ -31,6 +31,7 @@ from cachemedic.models.load import Base
 from cachemedic.models.shape import ModelShape
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.token.calibration_text import dialogues, source_texts
+from cachemedic.token.coder import joint_operator
 from cachemedic.token.joint_calibrate import calibrate
 from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.token_repair import TokenRepair
@@ -47,9 +48,8 @@ def operators(base: Base, source: TextSource) -> dict[str, JointOperator]:
         if not (folder / family / "config.json").is_file():
             operator = RepairOperator.create(family, base.config, layers="all")
             calibrate(operator, base, source_texts(base, source), joint).save_pretrained(folder / family)
-        operator = RepairOperator.from_pretrained(folder / family)
-        assert isinstance(operator, JointOperator)
-        found[family], joint = operator, operator.calibrated
+        found[family] = joint_operator(RepairOperator.from_pretrained(folder / family))
+        joint = found[family].calibrated
     return found
 
 

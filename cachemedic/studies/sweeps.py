@@ -9,13 +9,10 @@ from typing import Any, TypeVar
 from cachemedic.core.errors import nearest_valid
 from cachemedic.defenses.defense import Defense
 from cachemedic.models.load import Base, load_base
-from cachemedic.repair.folded import FoldedOperator
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.repair.registry import family_class
 from cachemedic.studies.family_study import token_aware_config
 from cachemedic.studies.run import Run
-from cachemedic.token.joint_operator import JointOperator
-from cachemedic.token.token_repair import TokenRepair
 from cachemedic.training.bank import WITH_REVIEWS, BankConfig
 from cachemedic.training.config import TrainConfig
 from cachemedic.training.kept_operators import load_or_train
@@ -38,13 +35,13 @@ def standard_config(
 ) -> TrainConfig:
     """The standard setting, faults on and repair of all layers, from which conditions are made by `replace`.
 
-    `steps` are those of families A to C; D and E train as the family study trains them. The "valence" objective sees
-    reviews besides documentation, so that its sequences differ in valence. Raises `ValueError` for another objective or
-    an unknown family.
+    `steps` are those of families that act inside attention; others train as the family study trains D and E. The
+    "valence" objective sees reviews besides documentation, so that its sequences differ in valence. Raises `ValueError`
+    for another objective or an unknown family.
     """
     if objective not in OBJECTIVES:
         raise nearest_valid("objective", objective, OBJECTIVES)
-    if issubclass(family_class(family), FoldedOperator):
+    if not family_class(family).repairs_tokens:
         layers = tuple(range(base.config.num_hidden_layers))
         bank = BankConfig(samples=(8 if smoke else SAMPLES) * len(seeds))
         steps, batch = (4, 4) if smoke else (steps, TrainConfig.batch)
@@ -82,19 +79,14 @@ def with_and_without_contraction(standard: TrainConfig) -> dict[str, TrainConfig
 
 def rank_sweep(standard: TrainConfig, ranks: Sequence[int]) -> dict[str, TrainConfig]:
     """Conditions "rank r" that differ in the rank. Raises `ValueError` for a family without one."""
-    if not issubclass(family_class(standard.family), FoldedOperator):
+    if family_class(standard.family).repairs_tokens:
         raise ValueError(f"family {standard.family} has no rank; allowed are A, B, C")
     return {f"rank {rank}": replace(standard, rank=rank) for rank in ranks}
 
 
-def defense_of(base: Base, operator: RepairOperator) -> Defense:
-    """What reads a damaged cache with an operator: D and E repair what is stored, A to C act inside attention."""
-    return TokenRepair(base.model, operator) if isinstance(operator, JointOperator) else operator
-
-
 def defenses_of(base: Base, operators: Mapping[str, RepairOperator]) -> dict[str, Defense]:
-    """`defense_of` for each operator."""
-    return {name: defense_of(base, operator) for name, operator in operators.items()}
+    """Each operator as a defense of the base's model."""
+    return {name: operator.defense(base.model) for name, operator in operators.items()}
 
 
 def block(depth: int, size: int, place: str) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from cachemedic.studies.family_study import headline
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of, shipped
 from cachemedic.studies.summaries import Summarise, by_group, recovery_by_type, summary
-from cachemedic.studies.sweeps import by_condition, defense_of, defenses_of
+from cachemedic.studies.sweeps import by_condition, defenses_of
 from cachemedic.studies.valence_report import CORE
 from cachemedic.studies.verify_sample import Sample
 
@@ -61,7 +61,7 @@ def protected_rows(run: Run) -> pd.DataFrame:
     """Four layers in the middle, which alone are hit and repaired."""
     base, name = base_of(run), "mid 4"
     config = protected_layers.conditions(run, base)[f"protected {name}"]
-    reader = defense_of(base, shipped(run, base, {name: config})[name])
+    reader = shipped(run, base, {name: config})[name].defense(base.model)
     return protected_layers.protected_grid(run, base, name, reader, **at("gaussian", 1.0))
 
 

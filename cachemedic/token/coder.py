@@ -13,6 +13,7 @@ from cachemedic.token.joint import RECENT, Prior
 from cachemedic.token.joint_operator import JointOperator, Prediction
 from cachemedic.token.lowest_layer import stored_in_lowest_layer
 from cachemedic.token.record import TokenRecord
+from cachemedic.token.token_repair import wrong_family
 from cachemedic.token.vectors import TokenVectors
 
 CODED = 512  # tokens a row whose vectors are held at once
@@ -33,8 +34,7 @@ def check_operator(model: PreTrainedModel, operator: object) -> None:
 def joint_operator(operator: object) -> JointOperator:
     """The operator, if it is of family D or E. Raises `TypeError` for anything else."""
     if not isinstance(operator, JointOperator):
-        found = getattr(getattr(operator, "config", None), "family", type(operator).__name__)
-        raise TypeError(f"clean tokens are known to an operator of family D or E, not {found}")
+        raise wrong_family(operator)
     return operator
 
 

@@ -16,11 +16,13 @@ from transformers import DynamicCache
 
 from cachemedic.core.progress import tqdm
 from cachemedic.core.threads import one_thread
+from cachemedic.data.text_source import TextSource
 from cachemedic.models.cache import unstack_cache
 from cachemedic.models.load import Base
 from cachemedic.models.shape import ModelShape
-from cachemedic.token.calibration_text import Texts, default_texts, windows
+from cachemedic.token.calibration_text import Texts, default_texts, source_texts, windows
 from cachemedic.token.joint import SINKS, JointModel, recent
+from cachemedic.token.joint_files import shipped_joint
 from cachemedic.token.lowest_layer import lowest_layer
 from cachemedic.token.vectors import TokenVectors
 
@@ -34,6 +36,14 @@ RIDGE = 0.03  # of the prior, over the mean power of what it is linear in
 PRIOR_RANK = 384
 SENSITIVITY_WINDOWS, SENSITIVITY_PREFIX, SENSITIVITY_DECODED = 32, 128, 32
 LEAST_POWER, LEAST_WEIGHT = 1e-6, 1e-8  # over the mean of all: what a dead or unread head counts
+
+
+def joint_of(base: Base, layers: tuple[int, ...], source: TextSource) -> JointModel:
+    """The joint model of some layers: the one that comes with the base, else measured on the text of `source`."""
+    shipped = shipped_joint(base.name)
+    if shipped is not None and shipped.layers == layers and not source:
+        return shipped
+    return fit_joint_model(base, source_texts(base, source), layers)
 
 
 @one_thread()

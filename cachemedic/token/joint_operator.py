@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachemedic.core.integers import LONGEST, whole_number
+from cachemedic.data.text_source import TextSource
+from cachemedic.models.load import Base
 from cachemedic.repair.config import OperatorConfig
-from cachemedic.repair.operator import STATISTICS, Attention, Gates, RepairOperator
+from cachemedic.repair.operator import STATISTICS
 from cachemedic.repair.registry import register_family
 from cachemedic.token.code import TokenCode, check_share
 from cachemedic.token.estimate import PartStatistics, Trust, estimate
 from cachemedic.token.first_token import with_first
 from cachemedic.token.joint import JointModel, Prior
-from cachemedic.token.joint_files import file_of, find_joint
+from cachemedic.token.joint_calibration import joint_of
+from cachemedic.token.joint_files import file_of, find_joint, shipped_joint
 from cachemedic.token.kept import Kept, Prediction, hashes_of, sinks_of, with_sinks
 from cachemedic.token.parts import DeviationModel
 from cachemedic.token.scratch import Scratch
+from cachemedic.token.token_repair import TokenOperator
 from cachemedic.token.trust import initial_trust, noise_correction
+from cachemedic.token.trust_fit import fit_trust
 from cachemedic.token.vectors import TokenVectors
 
 Alarms = dict[str, list[float]]  # thresholds of `check_cache`, by rate of false alarms
@@ -36,7 +42,7 @@ FROM_PRIOR, FROM_CODE = 0, 1  # kinds of predictions
 PIECE = 128  # tokens, over all rows, that are estimated at once: their numbers stay in the processor's cache
 
 
-class JointOperator(RepairOperator):
+class JointOperator(TokenOperator):
     """What D and E share. `calibrate` gives it a joint model, without which it repairs nothing.
 
     rank: how many axes an estimate moves along, as a mean over the heads of all layers.
@@ -62,11 +68,19 @@ class JointOperator(RepairOperator):
             check_share(config.options["share"], parts * config.model.head_dim)
         return initial_trust(parts, config.options["hidden"], generator)
 
-    def attend(
-        self, layer: int, attention: Attention, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor | None, Gates]:
-        """Plain attention: D and E repair what is stored."""
-        return *attention(query, key, value), (None, None)
+    @classmethod
+    def shipped_statistics(cls, base_name: str) -> str | None:
+        """See `Trainable`: those of the joint model."""
+        joint = shipped_joint(base_name)
+        return None if joint is None else joint.digest
+
+    def prepare(
+        self, base: Base, source: TextSource, ids: Tensor, faults: Sequence[str], statistics: JointModel | None = None
+    ) -> None:
+        """See `Trainable`: the joint model, and the trust network where there are `faults`."""
+        self.set_joint(joint_of(base, self.layers, source) if statistics is None else statistics)
+        if faults:
+            fit_trust(self, base.model, ids, faults)
 
     def set_joint(
         self, joint: JointModel, expected_kl: dict[str, float] | None = None, alarms: Alarms | None = None
@@ -92,10 +106,6 @@ class JointOperator(RepairOperator):
     def _code(self, joint: JointModel) -> TokenCode | None:
         """Hook: what E writes."""
         return None
-
-    @property
-    def idle_because(self) -> str:
-        return "D and E repair what is stored: give the model past_key_values=SketchCache(model, operator) instead"
 
     @property
     def calibrated(self) -> JointModel:
@@ -194,23 +204,6 @@ class JointOperator(RepairOperator):
         """What ids [B, T] at positions [B, T] tell; None for an operator that does not use them."""
         return self.calibrated.prior(model, ids, positions) if self.config.options["with_ids"] else None
 
-    def repair(
-        self,
-        model: PreTrainedModel,
-        keys: Tensor,
-        values: Tensor,
-        ids: Tensor,
-        positions: Tensor,
-        kept: Kept | None = None,
-        way: str = "estimate",
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, L, G, T, d] of all layers, those of protected layers repaired; `way` may be "restore".
-
-        With what E kept, all that is as it was written keeps every bit.
-        """
-        prior = self.prior(model, ids, positions)
-        return self.repair_with_prior(TokenVectors(model, self.layers), keys, values, prior, positions, kept, way)
-
     def repair_with_prior(
         self,
         vectors: TokenVectors,
@@ -221,7 +214,7 @@ class JointOperator(RepairOperator):
         kept: Kept | None = None,
         way: str = "estimate",
     ) -> tuple[Tensor, Tensor]:
-        """The same with the prior that `prior` found."""
+        """See `TokenOperator`. With what E kept, all that is as it was written keeps every bit."""
         layers = list(self.layers)
         here = keys[:, layers], values[:, layers]
         prediction = self.predict(prior, None if kept is None else kept.codes, like=keys[:, 0, 0, :, :1])

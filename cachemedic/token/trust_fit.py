@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,9 +23,11 @@ from cachemedic.corruption.spec import CorruptionEvent, CorruptionSpec, draw_eve
 from cachemedic.models.cache import stack_cache
 from cachemedic.token.estimate import PartStatistics
 from cachemedic.token.joint import SINKS
-from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.trust import features, network
 from cachemedic.token.vectors import TokenVectors
+
+if TYPE_CHECKING:  # the families fit their networks by what stands here
+    from cachemedic.token.joint_operator import JointOperator
 
 RANGES = {  # of parameters: from harmless to what leaves little
     "gaussian": (0.05, 1.5),

@@ -7,9 +7,8 @@ objective     the repair objective
 bank          clean caches and teacher logits, computed once
 config        what defines a training
 draws         the samples and faults of a step
-gram          identity loss and contraction ratio from Gram matrices
 student       the student's forward pass from the first corrupted layer on
-joint_terms   the same two terms for the families D and E
+stored_repair training of operators that repair stored tokens
 keep_best     the best parameters of each run by validation
 forward       one training step
 run_adam      Adam for a stack of runs

@@ -18,8 +18,6 @@ from cachemedic.corruption.severity import shipped_map
 from cachemedic.models.load import Base
 from cachemedic.models.shape import ModelShape
 from cachemedic.repair.registry import family_class
-from cachemedic.token.joint_files import shipped_joint
-from cachemedic.token.joint_operator import JointOperator
 from cachemedic.training.bank import BankConfig, weights_digest
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.step_data import StepOutputs
@@ -138,8 +136,8 @@ class TrainConfig:
         defined: list[object] = [{k: v for k, v in fields.items() if k not in unused}]
         defined += [base.name, weights_digest(base)]
         defined += [head_digest(base)] if self.needs_valence else []
-        joint = shipped_joint(base.name) if issubclass(family_class(self.family), JointOperator) else None
-        defined += [] if joint is None else [joint.digest]
+        statistics = family_class(self.family).shipped_statistics(base.name)
+        defined += [] if statistics is None else [statistics]
         shape = ModelShape.of(base.model.config)
         calibrated, cache_shape = base.severity_map or shipped_map(), (shape.num_layers, shape.num_kv_heads, 0)
         recalibrated = calibrated.digest_beside(shipped_map(), self.mixture.weights, self.mixture.base, cache_shape)

@@ -1,7 +1,7 @@
 """The forward pass of a training step: what the students read, what they say, and what objectives see of it.
 
-A cache changes before it is read, in `read_cache` and by families D and E (`repaired`), or inside attention, by
-`protect` and families A to C.
+A cache changes before it is read, in `read_cache` and by operators that repair stored tokens (`repaired`), or inside
+attention, by `protect`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ import torch
 from cachemedic.corruption.types import NONE
 from cachemedic.models.load import Base
 from cachemedic.repair.attach import Protection, protect
-from cachemedic.repair.folded import FoldedOperator
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.token.joint_operator import JointOperator
 from cachemedic.training.bank import Bank
 from cachemedic.training.config import TrainConfig
 from cachemedic.training.draws import Draw
-from cachemedic.training.gram import Gram, layer_terms
-from cachemedic.training.joint_terms import measure_repair, repair_read
 from cachemedic.training.step_data import StepOutputs
+from cachemedic.training.stored_repair import measure_repair, repair_read
 from cachemedic.training.student import shared_prefix, starting_at
 from cachemedic.training.valence.head import Valence
 from cachemedic.training.valence.quantiser import KVQuantiser
@@ -61,10 +58,10 @@ def forward(students: Students, draw: Draw) -> StepOutputs:
         observing(model) if config.observes_valence else nullcontext(Observation()) as seen,
     ):
         logits = model(ids, position_ids=positions, use_cache=False).logits
-    if isinstance(students.operator, JointOperator):
+    if students.operator.repairs_tokens:
         terms = measure_repair(bank, config.layers, draw, found, read)
     else:
-        terms = _measure(students, draw, read, protection)
+        terms = _inside_attention(students, draw, read, protection)
     untouched = [[e.type == NONE or e.severity == 0 for e in events] for events in draw.events]
     is_clean = torch.tensor(untouched, device=model.device).repeat_interleave(conditions, 0)
     outputs = StepOutputs(
@@ -104,29 +101,24 @@ def read_cache(students: Students, draw: Draw) -> Read:
 
 
 def repaired(students: Students, draw: Draw, found: Read) -> Read:
-    """The caches that the students attend to: those of D and E are repaired before, others inside attention."""
-    if isinstance(students.operator, JointOperator) and students.config.repairs:
+    """The caches that the students attend to."""
+    if students.operator.repairs_tokens and students.config.repairs:
         lossy = students.quantiser is not None
         return repair_read(students.base, students.bank, students.operator, draw, found, lossy)
     return found
 
 
-def _measure(students: Students, draw: Draw, read: Read, protection: Protection) -> dict[str, torch.Tensor]:
+def _inside_attention(students: Students, draw: Draw, read: Read, protection: Protection) -> dict[str, torch.Tensor]:
     """`identity`, `rho`, `rho_k`, `rho_v` and `found`, what was changed in the cache, of protected layers [R, B, P]."""
-    config, bank, operator = students.config, students.bank, students.operator
-    assert isinstance(operator, FoldedOperator)  # only a fold has Gram terms
+    config, bank = students.config, students.bank
     rows = draw.rows.repeat_interleave(len(read.keys) // len(draw.rows), 0)
-    terms: dict[str, list[torch.Tensor]] = {name: [] for name in ("identity", "rho", "rho_k", "rho_v", "found")}
+    terms = []
     for layer in config.layers:
-        grams = [
-            # detached: a quantiser would lower rho by doing more damage
-            Gram.of(clean[rows, layer].to(after.device), after[:, :, layer - read.first].detach())
-            for clean, after in zip((bank.keys, bank.values), (read.keys, read.values), strict=True)
-        ]
+        clean_k, clean_v = (x[rows, layer].to(read.keys.device) for x in (bank.keys, bank.values))
+        # detached: a quantiser would lower rho by doing more damage
+        found_k, found_v = (x[:, :, layer - read.first].detach() for x in (read.keys, read.values))
         gate_k, gate_v = (
             None if gate is None else gate.unflatten(0, (config.runs, -1)) for gate in protection.gates[layer]
         )
-        for name, value in layer_terms(grams[0], grams[1], operator.factors(layer), (gate_k, gate_v)).items():
-            terms[name].append(value)
-        terms["found"].append((grams[0].found + grams[1].found).repeat_interleave(read.conditions, 0))
-    return {name: torch.stack(values, -1) for name, values in terms.items()}
+        terms.append(students.operator.repair_terms(layer, (clean_k, clean_v), (found_k, found_v), (gate_k, gate_v)))
+    return {name: torch.stack([of_layer[name] for of_layer in terms], -1) for name in terms[0]}

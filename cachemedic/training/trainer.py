@@ -22,12 +22,6 @@ from cachemedic.models.attention import attention_modules
 from cachemedic.models.load import Base
 from cachemedic.repair.attach import IdleOperatorWarning
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.token.calibration_text import source_texts
-from cachemedic.token.joint import JointModel
-from cachemedic.token.joint_calibration import fit_joint_model
-from cachemedic.token.joint_files import shipped_joint
-from cachemedic.token.joint_operator import JointOperator
-from cachemedic.token.trust_fit import fit_trust
 from cachemedic.training.bank import WITH_REVIEWS, Bank, open_bank
 from cachemedic.training.config import TrainConfig, sweep_objective
 from cachemedic.training.draws import Draw, draw_step
@@ -44,15 +38,16 @@ from cachemedic.training.valence.quantiser import KVQuantiser
 
 CHECKPOINT = "checkpoint.safetensors"
 VALIDATION_STEP, VALIDATIONS = 1_000_000, 2  # draws of steps that no training reaches
-FITTED = 8  # texts of the bank that an untrained trust network sees
+FITTED = 8  # texts of the bank that `prepare` of an operator sees
 
 
 class Trainer:
     """Trains the operators of one `TrainConfig`; `folder` receives checkpoint and log, and is resumed from.
 
     `valence` is the head that a valence objective or a mercy gate needs, from last hidden states [..., width] to
-    [0, 1]^m (None: the one that comes with the base). `joint` is the joint model of families D and E (None: `joint_of`
-    the configuration). They and quantisers are validated as they train, and every run returns its best parameters.
+    [0, 1]^m (None: the one that comes with the base). `statistics` are what `prepare` of the operator takes, the joint
+    model of families D and E (None: shipped or measured). Operators that repair stored tokens, and quantisers, are
+    validated as they train, and every run returns its best parameters.
     Raises `ValueError` for a configuration that does not fit the base, before the bank is computed.
     """
 
@@ -63,7 +58,7 @@ class Trainer:
         folder: Path,
         bank: Bank | None = None,
         valence: Valence | None = None,
-        joint: JointModel | None = None,
+        statistics: Any = None,
     ) -> None:
         self.base, self.config, self.folder = base, config, folder
         seeds = [seed for seed in config.seeds for _ in config.objectives]
@@ -81,13 +76,11 @@ class Trainer:
         self.valence = shipped_valence(base) if valence is None and config.needs_valence else valence
         self.bank = open_bank(base, config.bank) if bank is None else bank
         self.best: KeepBest | None = None
-        if isinstance(self.operator, JointOperator):
-            self.operator.set_joint(joint_of(base, config) if joint is None else joint)
-            if config.repairs:
-                fit_trust(self.operator, base.model, self.bank.ids[:FITTED], tuple(config.mixture.weights))
+        faults = tuple(config.mixture.weights) if config.repairs else ()
+        self.operator.prepare(base, config.bank.source, self.bank.ids[:FITTED], faults, statistics)
         self.first = config.first_layer
         self.quantiser, self.strength = self._quantiser(), self._strength()
-        if isinstance(self.operator, JointOperator) or self.quantiser is not None:
+        if self.operator.repairs_tokens or self.quantiser is not None:
             self.best = KeepBest(torch.nn.ModuleDict(self.trained), config.runs)
         self.optimizer = RunAdam((p for part in self.trained.values() for p in part.parameters()), lr=config.lr)
         self.keeper = None if config.gate is None else GateKeeper(config.gate, config.runs, self.optimizer)
@@ -266,11 +259,3 @@ class Trainer:
         """`validate`, and infinite for runs that are not in a state that has passed the gate."""
         losses = self.validate()
         return losses if self.keeper is None else losses.cpu().where(self.keeper.has_passed, torch.inf)
-
-
-def joint_of(base: Base, config: TrainConfig) -> JointModel:
-    """The joint model of the protected layers: the one that comes with the base, else measured on the bank's text."""
-    source, shipped = config.bank.source, shipped_joint(base.name)
-    if shipped is not None and shipped.layers == config.layers and not source:
-        return shipped
-    return fit_joint_model(base, source_texts(base, source), config.layers)

@@ -17,7 +17,7 @@ from cachemedic.data import text_source
 from cachemedic.defenses.defense import CachedTokens
 from cachemedic.token.token_repair import TokenRepair
 from cachemedic.training.forward import read_cache, repaired
-from cachemedic.training.joint_terms import TINY_DAMAGE, measure_repair
+from cachemedic.training.stored_repair import TINY_DAMAGE, measure_repair
 from cachemedic.training.trainer import Trainer
 
 OPTIONS = {"D": {}, "E": {"share": 1 / 16}}
@@ -29,7 +29,7 @@ def config_of(family: str, **changes):
 
 
 def trainer_of(base, config, folder, bank) -> Trainer:
-    return Trainer(base, config, folder, bank, joint=joint_of(base.name.removeprefix("tiny-"), config.layers))
+    return Trainer(base, config, folder, bank, statistics=joint_of(base.name.removeprefix("tiny-"), config.layers))
 
 
 @pytest.fixture(autouse=True)

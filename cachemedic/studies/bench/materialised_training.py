@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from cachemedic.core.divergence import EPS
+from cachemedic.core.divergence import cache_norm, error_ratio, relative_square
 from cachemedic.corruption.types import NONE
 from cachemedic.models.load import Base
 from cachemedic.repair.attach import protect
@@ -76,16 +76,13 @@ class MaterialisedTrainer(Trainer):
 
 def _layer_terms(clean: Sequence[Tensor], corrupted: Sequence[Tensor], repaired: Sequence[Tensor]) -> dict[str, Tensor]:
     """The terms of one layer, [R*B] each, from keys and values [R*B, H, T, d] in three states."""
-
-    def norms(tensors: Sequence[Tensor]) -> Tensor:  # [2, R*B]
-        return torch.stack([torch.linalg.vector_norm(x.flatten(1), dim=1) for x in tensors])
-
-    left, found = (norms([x - y for x, y in zip(state, clean, strict=True)]) for state in (repaired, corrupted))
-    ratios = left / (found + EPS)
+    k, v = (cache_norm(x) for x in clean)
+    left_k, left_v = (cache_norm(x - y) for x, y in zip(repaired, clean, strict=True))
+    found_k, found_v = (cache_norm(x - y) for x, y in zip(corrupted, clean, strict=True))
     return {
-        "identity": left.square().sum(0) / (norms(clean).square().sum(0) + EPS),
-        "rho": left.sum(0) / (found.sum(0) + EPS),
-        "rho_k": ratios[0],
-        "rho_v": ratios[1],
-        "found": found.sum(0),
+        "identity": relative_square((left_k, left_v), (k, v)),
+        "rho": error_ratio(left_k + left_v, found_k + found_v),
+        "rho_k": error_ratio(left_k, found_k),
+        "rho_v": error_ratio(left_v, found_v),
+        "found": found_k + found_v,
     }

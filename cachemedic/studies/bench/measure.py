@@ -15,7 +15,7 @@ from cachemedic.models.load import load_base
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.bench import decode, training, whole_tokens
 from cachemedic.studies.run import ROOT, Run
-from cachemedic.token.joint_operator import JointOperator
+from cachemedic.token.coder import joint_operator
 from cachemedic.training.bank import open_bank
 
 
@@ -34,8 +34,7 @@ def repair() -> dict[str, pd.DataFrame]:
             except FileNotFoundError as error:  # not made on this machine yet
                 print(f"left out: {error}")
                 continue
-            assert isinstance(operator, JointOperator)
-            found.append(whole_tokens.repair_cost(load_base(name), operator))
+            found.append(whole_tokens.repair_cost(load_base(name), joint_operator(operator)))
     return {"bench_repair": pd.concat(found)}
 
 

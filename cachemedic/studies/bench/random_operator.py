@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from cachemedic.models.shape import ModelShape
 from cachemedic.repair.operator import RepairOperator
+from cachemedic.token.coder import joint_operator
 from cachemedic.token.joint import RECENT, JointModel
 from cachemedic.token.joint_calibration import COORDINATES, LARGEST_PART, PRIOR_RANK
 from cachemedic.token.joint_operator import JointOperator
@@ -14,8 +15,7 @@ from cachemedic.token.joint_operator import JointOperator
 
 def random_operator(model: PreTrainedModel, family: str) -> JointOperator:
     """An operator for all layers; its joint model has the sizes that calibration on long text gives."""
-    operator = RepairOperator.create(family, model.config, layers="all")
-    assert isinstance(operator, JointOperator)
+    operator = joint_operator(RepairOperator.create(family, model.config, layers="all"))
     of, numbers = ModelShape.of(model.config), torch.Generator().manual_seed(0)
     width = 2 * of.num_kv_heads * of.head_dim
     dim = width * of.num_layers

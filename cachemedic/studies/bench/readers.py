@@ -23,7 +23,6 @@ from cachemedic.defenses.defense import CachedTokens, Defense
 from cachemedic.defenses.heuristics import blind_defenses
 from cachemedic.defenses.registry import Calibration
 from cachemedic.repair.attach import protect
-from cachemedic.repair.folded import FoldedOperator
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.repair.registry import family_class
 from cachemedic.studies.bench.decode import RANK, decode, random_cache
@@ -114,7 +113,7 @@ def _steps(
 
     steps = {name: _Step(model, through(defense)) for name, defense in defenses.items()}
     for family in families:
-        if issubclass(family_class(family), FoldedOperator):
+        if not family_class(family).repairs_tokens:
             layers = range(model.config.num_hidden_layers)
             operator = RepairOperator.create(family, model.config, layers=layers, rank=rank)
             steps[OPERATOR + family] = _Step(model, through(defenses[PLAIN]), operator)

@@ -28,8 +28,8 @@ from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.family_evaluation import bytes_per_token, code_alone
 from cachemedic.studies.fault_grid import Guarded, stored_bank
 from cachemedic.studies.run import Run
+from cachemedic.token.coder import joint_operator
 from cachemedic.token.joint_calibration import clean_caches
-from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.kept import hashes_of
 from cachemedic.token.plausible import Plausibility, check_cache
 from cachemedic.token.token_repair import TokenRepair
@@ -57,7 +57,7 @@ def readers_on(run: Run, base: Base) -> dict[str, Defense]:
     Raises `FileNotFoundError` or `ValueError` for a base without operators, `ValueError` for an unknown defense.
     """
     operators = {family: RepairOperator.from_pretrained(f"{family}/{base.name}") for family in ("D", "E")}
-    repairs = {name: TokenRepair(base.model, cast(JointOperator, found)) for name, found in operators.items()}
+    repairs = {name: TokenRepair(base.model, found) for name, found in operators.items()}
     calibration = calibration_of(base, 8 if run.smoke else 64)
     named = {name: create_defense(name, calibration) for name in run.parameters["defenses"]}
     if "range_restriction" in named:  # a range says nothing about what is not finite
@@ -124,8 +124,8 @@ def checks(base: Base, repair: TokenRepair, clean: CachedTokens, incidents: Mapp
     false_alarms, false_alarms_other: tokens of clean caches that the ids make suspicious, of the same kind of text and
     of another.
     """
-    layers, operator = repair.operator.layers, repair.operator
-    written = hashes_of(clean.k, clean.v, layers).whole
+    operator = joint_operator(repair.operator)
+    written = hashes_of(clean.k, clean.v, operator.layers).whole
 
     def by_ids(k: Tensor, v: Tensor, ids: Tensor) -> Plausibility:
         return check_cache(base.model, operator, unstack_cache(k, v), ids, ALARM_RATE)
@@ -137,7 +137,7 @@ def checks(base: Base, repair: TokenRepair, clean: CachedTokens, incidents: Mapp
     rows = []
     for name, (k, v) in incidents.items():
         damaged = damaged_vectors(clean, tokens_like(clean, k, v)).any(2).any(1)
-        changed = hashes_of(k, v, layers).whole != written
+        changed = hashes_of(k, v, operator.layers).whole != written
         judged, hit = by_ids(k, v, clean.ids), damaged.any(1)
         scores = torch.cat([judged.score[damaged], sound.score.flatten()])
         labels = torch.arange(len(scores)) < damaged.sum()

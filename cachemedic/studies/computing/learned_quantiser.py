@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 
@@ -26,13 +26,13 @@ from cachemedic.studies.quantised_evaluation import (
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of
 from cachemedic.studies.sweeps import by_condition
-from cachemedic.token.joint_operator import JointOperator
+from cachemedic.token.coder import joint_operator
+from cachemedic.token.joint_calibration import joint_of
 from cachemedic.token.token_repair import TokenRepair
 from cachemedic.training.bank import WITH_REVIEWS, BankConfig
 from cachemedic.training.config import Objective, TrainConfig
 from cachemedic.training.kept_operators import load_or_train
 from cachemedic.training.objective import RepairObjective
-from cachemedic.training.trainer import joint_of
 from cachemedic.training.valence.head import shipped_valence
 from cachemedic.training.valence.objective import ValenceObjective
 from cachemedic.training.valence.quantiser import BITS, GROUPS, KVQuantiser, QuantiserConfig
@@ -91,7 +91,7 @@ def learned(run: Run, base: Base) -> dict[str, Storage]:
         names = [method, f"{method}, valence"][: len(config.objectives)]
         for number, (name, operator) in enumerate(by_condition(stack, names).items()):
             quantiser = quantisers.condition(number, len(names))
-            repair = TokenRepair(base.model, cast(JointOperator, operator), lossy=True) if config.repairs else None
+            repair = TokenRepair(base.model, operator, lossy=True) if config.repairs else None
             found[named(name, quantiser.config)] = quantised(name, quantiser, repair)
     return found
 
@@ -112,9 +112,8 @@ def untrained(run: Run, base: Base) -> dict[str, Storage]:
             found[named(KIVI, config)] = quantised(KIVI, quantiser)
     _, trained = next(conditions(run, base))
     for share in ALONE:
-        new = RepairOperator.create("E", base.model.config, trained.layers, share=share).to(base.model.device)
-        operator = cast(JointOperator, new)
-        operator.set_joint(joint_of(base, trained))
+        operator = RepairOperator.create("E", base.model.config, trained.layers, share=share).to(base.model.device)
+        joint_operator(operator).set_joint(joint_of(base, trained.layers, trained.bank.source))
         found[f"{CODE}, 1/{1 / share:.0f}"] = code_alone(CODE, TokenRepair(base.model, operator, "restore"))
     return found
 

@@ -21,7 +21,7 @@ from cachemedic.studies.family_study import headline
 from cachemedic.studies.run import Run
 from cachemedic.studies.setting import base_of, standard_of
 from cachemedic.studies.summaries import means_over_seeds
-from cachemedic.studies.sweeps import defense_of, train_sweep, trained
+from cachemedic.studies.sweeps import train_sweep, trained
 from cachemedic.training.config import TrainConfig
 
 NO_DEFENCE = "no defence"
@@ -51,8 +51,8 @@ def readers(
     shown = {contraction.DEFAULT: repaired, contraction.WITHOUT: f"{repaired}, no contraction term"}
     shown |= {run.parameters["objective"]: repaired}
     compared: dict[str, Defense] = {NO_DEFENCE: blind["none"], heuristic.replace("_", " "): blind[heuristic]}
-    compared |= {label: defense_of(base, swept[name]) for name, label in shown.items() if name in swept}
-    return compared | {name: defense_of(base, study[name]) for name in ("D", "E")}
+    compared |= {label: swept[name].defense(base.model) for name, label in shown.items() if name in swept}
+    return compared | {name: study[name].defense(base.model) for name in ("D", "E")}
 
 
 def texts(run: Run, base: Base) -> TaskData:

@@ -14,7 +14,6 @@ from transformers import DynamicCache, PreTrainedModel
 from cachemedic.models.load import decoder_layers
 from cachemedic.repair.attach import protect
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.token.joint_operator import JointOperator
 from cachemedic.training.bank import Bank
 from cachemedic.training.student import shared_prefix
 
@@ -72,12 +71,12 @@ def observing(model: PreTrainedModel) -> Iterator[Observation]:
 def reading(model: PreTrainedModel, read: Read, operator: RepairOperator | None) -> Iterator[None]:
     """Within, `model` decodes behind the caches of `read` (all its layers), through `operator` if there is one.
 
-    Families D and E have repaired `read` itself.
+    An operator that repairs stored tokens has repaired `read` itself.
     """
     keys, values = read.keys.to(model.dtype), read.values.to(model.dtype)
     with (
         shared_prefix(model, keys, values, read.first, read.conditions),
-        nullcontext() if operator is None or isinstance(operator, JointOperator) else protect(model, operator),
+        nullcontext() if operator is None or operator.repairs_tokens else protect(model, operator),
     ):
         yield
 

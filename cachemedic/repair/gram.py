@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cachemedic.core.divergence import EPS
+from cachemedic.core.divergence import EPS, error_ratio
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # W, U: [R, d, r] each
 
@@ -85,7 +85,7 @@ def layer_terms(
     left_k, left_v = (left[name].clamp_min(1e-12).sqrt() for name in "kv")
     return {
         "identity": (moved["k"] + moved["v"]) / (clean + EPS),
-        "rho": (left_k + left_v) / (found_k + found_v + EPS),
-        "rho_k": torch.where(found_k > 0, left_k / (found_k + EPS), torch.nan),
-        "rho_v": torch.where(found_v > 0, left_v / (found_v + EPS), torch.nan),
+        "rho": error_ratio(left_k + left_v, found_k + found_v),
+        "rho_k": torch.where(found_k > 0, error_ratio(left_k, found_k), torch.nan),
+        "rho_v": torch.where(found_v > 0, error_ratio(left_v, found_v), torch.nan),
     }

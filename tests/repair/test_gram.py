@@ -6,8 +6,8 @@ from small_models import shaken
 from transformers import LlamaConfig
 
 from cachemedic.core.divergence import contraction_ratio, identity_loss
+from cachemedic.repair.gram import Gram, layer_terms
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.training.gram import Gram, layer_terms
 
 SEEDS, CONDITIONS, SAMPLES, HEADS, LENGTH, DIM, LAYER = 2, 3, 4, 4, 6, 8, 1
 
