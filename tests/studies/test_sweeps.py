@@ -15,9 +15,12 @@ from tiny_training import CONFIG, linear_map, parameters, tiny_bank, tiny_base
 
 from cachemedic.core.severity_map import SeverityMap
 from cachemedic.models.load import load_base
+from cachemedic.repair.folded import QueryGatedAdditive
+from cachemedic.repair.registry import register_family
 from cachemedic.studies import sweeps
 from cachemedic.studies.family_study import token_aware_config
 from cachemedic.studies.jobs import Cluster
+from cachemedic.token.joint_operator import TokenAware
 from cachemedic.token.token_repair import TokenRepair
 from cachemedic.training import trainer as train
 from cachemedic.training.objective import RepairObjective
@@ -106,6 +109,26 @@ def test_a_standard_config_takes_family_and_objective():
         sweeps.standard_config(base, "A", (0, 1), smoke=True, objective="valance")
     with pytest.raises(ValueError, match="unknown operator family 'F'"):
         sweeps.standard_config(base, "F", (0, 1), smoke=True)
+
+
+def test_families_that_others_register_are_swept_by_where_they_act():
+    @register_family("tests: kin of A")
+    class KinOfA(QueryGatedAdditive):
+        pass
+
+    @register_family("tests: kin of D")
+    class KinOfD(TokenAware):
+        pass
+
+    base = base_of("gpt2")
+    acting, storing = (sweeps.standard_config(base, f"tests: kin of {name}", (0,), smoke=True) for name in "AD")
+    assert replace(acting, family="A") == sweeps.standard_config(base, "A", (0,), smoke=True)
+    assert replace(storing, family="D") == sweeps.standard_config(base, "D", (0,), smoke=True)
+    assert set(sweeps.rank_sweep(acting, [2])) == {"rank 2"}
+    operators = {"A": operator_for(base.model), "D": calibrated(family="tests: kin of D")}
+    defenses = sweeps.defenses_of(base, operators)
+    assert defenses["A"] is operators["A"]
+    assert isinstance(defenses["D"], TokenRepair)
 
 
 def test_sweeps_over_what_a_condition_lacks_are_refused():

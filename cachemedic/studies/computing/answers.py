@@ -24,7 +24,7 @@ from cachemedic.studies.family_evaluation import bytes_per_token
 from cachemedic.studies.run import Run
 from cachemedic.studies.summaries import by_group, in_order, means_over_seeds
 
-RIVALS = ("range_restriction", "shadow_2bit")  # to recompute is to have the sound cache
+BASELINES = ("range_restriction", "shadow_2bit")  # to recompute is to have the sound cache
 CONVERSATIONS = 8  # a seed
 SEVERITIES = (0.5, 1.0)
 CALIBRATION = 16  # windows whose ranges clip
@@ -34,8 +34,8 @@ KIND = ["type", "severity"]
 def readers_of(base: Base, source: TextSource, smoke: bool) -> dict[str, Defense]:
     """What is compared, by name."""
     calibration = calibration_of(base, 4 if smoke else CALIBRATION, source)
-    rivals = {name: DEFENSES[name](calibration) for name in RIVALS}
-    return {"none": NoDefense(), **rivals, **pretrained.token_readers(base, source)}
+    baselines = {name: DEFENSES[name](calibration) for name in BASELINES}
+    return {"none": NoDefense(), **baselines, **pretrained.token_readers(base, source)}
 
 
 def conversations(run: Run, base: Base, readers: Mapping[str, Defense]) -> pd.DataFrame:

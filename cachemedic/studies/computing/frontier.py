@@ -36,7 +36,7 @@ DAMAGED = (0.01, 0.1, 1.0)  # shares of them
 NOISE = 0.5  # of its size, on each vector
 EXAMPLES = 2  # texts a seed
 BUDGET = 0.15  # of the automatic choice, of a prefill
-RIVALS = ("checksum_erase", "shadow_2bit", "shadow_4bit")
+BASELINES = ("checksum_erase", "shadow_2bit", "shadow_4bit")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,13 +98,13 @@ def faults(length: int, share: float) -> dict[str, CorruptionSpec]:
 def readers_of(base: Base, source: TextSource, smoke: bool) -> dict[str, Defense]:
     """What is compared, by name."""
     calibration = calibration_of(base, 2 if smoke else 8, source)
-    rivals = {name: DEFENSES[name](calibration) for name in RIVALS}
+    baselines = {name: DEFENSES[name](calibration) for name in BASELINES}
     found = pretrained.operators(base, source)
     repairs: dict[str, Defense] = {"D": InCache(base.model, found["D"], "estimate")}
     repairs |= {f"E, {method}": InCache(base.model, found["E"], method) for method in ("restore", "estimate")}
     repairs["recompute"] = InCache(base.model, None, "recompute")
     repairs[f"auto, {BUDGET:.0%} of a prefill"] = InCache(base.model, found["E"], "auto", BUDGET)
-    return {"none": NoDefense(), **rivals, **repairs}
+    return {"none": NoDefense(), **baselines, **repairs}
 
 
 def grid_of(run: Run, base: Base, source: TextSource, readers: Mapping[str, Defense]) -> pd.DataFrame:

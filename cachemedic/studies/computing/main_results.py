@@ -50,8 +50,8 @@ def results(run: Run) -> dict[str, pd.DataFrame]:
     measured = {}
     for name, base in bases.items():
         found = token_repairs(base, token_aware(run, base), run, run.smoke)
-        rivals = {"operator E, code alone": code_alone(found["operator E"]), "recompute": TokenRecompute(base.model)}
-        measured[name] = main_study.measure(base, operators[name], found | rivals, seeds, run.partial, run.smoke)
+        baselines = {"operator E, code alone": code_alone(found["operator E"]), "recompute": TokenRecompute(base.model)}
+        measured[name] = main_study.measure(base, operators[name], found | baselines, seeds, run.partial, run.smoke)
     grid = pd.concat([m.grid.assign(base=name) for name, m in measured.items()], ignore_index=True)
     grid = grid[[*GROUPS, *grid.columns.drop(GROUPS)]]
     kept = pd.concat([m.kept.assign(base=name) for name, m in measured.items()])

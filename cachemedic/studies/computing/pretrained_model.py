@@ -31,7 +31,7 @@ from cachemedic.studies.summaries import (
     summary,
 )
 
-RIVALS = ("checksum_erase", "shadow_1bit", "shadow_2bit", "recompute")
+BASELINES = ("checksum_erase", "shadow_1bit", "shadow_2bit", "recompute")
 EXAMPLES, REVIEWS = 40, 20  # windows and reviews of the main result, a seed
 KIND_EXAMPLES, SEVERITY_WINDOWS, VALIDATION = 4, 32, 4  # windows: a seed and kind; in all; a seed
 ASKED = ("none", "recompute", "D", "E")  # of reviews, with the best heuristic
@@ -61,9 +61,9 @@ def readers_of(run: Run, base: Base, source: TextSource) -> tuple[dict[str, Defe
     documents = source.documents_of("validation")
     task = pretrained.language_task(base, documents, "validation", seeds[:2], 2 if run.smoke else VALIDATION)
     best = best_blind(base, blind, {"perplexity": task}, run.partial / "validation")
-    rivals = {name: DEFENSES[name](calibration) for name in RIVALS}
+    baselines = {name: DEFENSES[name](calibration) for name in BASELINES}
     repairs = pretrained.token_readers(base, source)
-    return {"none": blind["none"], best: blind[best], **rivals, **repairs}, best
+    return {"none": blind["none"], best: blind[best], **baselines, **repairs}, best
 
 
 def main_grid(run: Run, base: Base, source: TextSource, readers: Mapping[str, Defense], best: str) -> pd.DataFrame:
