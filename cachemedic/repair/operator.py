@@ -139,10 +139,6 @@ class RepairOperator(nn.Module, Trainable, ABC):
         return self.config.rank
 
     @property
-    def apply_to(self) -> str:
-        return self.config.apply_to
-
-    @property
     def runs(self) -> int:
         return self.config.runs
 
@@ -170,10 +166,6 @@ class RepairOperator(nn.Module, Trainable, ABC):
     def defense(self, model: PreTrainedModel) -> Defense:
         """This operator at work on the caches of `model`, to be measured beside other defenses."""
         return self
-
-    def num_parameters(self) -> int:
-        """Trainable numbers of one run."""
-        return sum(p.numel() for p in self.parameters()) // self.runs
 
     def check_model(self, model_config: PreTrainedConfig) -> None:
         """Raise `ValueError` if this operator was made for a model of another shape."""

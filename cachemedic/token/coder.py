@@ -62,11 +62,6 @@ class Coder:
         """Of a code; 0 without."""
         return 0 if self.code is None else self.code.bytes_per_token
 
-    @property
-    def fixed_bytes(self) -> int:
-        """What the joint model takes in memory."""
-        return self.joint.fixed_bytes
-
     def encode(self, keys: list[Tensor], values: list[Tensor], positions: Tensor, tokens: slice) -> Tensor:
         """The codes uint8 [B, n, bytes] of n `tokens` of clean keys and values [B, G, T, d] of all layers."""
         assert self.code is not None  # it has bytes a token
