@@ -204,8 +204,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         status = app(list(arguments) or ["--help"], prog_name="python -m cachemedic", standalone_mode=False) or 0
     except (typer.TyperException, ValueError, TypeError, OSError) as error:
-        said = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-        print("error:", " ".join(said.split()), file=sys.stderr)
+        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        print("error:", " ".join(message.split()), file=sys.stderr)
         return WRONG
     if status == INTERRUPTED:
         print("interrupted", file=sys.stderr)

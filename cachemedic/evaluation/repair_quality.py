@@ -27,10 +27,10 @@ class _QueryProbe(QueryGatedAdditive):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.seen: dict[int, list[Tensor]] = defaultdict(list)
+        self.queries: dict[int, list[Tensor]] = defaultdict(list)
 
     def attend(self, layer: int, attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Any:
-        self.seen[layer].append(query)
+        self.queries[layer].append(query)
         return super().attend(layer, attention, query, key, value)
 
 
@@ -40,7 +40,7 @@ def queries_of(model: PreTrainedModel, clean: CleanBank, task: TaskData) -> Tens
     identity = RepairOperator.create("A", model.config, layers=range(depth), rank=1)
     probe = _QueryProbe(identity.config, dict(identity.named_parameters()))
     decode_logits(model, clean.tokens(task), task, probe)
-    return torch.stack([torch.cat(probe.seen[layer]) for layer in range(depth)], 1)
+    return torch.stack([torch.cat(probe.queries[layer]) for layer in range(depth)], 1)
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The files that define a base model, and the hashes by which its folder is checked when it is read."""
+"""The files that define a base model, and the shown by which its folder is checked when it is read."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def check_base_files(folder: Path, remedy: str) -> None:
     found = defining_digests(folder)
     for name in sorted({*expected, *DEFINING}):
         if found.get(name) != expected.get(name):
-            said = [f"sha256 {digests[name][:16]}…" if name in digests else "no file" for digests in (found, expected)]
-            raise OSError(f"{folder / name} is damaged: {said[0]} instead of {said[1]}; {remedy}")
+            shown = [f"sha256 {digests[name][:16]}…" if name in digests else "no file" for digests in (found, expected)]
+            raise OSError(f"{folder / name} is damaged: {shown[0]} instead of {shown[1]}; {remedy}")

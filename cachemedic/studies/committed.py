@@ -31,6 +31,6 @@ def _git(root: Path, *arguments: str) -> bytes:
     except FileNotFoundError as error:
         raise ValueError("git is not installed: what was committed cannot be read") from error
     except subprocess.CalledProcessError as error:
-        said = error.stderr.decode(errors="replace").strip()
-        raise ValueError(f"no committed results in {root}: {said}") from error
+        message = error.stderr.decode(errors="replace").strip()
+        raise ValueError(f"no committed results in {root}: {message}") from error
     return done.stdout

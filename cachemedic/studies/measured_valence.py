@@ -100,14 +100,14 @@ def _futures(
 
     def forced(cache: CachedTokens, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         decoded = torch.ones_like(ids)
-        with observing(model) as seen:
+        with observing(model) as observation:
             output = model(
                 ids,
                 attention_mask=torch.cat([mask.long(), decoded], 1),
                 position_ids=start[:, None] + decoded.cumsum(1) - 1,
                 past_key_values=unstack_cache(cache.k.to(device), cache.v.to(device)),
             )
-        return feelings(seen.hidden[-1]), output.logits.cpu()
+        return feelings(observation.hidden[-1]), output.logits.cpu()
 
     first = task.continuation_ids[:, 0].to(device)
     with defense.attach(model):

@@ -105,7 +105,7 @@ def quantised_scores(
     n_examples.
     """
     _, teacher = _decoded(base, task, clean, full(base))
-    felt = _felt(base, valence, teacher)
+    expected = _valence(base, valence, teacher)
     seeds, frames = pd.Series(task.seeds.numpy(), name="seed"), []
     for name, storage in storages.items():
         logits, hidden = _decoded(base, task, clean, storage)
@@ -113,19 +113,19 @@ def quantised_scores(
             "nll": score(task, logits)["nll"],
             "nll_clean": score(task, clean.logits)["nll"],
             "kl": divergence(task, clean.logits, logits),
-            "valence_gap": (_felt(base, valence, hidden) - felt).abs().mean(1).numpy(),
+            "valence_gap": (_valence(base, valence, hidden) - expected).abs().mean(1).numpy(),
         }
         by_seed = pd.DataFrame(scores, dtype=float).groupby(seeds)
         rows = by_seed.mean().reset_index().assign(n_examples=by_seed.size().to_numpy())
         stored = storage.bytes_per_token(clean.k.shape[-2])
-        told = {"storage": name, "method": storage.method, "bits": storage.bits, "group": storage.group}
-        for place, (column, value) in enumerate((told | {"bytes_per_token": stored}).items()):
+        columns = {"storage": name, "method": storage.method, "bits": storage.bits, "group": storage.group}
+        for place, (column, value) in enumerate((columns | {"bytes_per_token": stored}).items()):
             rows.insert(place, column, value)
         frames.append(rows)
     return pd.concat(frames, ignore_index=True)
 
 
-def _felt(base: Base, valence: Valence, hidden: Tensor) -> Tensor:
+def _valence(base: Base, valence: Valence, hidden: Tensor) -> Tensor:
     """The scalar valence [N, M] of last hidden states [N, M, width], on the CPU."""
     return valence(hidden.to(base.model.device))[..., 0].cpu()
 
@@ -137,11 +137,11 @@ def _decoded(base: Base, task: TaskData, clean: CleanBank, storage: Storage) -> 
     logits, hidden = torch.empty_like(clean.logits), torch.empty(0)
     for rows in batches(base.model, task, defense.runs):
         part = task.select(rows)
-        with observing(base.model) as seen:
-            said = decode_through(
+        with observing(base.model) as observation:
+            decoded = decode_through(
                 base.model, part, defense, clean.tokens(task, rows), tokens_of(part, keys[rows], values[rows])
             )
-        last = seen.hidden[-1].float().cpu()
+        last = observation.hidden[-1].float().cpu()
         hidden = hidden if len(hidden) else torch.empty(len(task), *last.shape[1:])
-        logits[rows], hidden[rows] = said, last
+        logits[rows], hidden[rows] = decoded, last
     return logits, hidden

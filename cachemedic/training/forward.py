@@ -55,7 +55,7 @@ def forward(students: Students, draw: Draw) -> StepOutputs:
         shared_prefix(model, read.keys.to(model.dtype), read.values.to(model.dtype), first, read.conditions),
         starting_at(model, first, hidden),
         protect(model, students.operator, record_gates=True) as protection,
-        observing(model) if config.observes_valence else nullcontext(Observation()) as seen,
+        observing(model) if config.observes_valence else nullcontext(Observation()) as states,
     ):
         logits = model(ids, position_ids=positions, use_cache=False).logits
     if students.operator.repairs_tokens:
@@ -77,7 +77,7 @@ def forward(students: Students, draw: Draw) -> StepOutputs:
     if config.observes_valence:
         assert students.valence is not None  # `Trainer` sees to it
         sampled = max((o.tokens_sampled for o in config.valence_objectives), default=0)
-        view = observe_step(base, bank, students.operator, read, draw, config.seeds, seen, students.valence, sampled)
+        view = observe_step(base, bank, students.operator, read, draw, config.seeds, states, students.valence, sampled)
         view.strength = students.strength
         if students.quantiser is not None and config.learns_steps:
             view.steps = list(students.quantiser.parameters())

@@ -49,7 +49,7 @@ def gates(config: TrainConfig) -> dict[str, MercyGate]:
 
 
 def ungated(run: Run, base: Base) -> dict[float, TrainConfig]:
-    """Training that is watched and not gated, by learning rate."""
+    """Training that is checked and not gated, by learning rate."""
     config = standard(run, base)
     rates = LEARNING_RATES[-2:] if run.smoke else LEARNING_RATES
     return {rate: replace(config, lr=rate, gate=gates(config)[UNGATED]) for rate in rates}
@@ -85,11 +85,11 @@ def results(run: Run) -> dict[str, pd.DataFrame]:
     def held_out(config: TrainConfig, operator: RepairOperator | None, split: str) -> pd.DataFrame:
         return projected_ratio(base, config, operator, split, prompts)
 
-    watched = ungated(run, base)
+    by_rate = ungated(run, base)
     rates = pd.concat(
         [
-            held_out(watched[rate], operator, "validation").assign(learning_rate=rate)
-            for rate, operator in trained(run, base, watched).items()
+            held_out(by_rate[rate], operator, "validation").assign(learning_rate=rate)
+            for rate, operator in trained(run, base, by_rate).items()
         ],
         ignore_index=True,
     )
@@ -97,7 +97,7 @@ def results(run: Run) -> dict[str, pd.DataFrame]:
     conditions = gated(run, base, rate)
     operators = trained(run, base, conditions)
     final = {name: held_out(conditions[name], operator, "test") for name, operator in operators.items()}
-    final = {"none": held_out(watched[rate], None, "test"), **final}
+    final = {"none": held_out(by_rate[rate], None, "test"), **final}
     ratios = pd.concat([rows.assign(reader=name) for name, rows in final.items()], ignore_index=True)
     folders = folders_of(run, base, conditions)
     checks = checks_of(folders)
@@ -111,6 +111,6 @@ def results(run: Run) -> dict[str, pd.DataFrame]:
         "gate_cost": cost(conditions, checks),
         "gate_grid": rows,
         "gate_curves": training_curves(
-            {**folders_of(run, base, watched), **{n: f for n, f in folders.items() if n != UNGATED}}
+            {**folders_of(run, base, by_rate), **{n: f for n, f in folders.items() if n != UNGATED}}
         ),
     }

@@ -108,12 +108,12 @@ def found(
     results: pd.DataFrame, ratios: pd.DataFrame, rows: pd.DataFrame, agreement: pd.DataFrame, threshold: float
 ) -> str:
     """The findings in sentences, as the intervals have them."""
-    own, said = results.set_index("reader"), []
+    own, sentences = results.set_index("reader"), []
     for gate in agreement["gate"]:
         reader, ends = own.loc[gate], ratios.loc[ratios["reader"] == gate, "ratio"]
         ratio = str(stats.Interval(*(reader[f"ratio{limit}"] for limit in ("", "_low", "_high"))))
         of_gate = rows[rows["gate"] == gate]
-        said.append(
+        sentences.append(
             f"With {LABELS.get(gate, gate)} the valence on held-out prompts ends at "
             f"{ratio} of the teacher's, below {threshold:g} in {(ends < threshold).sum()} of {len(ends)} runs; "
             f"{of_gate['blocked'].sum()} of {len(of_gate)} checks failed, and after "
@@ -122,19 +122,19 @@ def found(
         )
         if reader["difference_low"] > 0 or reader["difference_high"] < 0:
             more = "more" if reader["difference"] > 0 else "less"
-            said.append(f"That is {more} than without a gate, by {abs(reader['difference']):.3f}.")
+            sentences.append(f"That is {more} than without a gate, by {abs(reader['difference']):.3f}.")
         elif reader["difference"] != 0:
-            said.append("A difference to training without a gate is not shown.")
+            sentences.append("A difference to training without a gate is not shown.")
     if (own.loc[list(agreement["gate"]), "kl_recovery_high"] < 0).all():
-        said.append(
+        sentences.append(
             "At this learning rate every operator does more damage than the faults, with a gate as without: valence "
             "is a level, not a quality, and a state whose rollouts are as positive as the teacher's passes, "
             "whatever it says."
         )
     total = agreement.sum(numeric_only=True)
-    said.append(
+    sentences.append(
         f"Of {total['by_rollouts']:.0f} updates that rollouts put below {threshold:g}, the proxy passed "
         f"{total['missed']:.0f}; of {total['by_proxy']:.0f} that the proxy put below it, rollouts passed "
         f"{total['false_alarms']:.0f} ({total['compared']:.0f} updates were projected both ways)."
     )
-    return " ".join(said)
+    return " ".join(sentences)

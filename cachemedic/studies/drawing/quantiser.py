@@ -50,6 +50,6 @@ def storage_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def paired_table(rows: pd.DataFrame) -> pd.DataFrame:
     """What is saved against others of the same bytes, for a reader of the paper."""
-    told = {"cache": rows["method"], "against": rows["against"], "bits": rows["bits"]}
-    told["bytes a token"] = rows["bytes_per_token"].astype(int)
-    return pd.DataFrame(told | {f"{label} saved": brackets(rows, name, 4) for name, label in TABLED.items()})
+    columns = {"cache": rows["method"], "against": rows["against"], "bits": rows["bits"]}
+    columns["bytes a token"] = rows["bytes_per_token"].astype(int)
+    return pd.DataFrame(columns | {f"{label} saved": brackets(rows, name, 4) for name, label in TABLED.items()})

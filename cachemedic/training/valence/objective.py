@@ -126,8 +126,8 @@ class ValenceObjective:
     def __call__(self, step: StepOutputs) -> dict[str, torch.Tensor]:
         """`loss`, its parts `kd`, `feature`, `sequence`, `valence`, `regularisation`, `cross_entropy`, unweighted means
         over the batch, and `effective`, the effective number of sequences of the weights; [R] each."""
-        seen = step.valence
-        if seen is None:
+        view = step.valence
+        if view is None:
             raise ValueError("the valence objective needs the valence view of a step (`StepOutputs.valence`)")
         terms = self.terms(step)
         total = sum(weight * terms[name] for name, weight in self._lambdas().items() if weight)
@@ -143,38 +143,38 @@ class ValenceObjective:
 
     def terms(self, step: StepOutputs) -> dict[str, torch.Tensor]:
         """The terms that are not left out, each for every sequence [R, B], without their lambdas."""
-        seen = step.valence
-        assert seen is not None  # `__call__` checks it
+        view = step.valence
+        assert view is not None  # `__call__` checks it
         terms = {}
         if self.lambda_soft:
             terms["kd"] = kd_soft(step.z_clean, step.z_rep, self.temperature)
         if self.lambda_feature:
-            terms["feature"] = self._feature(seen)
+            terms["feature"] = self._feature(view)
         if self.lambda_sequence:
-            assert seen.sampled_clean is not None  # by `tokens_sampled`
-            assert seen.sampled_rep is not None
-            terms["sequence"] = kd_sequence(seen.sampled_clean, seen.sampled_rep)
+            assert view.sampled_clean is not None  # by `tokens_sampled`
+            assert view.sampled_rep is not None
+            terms["sequence"] = kd_sequence(view.sampled_clean, view.sampled_rep)
         if self.lambda_valence:
-            terms["valence"] = valence_future(seen.future_rep, seen.future_clean)
+            terms["valence"] = valence_future(view.future_rep, view.future_clean)
         if self.lambda_reg:
             runs, samples = step.z_rep.shape[:2]
-            decay = weight_decay(seen.steps or [], runs).to(step.z_rep.device)
+            decay = weight_decay(view.steps or [], runs).to(step.z_rep.device)
             terms["regularisation"] = decay[:, None].expand(runs, samples)
             if self.contrastive:
-                pooled = (x[:, :, -1].mean(2) for x in (seen.hidden_clean, seen.hidden_rep))  # over tokens
+                pooled = (x[:, :, -1].mean(2) for x in (view.hidden_clean, view.hidden_rep))  # over tokens
                 terms["regularisation"] = terms["regularisation"] + self.contrastive * contrastive(*pooled)
         if self.lambda_ce:
-            terms["cross_entropy"] = cross_entropy(step.z_rep[:, :, :-1], seen.targets)
+            terms["cross_entropy"] = cross_entropy(step.z_rep[:, :, :-1], view.targets)
         return terms
 
     def weights(self, step: StepOutputs) -> torch.Tensor:
         """The weights of the sequences [R, B]; they carry no gradient unless lambda is learned."""
-        seen = step.valence
-        assert seen is not None
-        salient = saliency(seen.future_clean, step.z_clean, self.alpha)
+        view = step.valence
+        assert view is not None
+        salient = saliency(view.future_clean, step.z_clean, self.alpha)
         if self.weighting == "shuffled":
-            salient = salient.gather(1, seen.order)
-        lam = seen.strength[:, None] if self.learn_lam and seen.strength is not None else self.lam
+            salient = salient.gather(1, view.order)
+        lam = view.strength[:, None] if self.learn_lam and view.strength is not None else self.lam
         return valence_weights(salient, lam, self.normalise, self.max_weight)
 
     def _lambdas(self) -> dict[str, float]:
@@ -187,10 +187,10 @@ class ValenceObjective:
             "cross_entropy": self.lambda_ce,
         }
 
-    def _feature(self, seen: ValenceStep) -> torch.Tensor:
+    def _feature(self, view: ValenceStep) -> torch.Tensor:
         pairs = {
-            "hidden": (seen.hidden_clean, seen.hidden_rep),
-            "attention": (seen.attention_clean, seen.attention_rep),
+            "hidden": (view.hidden_clean, view.hidden_rep),
+            "attention": (view.attention_clean, view.attention_rep),
         }
         chosen = pairs.values() if self.features == "both" else [pairs[self.features]]
         return torch.stack([kd_feature(teacher, student) for teacher, student in chosen]).sum(0)

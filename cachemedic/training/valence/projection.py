@@ -45,9 +45,9 @@ def proxy(students: Students, batch: Draw) -> Projection:
     ids = bank.ids[batch.rows, bank.prefix :].to(model.device)  # [S, B, M]
 
     def read_on(runs_of_a_seed: int) -> torch.Tensor:
-        with observing(model) as seen:
+        with observing(model) as observation:
             decode(model, ids.repeat_interleave(runs_of_a_seed, 0).flatten(0, 1), bank.prefix)
-        return seen.hidden[-1]
+        return observation.hidden[-1]
 
     student, teacher = _behind_both_caches(students, batch, read_on)
     return PROXY * student, teacher
@@ -57,14 +57,14 @@ def proxy(students: Students, batch: Draw) -> Projection:
 def _behind_both_caches(students: Students, draw: Draw, states: Callable[[int], torch.Tensor]) -> Projection:
     """Mean valence of last hidden states behind the repaired caches of `draw` [R], and behind the clean ones [R].
 
-    states: for a number of runs a seed, the states [rows, steps, width] of what is read or said behind a cache.
+    states: for a number of runs a seed, the states [rows, steps, width] of what is read or decoded behind a cache.
     """
     model, valence, conditions = students.base.model, students.valence, len(students.config.objectives)
     assert valence is not None  # `Trainer` sees to it
 
     def mean_valence(runs_of_a_seed: int) -> torch.Tensor:
-        felt = valence(states(runs_of_a_seed).float())[..., 0]
-        return felt.unflatten(0, (len(draw.rows) * runs_of_a_seed, -1)).mean((1, 2))
+        predicted = valence(states(runs_of_a_seed).float())[..., 0]
+        return predicted.unflatten(0, (len(draw.rows) * runs_of_a_seed, -1)).mean((1, 2))
 
     with reading(model, Read.clean(students.bank, draw.rows, model.device), None):
         teacher = mean_valence(1)

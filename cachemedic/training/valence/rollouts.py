@@ -44,24 +44,24 @@ class Observation:
 
 @contextmanager
 def observing(model: PreTrainedModel) -> Iterator[Observation]:
-    """Within, every forward pass of `model` leaves its states in the observation."""
-    seen = Observation()
+    """Within, every forward pass of `model` leaves its states in what is yielded."""
+    states = Observation()
     parent, name = decoder_layers(model)
     layers = getattr(parent, name)
     modules: list[Any] = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")]
 
     def begin(module: torch.nn.Module, args: tuple) -> None:
-        seen.hidden.clear()
-        seen.attention.clear()
+        states.hidden.clear()
+        states.attention.clear()
 
     hooks = [layers[0].register_forward_pre_hook(begin)]
-    hooks += [layer.register_forward_pre_hook(lambda m, args: seen.hidden.append(args[0])) for layer in layers[1:]]
+    hooks += [layer.register_forward_pre_hook(lambda m, args: states.hidden.append(args[0])) for layer in layers[1:]]
     head = model.get_output_embeddings()
-    hooks.append(head.register_forward_pre_hook(lambda m, args: seen.hidden.append(args[0])))
+    hooks.append(head.register_forward_pre_hook(lambda m, args: states.hidden.append(args[0])))
     for module in modules:
-        hooks.append(module.register_forward_hook(lambda m, args, out: seen.attention.append(out[0])))
+        hooks.append(module.register_forward_hook(lambda m, args, out: states.attention.append(out[0])))
     try:
-        yield seen
+        yield states
     finally:
         for hook in hooks:
             hook.remove()
@@ -106,7 +106,7 @@ def roll_out(
     """
     cache, token = DynamicCache() if cache is None else cache, first
     tokens, hidden = [], []
-    with observing(model) as seen:
+    with observing(model) as states:
         for step in range(steps):
             positions = torch.as_tensor(start, device=first.device).expand(len(first))[:, None] + step
             if readable is not None:
@@ -126,5 +126,5 @@ def roll_out(
                 u = noise[:, step : step + 1].to(up_to) * up_to[:, -1:]  # rounding leaves sums a little off 1
                 token = torch.searchsorted(up_to, u, right=True).squeeze(1).clamp_max(logits.shape[-1] - 1)
             tokens.append(token)
-            hidden.append(seen.hidden[-1][:, -1])
+            hidden.append(states.hidden[-1][:, -1])
     return torch.stack(tokens, 1), torch.stack(hidden, 1)
