@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.operator import STATISTICS
 from cachemedic.repair.registry import register_family
 from cachemedic.token.code import TokenCode, check_share
-from cachemedic.token.estimate import PartStatistics, Trust, estimate
+from cachemedic.token.estimate import Trust, estimate
 from cachemedic.token.first_token import with_first
 from cachemedic.token.joint import JointModel, Prior
 from cachemedic.token.joint_calibration import joint_of
@@ -167,7 +168,8 @@ class JointOperator(TokenOperator):
         read = parts.stack(keys, values)
         by_part = None if sound is None else sound[..., None].expand(*sound.shape, parts.heads).flatten(2)
         kind = prediction.coded.long() * FROM_CODE
-        rounds, trust = self.config.options["rounds"], trust or self._noise_correction
+        own = partial(noise_correction, {name: p.float() for name, p in self.named_parameters()})
+        rounds, trust = self.config.options["rounds"], trust or own
         pieces, scratch = [], Scratch()
         for piece in torch.arange(read.shape[1], device=read.device).split(max(1, PIECE // len(read))):
             turned = None if angles is None else (angles[0][:, piece], angles[1][:, piece])
@@ -180,16 +182,10 @@ class JointOperator(TokenOperator):
         new_keys, new_values = (new if side in self.config.sides else old for side, new, old in sides)
         return new_keys, new_values
 
-    def _noise_correction(self, statistics: PartStatistics) -> Tensor:
-        return noise_correction({name: p.float() for name, p in self.named_parameters()}, statistics)
-
     def write_tokens(
         self, model: PreTrainedModel, keys: Tensor, values: Tensor, ids: Tensor, positions: Tensor, lossy: bool = False
     ) -> Kept | None:
-        """What is kept of clean keys and values [B, L, G, T, d] of all layers; None for D.
-
-        ids and positions [B, T], positions -1 for padding; lossy: of a cache stored in few bits (see `Kept`).
-        """
+        """See `TokenOperator`; None for D."""
         if self.code is None:
             return None
         layers = list(self.layers)
@@ -201,7 +197,7 @@ class JointOperator(TokenOperator):
         return Kept(codes, hashes_of(keys, values, layers), sinks_of(keys, values, positions))
 
     def prior(self, model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Prior | None:
-        """What ids [B, T] at positions [B, T] tell; None for an operator that does not use them."""
+        """See `TokenOperator`; None for an operator that does not use ids."""
         return self.calibrated.prior(model, ids, positions) if self.config.options["with_ids"] else None
 
     def repair_with_prior(
