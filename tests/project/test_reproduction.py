@@ -6,13 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
 import pytest
-from toy_project import ENVIRONMENT, FIGURE, TABLE, Project, run_make, started
+from toy_project import ENVIRONMENT, FIGURE, TABLE, Project, run_make, stand_in, started
 
 from graph import Graph
 from records import Variant
@@ -255,15 +254,13 @@ def test_retraining_runs_again_once(made: Project) -> None:
 def test_set_up_is_repeated_until_it_succeeds(fresh: Project) -> None:
     """`make test` with a python that only notes what is asked of pip; its first installation is interrupted."""
     installer = fresh.root / "installer"
-    fresh.write("installer", textwrap.dedent(f"""\
-        #!/bin/sh
+    stand_in(installer, f"""
         case "$*" in
         "-m venv "*) mkdir -p "$3/bin"; ln -sf {installer} "$3/bin/python" ;;
         *pip*) echo "$@" >> {fresh.root}/log; test -e {fresh.root}/net ;;
         tools/*) exec {sys.executable} "$@" ;;
         esac
-    """))  # fmt: skip
-    installer.chmod(0o755)
+    """)  # fmt: skip
 
     def installations(fails: bool = False) -> int:
         (fresh.root / "log").write_text("")
