@@ -231,6 +231,8 @@ def test_a_notebook_takes_the_parameters_that_it_has(fresh: Project) -> None:
     assert (fresh.root / "build/smoke,family=E/results/map.csv").is_file()
     message = fresh.make("20_figure", "FAMILY=E", "OBJECTIVE=valence", fails=True)
     assert "unknown parameter of notebooks/20_figure.ipynb 'objective'" in message
+    message = fresh.make("10_map", "FAMILY=E", fails=True)
+    assert "'family'; allowed: profile; family is a parameter of 20_figure" in message
 
 
 def test_undeclared_outputs_are_refused(fresh: Project) -> None:
