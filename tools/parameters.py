@@ -15,7 +15,7 @@ from typing import Any
 from cachemedic.core.errors import nearest_valid
 from cachemedic.core.integers import whole_numbers
 from cachemedic.data.external_text import check_documents, check_reviews
-from cachemedic.repair.registry import family_class
+from cachemedic.repair.registry import family_names
 from cachemedic.studies.jobs import AT_ONCE, check_options
 from run_notebook import parameter
 
@@ -39,7 +39,8 @@ def check_device(given: Any) -> None:
 
 def check_family(given: str) -> None:
     """Raises `ValueError` for an unknown family of operators."""
-    family_class(given)
+    if given not in family_names():
+        raise nearest_valid("operator family", given, family_names())
 
 
 def check_objective(given: Any) -> None:

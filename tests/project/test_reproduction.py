@@ -173,8 +173,8 @@ def test_a_notebook_that_measures_times_runs_alone(fresh: Project) -> None:
 
 
 def test_unknown_parameters_fail_before_anything_runs(made: Project) -> None:
-    message = made.make("10_map", "BASE=embedded-gpt2", fails=True)
-    assert "unknown parameter of notebooks/10_map.ipynb 'base'" in message
+    message = made.make("10_map", "SEEDS=[0]", fails=True)
+    assert "unknown parameter of notebooks/10_map.ipynb 'seeds'" in message
     assert "allowed: profile" in message
     assert "unknown PROFILE=smok; allowed: paper, smoke" in made.make("10_map", "PROFILE=smok", fails=True)
     assert "nearest: figures/damage.pdf" in made.make("figures/damages.pdf", fails=True)
