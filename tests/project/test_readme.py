@@ -34,6 +34,7 @@ def test_the_example_for_a_model_of_ones_own_runs(monkeypatch: pytest.MonkeyPatc
         return replace(task, target_ids=clean_pass(base.model, task).logits.argmax(-1))
 
     monkeypatch.setattr("cachemedic.load_base", lambda name: base)
+    monkeypatch.setattr("cachemedic.token.trust_fit.STEPS", 40)  # how well it repairs is not asked here
     monkeypatch.setattr(tasks, "perplexity_task", task_with_a_useful_context)
     monkeypatch.chdir(tmp_path)
     names = {"texts": ["".join(DOCUMENTS[i:] + DOCUMENTS[:i]) for i in range(24)]}
