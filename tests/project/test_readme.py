@@ -25,6 +25,7 @@ def test_the_first_example_damages_an_answer_and_repairs_it(capsys: pytest.Captu
     assert "lantern" not in said["damaged"]
 
 
+@pytest.mark.usefixtures("_fitted_briefly")
 def test_the_example_for_a_model_of_ones_own_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     base, own_task = tiny_base("llama"), tasks.perplexity_task
 
@@ -34,7 +35,6 @@ def test_the_example_for_a_model_of_ones_own_runs(monkeypatch: pytest.MonkeyPatc
         return replace(task, target_ids=clean_pass(base.model, task).logits.argmax(-1))
 
     monkeypatch.setattr("cachemedic.load_base", lambda name: base)
-    monkeypatch.setattr("cachemedic.token.trust_fit.STEPS", 40)  # how well it repairs is not asked here
     monkeypatch.setattr(tasks, "perplexity_task", task_with_a_useful_context)
     monkeypatch.chdir(tmp_path)
     names = {"texts": ["".join(DOCUMENTS[i:] + DOCUMENTS[:i]) for i in range(24)]}

@@ -35,9 +35,8 @@ def trainer_of(base, config, folder, bank) -> Trainer:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch, _calibrated):
-    """A severity map for tiny bases, little text, and trust networks that are fitted in a tenth of the steps."""
-    monkeypatch.setattr(trust_fit, "STEPS", FITTING // 10)
+def quick(monkeypatch, _calibrated, _fitted_briefly):
+    """A severity map for tiny bases, and little text."""
     monkeypatch.setattr(text_source, "documentation", lambda split: tuple(DOCUMENTS))
 
 
