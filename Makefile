@@ -92,8 +92,8 @@ figures/% results/% paper/tables/%:
 	@$(call given,PYTHON) tools/graph.py explain $(call quote,$@)
 
 .PHONY: test
-test: $(READY)  ## Tests
-	$(RUN) -m pytest
+test: $(READY)  ## Tests, on up to four cores (a file stays on one, and has one thread)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: verify
 verify: $(READY)  ## Check the hashes of results, compute a sample of their rows again and compare (about 3 minutes)

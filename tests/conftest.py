@@ -5,6 +5,7 @@ from tiny_training import CONFIG, linear_map, ship, tiny_bank, tiny_base
 
 from cachemedic.corruption import severity
 from cachemedic.models.load import Base
+from cachemedic.token import trust_fit
 from cachemedic.training.bank import Bank
 
 
@@ -24,3 +25,9 @@ def _calibrated(monkeypatch, tmp_path):
     ship(linear_map(), monkeypatch, tmp_path)
     yield
     severity.shipped_map.cache_clear()
+
+
+@pytest.fixture
+def _fitted_briefly(monkeypatch):
+    """Trust networks are fitted in a tenth of the steps, for tests that do not ask how well they serve."""
+    monkeypatch.setattr(trust_fit, "STEPS", trust_fit.STEPS // 10)

@@ -55,6 +55,15 @@ def run_make(folder: Path, *arguments: str, fails: bool = False) -> str:
     return done.stdout + done.stderr
 
 
+def stand_in(path: Path, code: str) -> None:
+    """A shell script in place of a program: under its name it is whole and executable, also where one is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(f"{path.name}.new")
+    written.write_text(f"#!/bin/sh\n{code}\n")
+    written.chmod(0o755)
+    written.rename(path)
+
+
 def started(output: str) -> list[str]:
     """The notebooks that make began to run, by what it printed."""
     return [line.split()[0] for line in output.splitlines() if ": running (" in line]

@@ -1,6 +1,8 @@
 """Values of notebook parameters, checked before anything runs rather than where a study first uses them.
 
 python tools/parameters.py SEEDS=[0,1] BASE=gpt2-medium     # make calls this once, before the first notebook
+
+What takes seconds to import is imported by the check that needs it.
 """
 
 from __future__ import annotations
@@ -10,15 +12,11 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from cachemedic.core.errors import nearest_valid
 from cachemedic.core.integers import whole_numbers
 from cachemedic.data.external_text import check_documents, check_reviews
-from cachemedic.models.load import check_base
-from cachemedic.repair.registry import family_class
+from cachemedic.repair.registry import family_names
 from cachemedic.studies.jobs import AT_ONCE, check_options
-from cachemedic.studies.sweeps import OBJECTIVES
 from run_notebook import parameter
 
 
@@ -31,6 +29,8 @@ def check_seeds(given: Any) -> None:
 
 def check_device(given: Any) -> None:
     """Raises `ValueError` for a device that this machine does not have."""
+    import torch
+
     cuda = ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
     allowed = ["cpu", *(cuda if torch.cuda.is_available() else [])]
     if given not in allowed:
@@ -39,13 +39,23 @@ def check_device(given: Any) -> None:
 
 def check_family(given: str) -> None:
     """Raises `ValueError` for an unknown family of operators."""
-    family_class(given)
+    if given not in family_names():
+        raise nearest_valid("operator family", given, family_names())
 
 
 def check_objective(given: Any) -> None:
     """Raises `ValueError` for an objective that operators are not trained by."""
+    from cachemedic.studies.sweeps import OBJECTIVES
+
     if given not in OBJECTIVES:
         raise nearest_valid("objective", given, OBJECTIVES)
+
+
+def check_base_name(given: Any) -> None:
+    """Raises `ValueError` for a base that is no name and no folder of a model."""
+    from cachemedic.models.load import check_base
+
+    check_base(str(given))
 
 
 def check_executor(given: Any) -> None:
@@ -61,7 +71,7 @@ CHECKS: Mapping[str, Callable[[Any], None]] = {
     "FAMILY": lambda given: check_family(str(given)),
     "OBJECTIVE": check_objective,
     "DEVICE": check_device,
-    "BASE": lambda given: check_base(str(given)),
+    "BASE": check_base_name,
     "TEXT": lambda given: check_documents(str(given)),
     "EXECUTOR": check_executor,
     "CLUSTER": check_options,

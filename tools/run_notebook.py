@@ -67,6 +67,7 @@ def place_on_the_machine(root: Path, alone: bool) -> AbstractContextManager[Any]
 
 def execute(variant: Variant, name: str, parameters: dict[str, Any], options: argparse.Namespace) -> None:
     """Runs all cells in a fresh kernel; the outputs end up in `variant.work(name)`."""
+    sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]  # else jsonschema takes a second to parse its grammar
     import papermill  # slow, and not needed to find that nothing is to be done
     from traitlets.config import Config
 
@@ -149,7 +150,9 @@ def taken(graph: Graph, name: str, goals: Collection[str], given: Mapping[str, A
     for parameter in given:
         if parameter not in of_goals:
             where = f"notebooks/{next(iter(goals), name)}.ipynb" if len(goals) < 2 else "the notebooks asked for"
-            raise unknown(f"parameter of {where}", parameter, of_goals)
+            takers = [other for other in graph.notebooks if parameter in parameter_names(graph, other)]
+            taken_by = f"; {parameter} is a parameter of {', '.join(takers)}" if takers else ""
+            raise GraphError(f"{unknown(f'parameter of {where}', parameter, of_goals)}{taken_by}")
     return {parameter: value for parameter, value in given.items() if parameter in known[name]}
 
 

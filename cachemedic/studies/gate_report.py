@@ -19,7 +19,7 @@ from cachemedic.studies.summaries import summary
 from cachemedic.training.bank import WITH_REVIEWS, open_bank
 from cachemedic.training.config import TrainConfig
 from cachemedic.training.forward import Students
-from cachemedic.training.log import GATE_LOG, LOG
+from cachemedic.training.log import LOG, gate_checks
 from cachemedic.training.valence.gate import MercyGate
 from cachemedic.training.valence.head import shipped_valence
 from cachemedic.training.valence.projection import project
@@ -57,8 +57,7 @@ def checks_of(folders: Mapping[str, Path]) -> pd.DataFrame:
     """
     rows = []
     for name, folder in folders.items():
-        for line in (folder / GATE_LOG).read_text().splitlines():
-            check = json.loads(line)
+        for check in gate_checks(folder):
             seed = int(check["run_id"].split("/")[1].removeprefix("seed"))
             ratio = {"own": check["projected"] / check["baseline"]}
             if other := check.get("other"):

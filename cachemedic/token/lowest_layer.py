@@ -31,6 +31,7 @@ def stored_in_lowest_layer(model: PreTrainedModel, ids: Tensor, positions: Tenso
     with suppress(_Written):
         model.base_model(
             input_ids=ids.to(model.device),
+            attention_mask=torch.ones_like(ids, device=model.device),  # without one, a first token that also pads warns
             position_ids=positions.to(model.device).clamp_min(0),
             past_key_values=cache,
             use_cache=True,

@@ -7,7 +7,6 @@ Beside the operators that it trained it lies compressed, LOG.gz, and apart from 
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cachemedic.core.files import unseal, write_atomically
+from cachemedic.core.files import seal, unseal, write_atomically
 from cachemedic.corruption.spec import CorruptionEvent
 from cachemedic.training.step_data import StepOutputs
 from cachemedic.training.valence.gate import Projection, Verdict
@@ -107,7 +106,16 @@ def ship_log(log: Path, folder: Path) -> None:
     write_atomically(folder / f"{LOG}.gz", gzip.compress(log.read_bytes(), mtime=0))
     kept = [{"run_id": r["run_id"], "step": r["step"], **r["gate"]} for r in _records(log) if "gate" in r]
     if kept:
-        write_atomically(folder / GATE_LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_atomically(folder / GATE_LOG, b"".join(seal(line, indent=None) for line in kept))
+
+
+def gate_checks(folder: Path) -> list[dict[str, Any]]:
+    """The checks of a mercy gate that `ship_log` wrote into `folder`, one for each run and update that was checked.
+
+    Raises `FileNotFoundError`, and `ValueError` for a line that is not as it was written.
+    """
+    with open(folder / GATE_LOG, "rb") as file:
+        return [unseal(line, f"line {number} of {folder / GATE_LOG}") for number, line in enumerate(file, 1)]
 
 
 def _records(log: Path) -> Iterator[dict[str, Any]]:

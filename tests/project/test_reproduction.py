@@ -6,13 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
 import pytest
-from toy_project import ENVIRONMENT, FIGURE, TABLE, Project, run_make, started
+from toy_project import ENVIRONMENT, FIGURE, TABLE, Project, run_make, stand_in, started
 
 from graph import Graph
 from records import Variant
@@ -174,8 +173,8 @@ def test_a_notebook_that_measures_times_runs_alone(fresh: Project) -> None:
 
 
 def test_unknown_parameters_fail_before_anything_runs(made: Project) -> None:
-    message = made.make("10_map", "BASE=embedded-gpt2", fails=True)
-    assert "unknown parameter of notebooks/10_map.ipynb 'base'" in message
+    message = made.make("10_map", "SEEDS=[0]", fails=True)
+    assert "unknown parameter of notebooks/10_map.ipynb 'seeds'" in message
     assert "allowed: profile" in message
     assert "unknown PROFILE=smok; allowed: paper, smoke" in made.make("10_map", "PROFILE=smok", fails=True)
     assert "nearest: figures/damage.pdf" in made.make("figures/damages.pdf", fails=True)
@@ -232,6 +231,8 @@ def test_a_notebook_takes_the_parameters_that_it_has(fresh: Project) -> None:
     assert (fresh.root / "build/smoke,family=E/results/map.csv").is_file()
     message = fresh.make("20_figure", "FAMILY=E", "OBJECTIVE=valence", fails=True)
     assert "unknown parameter of notebooks/20_figure.ipynb 'objective'" in message
+    message = fresh.make("10_map", "FAMILY=E", fails=True)
+    assert "'family'; allowed: profile; family is a parameter of 20_figure" in message
 
 
 def test_undeclared_outputs_are_refused(fresh: Project) -> None:
@@ -255,15 +256,13 @@ def test_retraining_runs_again_once(made: Project) -> None:
 def test_set_up_is_repeated_until_it_succeeds(fresh: Project) -> None:
     """`make test` with a python that only notes what is asked of pip; its first installation is interrupted."""
     installer = fresh.root / "installer"
-    fresh.write("installer", textwrap.dedent(f"""\
-        #!/bin/sh
+    stand_in(installer, f"""
         case "$*" in
         "-m venv "*) mkdir -p "$3/bin"; ln -sf {installer} "$3/bin/python" ;;
         *pip*) echo "$@" >> {fresh.root}/log; test -e {fresh.root}/net ;;
         tools/*) exec {sys.executable} "$@" ;;
         esac
-    """))  # fmt: skip
-    installer.chmod(0o755)
+    """)  # fmt: skip
 
     def installations(fails: bool = False) -> int:
         (fresh.root / "log").write_text("")

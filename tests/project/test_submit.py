@@ -12,18 +12,25 @@ import time
 from pathlib import Path
 
 import pytest
-from toy_project import ENVIRONMENT, TABLE, Project
+from toy_project import ENVIRONMENT, TABLE, Project, stand_in
 
 from cachemedic.studies.jobs import Cluster, check_options
 
-SBATCH = """\
-#!/bin/sh
-cat "$1" >> {root}/submitted
-cp "$1" {root}/spooled  # as Slurm does: submitit renames its file at once
-export SLURM_JOB_ID=$$
-sh {root}/spooled > {root}/build/jobs/$$_0_log.out 2>&1 &
-echo "Submitted batch job $$"
-"""
+SLURM = {
+    "sbatch": """
+        cat "$1" >> {root}/submitted
+        cp "$1" {root}/spooled  # as Slurm does: submitit renames its file at once
+        export SLURM_JOB_ID=$$
+        (sh {root}/spooled > {root}/build/jobs/$$_0_log.out 2>&1; touch {root}/ended) > /dev/null 2>&1 &
+        echo "Submitted batch job $$"
+    """,
+    "sacct": """
+        for job; do :; done  # the last argument
+        echo "JobID|State|NodeList"
+        test -e {root}/ended && echo "$job|COMPLETED|here" || echo "$job|RUNNING|here"
+    """,
+    "srun": "exit 1",  # found, but jobs do not use it
+}
 
 
 def submitted(output: str) -> set[str]:
@@ -60,21 +67,20 @@ def test_notebooks_run_as_jobs_of_this_machine(project: Project) -> None:
 
 
 def test_slurm_gets_the_options_and_runs_the_notebook(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, code in {"sbatch": SBATCH, "srun": "", "sacct": "", "scancel": ""}.items():
-        project.write(f"bin/{name}", code.format(root=project.root))
-        (project.root / "bin" / name).chmod(0o755)
+    for name, code in SLURM.items():
+        stand_in(project.root / "bin" / name, code.format(root=project.root))
     monkeypatch.setitem(ENVIRONMENT, "PATH", f"{project.root}/bin:{os.environ['PATH']}")
     project.write("notebooks/graph.toml", TABLE + "alone = true\n")
     given = {"slurm_partition": "night", "timeout_min": 90, "slurm_additional_parameters": {"licenses": "a"}}
     status, said, error = submit(project, "30_apart", "slurm", "--cluster", json.dumps(given))
-    assert status == 0, error
+    assert (status, error) == (0, "")
     assert said.splitlines()[-1] == "30_apart [paper]: done"
     assert (project.root / "results/apart.csv").exists()
     options = (project.root / "submitted").read_text().splitlines()
     for option in ("partition=night", "time=90", "licenses=a", "cpus-per-task=1", "mem=8GB", "job-name=30_apart"):
         assert f"#SBATCH --{option}" in options
     assert "#SBATCH --exclusive" in options, "it measures times"
-    project.write("bin/sbatch", "#!/bin/sh\necho 'invalid partition: night' >&2\nexit 1")
+    stand_in(project.root / "bin/sbatch", "echo 'invalid partition: night' >&2\nexit 1")
     refused = "error: 10_map: no job was started: invalid partition: night\n"
     assert submit(project, "10_map", "slurm")[::2] == (1, refused)
 

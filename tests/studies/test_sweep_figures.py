@@ -85,7 +85,7 @@ def test_overhead_figures_name_every_reader():
     ]
     longest = with_bounds(rows[rows.positions == 64], "clean_regression")
     longest["recovery"] = np.where(longest.reader == "masking", np.nan, 0.9)
-    figure = sweep_figures.pareto(with_bounds(longest, "recovery"), 64)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["masking", "A, linear"]
-    dots = [[dot.get_label() for dot in ax.containers] for ax in figure.axes]
-    assert dots == [["masking", "A, linear"], ["A, linear"]], "a reader whose recovery was not measured has no dot"
+    time, cost, recovery = sweep_figures.pareto(with_bounds(longest[::-1], "recovery"), 64).axes
+    assert [label.get_text() for label in time.get_yticklabels()] == ["masking", "A, linear"], "the quickest first"
+    for ax, dots in ((time, [10, 30]), (cost, [0.5, 0.5]), (recovery, [np.nan, 0.9])):  # masking's is not measured
+        assert ax.containers[0][0].get_xdata().astype(float) == pytest.approx(dots, nan_ok=True)

@@ -202,31 +202,22 @@ def overhead(rows: pd.DataFrame) -> Figure:
 
 
 def pareto(rows: pd.DataFrame, positions: int) -> Figure:
-    """Clean cost, and recovery, against decode overhead behind `positions` tokens: a dot with intervals per reader.
+    """What a decoding step behind `positions` tokens takes, clean cost, and recovery: a line of dots for each reader.
 
-    rows: columns reader, ratio, clean_regression and recovery, with their bounds; readers without a recovery are left
-    out on the right.
+    rows: columns reader, ratio, clean_regression and recovery, with their bounds. The quickest reader is on top, so a
+    reader is on the Pareto front if none above it costs less. One whose recovery is not known has no dot there.
     """
-    styles = reader_styles(list(rows["reader"]))
-    figure, axes = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 4.0), sharex=True)
+    rows = rows.sort_values("ratio")
+    longer = {name.replace("ratio", "longer"): 100 * (rows[name] - 1) for name in ("ratio", "ratio_low", "ratio_high")}
     measures = {
-        "clean_regression": "clean cost, % perplexity\n(linear below 0.1, then log)",
-        "recovery": "recovered share of the lost NLL",
+        "longer": f"step behind {positions} tokens,\n% longer than plain",
+        "clean_regression": "clean cost,\n% perplexity",
+        "recovery": "recovered share\nof the lost NLL",
     }
-    for ax, (measure, label) in zip(axes, measures.items(), strict=True):
-        for row in rows.dropna(subset=measure).itertuples():
-            own = rows.loc[[row.Index]]
-            style = styles[str(row.reader)] | {"linestyle": "none"}
-            ax.errorbar(own["ratio"], own[measure], errors(own, measure), errors(own, "ratio"), **style)
-        ax.set_xscale("log")
-        ax.set_xticks([1, 2, 5, 10], ["1", "2", "5", "10"])
-        ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-        ax.axvline(1, color="0.6", linewidth=0.8, zorder=0)
-        ax.set_xlabel(f"decoding step behind {positions} tokens,\ntime over plain (log)")
-        ax.set_ylabel(label)
-    axes[0].set_yscale("symlog", linthresh=0.1)
-    axes[0].margins(y=0.1)
-    axes[0].yaxis.set_major_formatter("{x:g}")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    figure = forest(rows.assign(**longer), "reader", measures)
+    for ax, linear, ticks in zip(figure.axes, (10, 0.1), ([-10, 0, 10, 1000], [-1, 0, 1, 100]), strict=False):
+        ax.set_xscale("symlog", linthresh=linear)
+        ax.margins(x=0.1)
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.set_xlabel(f"{ax.get_xlabel()}\n(log beyond ±{linear:g})")
     return figure

@@ -15,7 +15,7 @@ import cachemedic
 from cachemedic.models.cache import unstack_cache
 from cachemedic.training.draws import draw_step
 from cachemedic.training.kept_operators import load_or_train
-from cachemedic.training.log import ship_log
+from cachemedic.training.log import gate_checks, ship_log
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.trainer import Trainer
 from cachemedic.training.valence.gate import MercyGateError
@@ -80,10 +80,13 @@ def test_a_gate_that_passes_changes_nothing(base, bank, tmp_path, monkeypatch):
     monkeypatch.setattr("cachemedic.training.trainer.shipped_valence", lambda *_: feeling)
     load_or_train(base, gated.config, tmp_path / "trained", tmp_path / "work")
     shipped = tmp_path / "trained" / gated.key
-    kept = [json.loads(line) for line in (shipped / "gate.jsonl").read_text().splitlines()]
-    assert [line["projected"] for line in kept] == [check["projected"] for check in checks]
-    for line in kept:
-        jsonschema.Draft202012Validator(GATE_SCHEMA).validate(line)
+    assert [check["projected"] for check in gate_checks(shipped)] == [check["projected"] for check in checks]
+    kept = (shipped / "gate.jsonl").read_text()
+    for line in kept.splitlines():
+        jsonschema.Draft202012Validator(GATE_SCHEMA).validate(json.loads(line))
+    (shipped / "gate.jsonl").write_text(kept.replace("false", "true", 1))
+    with pytest.raises(ValueError, match=r"line 1 of .*gate.jsonl is damaged: it is not as it was saved"):
+        gate_checks(shipped)
     log = tmp_path / "work" / gated.key / "log.jsonl"
     assert gzip.decompress((shipped / "log.jsonl.gz").read_bytes()) == log.read_bytes()
     first = (shipped / "log.jsonl.gz").read_bytes()
