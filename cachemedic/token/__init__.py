@@ -17,7 +17,7 @@ trust, trust_fit   the network that says how much of a damaged token to believe
 first_token        the very first token, which the joint model leaves out
 kept               what family E keeps of the tokens of a cache
 joint_operator     the families D and E
-token_repair, token_recompute  the same, and recomputation, as defenses beside all others
+token_repair, token_recompute  the same, and recomputation from ids or kept states, as defenses beside all others
 joint_calibrate    makes an operator of D or E useful (`calibrate`)
 plausible          whether tokens follow from their ids (`check_cache`)
 record             what a cache remembers of its tokens
