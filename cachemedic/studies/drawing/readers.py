@@ -60,9 +60,11 @@ LOOKS = {
     "C, no contraction": Look("C, no contraction term", YELLOW, "v", 4),
     "D": Look("D, nothing stored", GREEN, "s", 1),
     "D, no ids": Look("D, no ids", SKY, "D", 6),
+    "D, hashes": Look("D, with hashes", GREEN, "P", 4),
     "D, untrained": Look("D, calibrated only", GREEN, "d", 3),
     "E": Look("E, code and hashes", VERMILION, "o", 0),
     "E, code alone": Look("E, code alone", YELLOW, "X", 7),
+    "code, no ids": Look("joint code, no ids", YELLOW, "P", 3),
     "auto, 15% of a prefill": Look("E, within 15% of a prefill", PINK, "P", 2),
     "E, untrained": Look("E, calibrated only", VERMILION, "d", 3),
 }
