@@ -16,7 +16,7 @@ from cachemedic.defenses.defense import WORD_BITS, CachedTokens, Defense, cache_
 from cachemedic.defenses.ecc import CHECKSUM_BITS, token_checksums
 from cachemedic.models.shape import ModelShape
 
-GROUP = 32  # values that share a scale and a zero point
+GROUP = 32  # values that share a scale and a zero point, where nothing else is said
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]  # keys and values
 
@@ -55,25 +55,28 @@ class Checksummed(Defense):
 
 @dataclass(frozen=True)
 class GroupQuantisedShadow(Checksummed):
-    """A copy in 1 to 8 bits a value: keys in groups of 32 positions per channel, values of 32 channels per position.
+    """A copy in 1 to 8 bits a value: keys in groups of positions per channel, values of channels per position.
 
     The layout of KIVI (Liu et al. 2024). The scale and zero point of a group take 16 bits each and are counted; groups
     of positions count as full. The two levels of 1 bit are the mean of a group plus and minus its mean deviation.
     """
 
     bits: int = 2
+    group: int = GROUP
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
             raise ValueError(f"bits {self.bits} is out of range: 1 to 8")
+        if self.group < 1:
+            raise ValueError(f"group {self.group} is out of range: 1 or more values")
 
     def copy_bits(self) -> float:
         heads, dim = self.shape.num_kv_heads, self.shape.head_dim
-        return self.shape.num_layers * cache_bits(heads, dim, self.bits, GROUP)
+        return self.shape.num_layers * cache_bits(heads, dim, self.bits, self.group)
 
     def copy(self, clean: CachedTokens) -> KeysValues:
         span = _mean_deviation if self.bits == 1 else extremes
-        return quantise_cache(clean.k, clean.v, clean.valid, self.bits, GROUP, (span, span))
+        return quantise_cache(clean.k, clean.v, clean.valid, self.bits, self.group, (span, span))
 
 
 def _mean_deviation(groups: torch.Tensor, present: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,62 +10,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cachemedic.core.errors import nearest_valid
-from cachemedic.defenses.clean_ranges import plausible
-from cachemedic.defenses.defense import WORD_BITS, Around, CachedTokens, Defense, cache_bytes_per_token
-from cachemedic.defenses.ecc import CHECK_BITS, VALUES_PER_WORD, correct, encode, from_words, stored_words
+from cachemedic.defenses.defense import Around, CachedTokens, Defense
 from cachemedic.defenses.heuristics import RangeRestriction
+from cachemedic.defenses.memory_codes import GolayEcc, SecdedEcc
 from cachemedic.defenses.registry import DEFENSES, Calibration, register_defense
 from cachemedic.defenses.shadows import Checksummed, GroupQuantisedShadow, KeysValues, LowRankShadow, directions
-from cachemedic.models.shape import ModelShape
 
-CHECK_BIT_PLACES = ("protected", "in_page")
 SHADOW_BITS = (1, 2, 4)
 LOW_RANK_SHARES = {"low_rank_shadow": 1 / 8, "low_rank_shadow_6pct": 1 / 16, "low_rank_shadow_3pct": 1 / 32}
 RECOMPUTED_LAYERS = 2
-
-
-@dataclass(frozen=True)
-class SecdedEcc(Defense):
-    """SECDED error correction of the stored words: a single flipped bit in four values is put right.
-
-    A word that the code finds uncorrectable is read as zeros. Values that the decoder leaves alone pass bit for bit,
-    those it changes come back as stored (bf16). The check bits are "protected", out of reach of all faults, which
-    favours the code, or "in_page", where real memory has them: whatever rewrites a token as a whole (an overwrite, a
-    swapped or stale page, a change of every value) brings matching check bits along and is never seen. Flips of the
-    check bits themselves are not simulated in either place.
-    """
-
-    shape: ModelShape
-    check_bits: str = "protected"
-
-    REWRITTEN = 0.75  # a token of more mismatching words was rewritten: as many by flips need 1 bit in 47 flipped
-
-    def __post_init__(self) -> None:
-        if self.check_bits not in CHECK_BIT_PLACES:
-            raise nearest_valid("place of the check bits", self.check_bits, CHECK_BIT_PLACES)
-
-    @property
-    def bytes_per_token(self) -> float:
-        return cache_bytes_per_token(self.shape) * CHECK_BITS / (VALUES_PER_WORD * WORD_BITS)
-
-    def write(self, clean: CachedTokens) -> KeysValues:
-        return encode(stored_words(clean.k)), encode(stored_words(clean.v))
-
-    def read(self, damaged: CachedTokens, kept: KeysValues) -> CachedTokens:
-        stored = damaged.k, damaged.v
-        words = stored_words(damaged.k), stored_words(damaged.v)
-        syndromes = [encode(x) ^ written for x, written in zip(words, kept, strict=True)]
-        if self.check_bits == "in_page":
-            mismatching = torch.stack([(s != 0).float().mean((2, 4), keepdim=True) for s in syndromes]).mean(0)
-            syndromes = [s.masked_fill(mismatching > self.REWRITTEN, 0) for s in syndromes]
-        k, v = (_decode(*parts) for parts in zip(stored, words, syndromes, strict=True))
-        return replace(damaged, k=k, v=v)
-
-
-def _decode(x: torch.Tensor, words: torch.Tensor, syndrome: torch.Tensor) -> torch.Tensor:
-    decoded = correct(words, syndrome)
-    return plausible(torch.where(decoded == words, x, from_words(decoded, x.dtype)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +89,16 @@ def _secded_ecc_in_page(calibration: Calibration) -> Defense:
     return SecdedEcc(calibration.shape, "in_page")
 
 
+@register_defense("golay_ecc")
+def _golay_ecc(calibration: Calibration) -> Defense:
+    return GolayEcc(calibration.shape)
+
+
+@register_defense("golay_ecc_in_page")
+def _golay_ecc_in_page(calibration: Calibration) -> Defense:
+    return GolayEcc(calibration.shape, "in_page")
+
+
 @register_defense("secded_ecc_restricted")
 def _secded_ecc_restricted(calibration: Calibration) -> Defense:
     return Restricted(SecdedEcc(calibration.shape, "in_page"), RangeRestriction(calibration.statistics))
@@ -171,10 +134,10 @@ for _name, _share in LOW_RANK_SHARES.items():
 
 
 def storage_defenses(calibration: Calibration) -> dict[str, Defense]:
-    """Every defense of this module by name, but for those that do not fit the model.
+    """Every defense of this module by name, but for those that take as many bytes as the cache or do not fit the model.
 
-    Left out are a low-rank copy whose bytes do not pay for one direction (small heads), and the recomputation of few
-    layers of a model that has not more.
+    Left out are the Golay codes, a low-rank copy whose bytes do not pay for one direction (small heads), and the
+    recomputation of few layers of a model that has not more.
     """
     shape = calibration.shape
     names = ["secded_ecc", "secded_ecc_in_page", "secded_ecc_restricted", "checksum_erase"]

@@ -16,7 +16,7 @@ parts, estimate    what damaged tokens most likely held
 trust, trust_fit   the network that says how much of a damaged token to believe
 first_token        the very first token, which the joint model leaves out
 kept               what family E keeps of the tokens of a cache
-token_repair, token_recompute  operators that repair stored tokens, and recomputation, as defenses
+token_repair, token_recompute  operators that repair stored tokens, recomputation from ids or kept states: as defenses
 joint_operator     the families D and E
 joint_calibrate    makes an operator of D or E useful (`calibrate`)
 plausible          whether tokens follow from their ids (`check_cache`)

@@ -11,9 +11,10 @@ from cachemedic.core.quantise import quantise_in_groups
 from cachemedic.defenses.clean_ranges import PLAUSIBLE
 from cachemedic.defenses.defense import CachedTokens, Defense, cache_bytes_per_token
 from cachemedic.defenses.ecc import from_words, stored_words
+from cachemedic.defenses.memory_codes import GolayEcc, SecdedEcc
 from cachemedic.defenses.registry import Calibration
 from cachemedic.defenses.shadows import GROUP, GroupQuantisedShadow, LowRankShadow
-from cachemedic.defenses.storage_defenses import ChecksumErase, ChecksumRecompute, SecdedEcc, storage_defenses
+from cachemedic.defenses.storage_defenses import ChecksumErase, ChecksumRecompute, storage_defenses
 from cachemedic.evaluation.detection import detection_auroc
 from cachemedic.models.shape import ModelShape
 
@@ -47,6 +48,7 @@ K, V = clean_cache()
 CLEAN = tokens(K, V)
 CONFIG = GPT2Config(n_layer=L, n_head=G, n_embd=G * D, vocab_size=8, n_positions=T)
 STORAGE = defenses_of(CONFIG, tokens(*clean_cache(1), torch.ones(N, T, dtype=torch.bool)))
+STORAGE |= {"golay_ecc": GolayEcc(SHAPE), "golay_ecc_in_page": GolayEcc(SHAPE, "in_page")}
 
 
 def read(defense: Defense, k: torch.Tensor, v: torch.Tensor) -> CachedTokens:
@@ -101,19 +103,30 @@ def test_ecc_passes_all_but_the_hit_value_at_full_precision() -> None:
     assert torch.equal(corrected.v, V)
 
 
-def test_check_bits_in_the_page_come_along_with_an_overwrite_but_not_with_flips() -> None:
+@pytest.mark.parametrize("name", ["secded_ecc", "golay_ecc"])
+def test_check_bits_in_the_page_come_along_with_an_overwrite_but_not_with_flips(name) -> None:
     k, v = K.clone(), V.clone()
     k[:, :, :, 8:24], v[:, :, :, 8:24] = K.roll(1, 0)[:, :, :, 8:24], V.roll(1, 0)[:, :, :, 8:24]
-    in_page, protected = STORAGE["secded_ecc_in_page"], STORAGE["secded_ecc"]
+    in_page, protected = STORAGE[f"{name}_in_page"], STORAGE[name]
     assert torch.equal(read(in_page, k, v).k, k), "valid code words"
     noticed = read(protected, k, v)
-    assert (noticed.k[:, :, :, 8:24] == 0).float().mean() > 0.5
+    assert (noticed.k[:, :, :, 8:24] != k[:, :, :, 8:24]).float().mean() > 0.5
     assert torch.equal(noticed.k[:, :, :, 24:], K[:, :, :, 24:])
     where = (0, 0, 0, 3, 1)
     hit = flip(K, where, 1 << 12)
     assert torch.equal(read(in_page, hit, V).k, read(protected, hit, V).k)
     with pytest.raises(ValueError, match="'in_pages'.*did you mean 'in_page'"):
         SecdedEcc(SHAPE, "in_pages")
+
+
+def test_the_golay_code_puts_right_three_flips_where_secded_fails() -> None:
+    hit = flip(K, (1, 2, 0, 9, 6), 0b111 << 4)
+    expected = K.clone()
+    expected[1, 2, 0, 9, 6] = K[1, 2, 0, 9, 6].bfloat16().float()
+    assert torch.equal(read(STORAGE["golay_ecc"], hit, V).k, expected)
+    assert not torch.equal(read(STORAGE["secded_ecc"], hit, V).k, expected)
+    four = read(STORAGE["golay_ecc"], flip(K, (1, 2, 0, 9, 6), 0b1111 << 4), V)
+    assert four.k[1, 2, 0, 9, 6] == 0
 
 
 def test_a_restricted_code_is_the_code_and_then_the_range() -> None:
@@ -196,6 +209,16 @@ def test_group_quantisation_picks_the_nearest_level_of_each_group(bits) -> None:
     torch.testing.assert_close(v[n, layer, :, 7].flatten(), torch.tensor(slow_group(token.tolist(), bits)))
 
 
+def test_groups_of_a_copy_have_the_size_that_is_asked_for() -> None:
+    shadow = GroupQuantisedShadow(SHAPE, 2, 8)
+    copy_k, _ = shadow.copy(CLEAN)
+    expected = torch.tensor(slow_group(K[0, 1, 0, 8:16, 3].tolist(), 2))
+    torch.testing.assert_close(copy_k[0, 1, 0, 8:16, 3], expected)
+    assert shadow.bytes_per_token == L * (16 + 2 * G * D * 2 + 2 * 32 * G * D // 8) / 8
+    with pytest.raises(ValueError, match="group 0 is out of range"):
+        GroupQuantisedShadow(SHAPE, 2, 0)
+
+
 def test_padding_belongs_to_no_group() -> None:
     present = torch.arange(GROUP) >= 4
     x = torch.randn(GROUP, generator=torch.Generator().manual_seed(0))
@@ -238,6 +261,7 @@ def test_bytes_are_counted() -> None:
     whole = cache_bytes_per_token(ModelShape.of(config))
     shares = {name: defense.bytes_per_token / whole for name, defense in found.items()}
     checksum = 16 / (16 * 2 * 4 * 32)
+    assert GolayEcc(SHAPE).bytes_per_token == 2 * L * G * 22 * 12 / 8, "22 code words for 16 values of 16 bits"
     assert shares == pytest.approx(
         {
             "secded_ecc": 1 / 8,

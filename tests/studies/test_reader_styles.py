@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from cachemedic.defenses.registry import DEFENSES
-from cachemedic.studies.drawing.readers import LOOKS, reader_label, reader_styles
+from cachemedic.studies.drawing.readers import STYLES, reader_label, reader_styles
 
 
 def test_no_two_readers_look_alike() -> None:
-    styles = reader_styles(list(LOOKS)).values()
-    assert len({style["label"] for style in styles}) == len(LOOKS)
-    assert len({(style["color"], style["marker"]) for style in styles}) == len(LOOKS)
+    styles = reader_styles(list(STYLES)).values()
+    assert len({style["label"] for style in styles}) == len(STYLES)
+    assert len({(style["color"], style["marker"]) for style in styles}) == len(STYLES)
 
 
 def test_a_reader_looks_the_same_under_each_of_its_names() -> None:
@@ -22,7 +22,7 @@ def test_a_reader_looks_the_same_under_each_of_its_names() -> None:
 
 
 def test_all_defenses_that_ship_have_a_look() -> None:
-    assert {name for name in DEFENSES if name not in LOOKS} == set()
+    assert {name for name in DEFENSES if name not in STYLES} == set()
 
 
 def test_conditions_of_a_sweep_keep_their_names_and_have_no_look() -> None:
