@@ -6,6 +6,7 @@ dense              which models and caches have tokens that can be looked at one
 scratch            memory that is written again and again
 vectors            one vector a token: keys (unrotated) and values of all layers and heads
 lowest_layer       what the token ids tell exactly: the keys and values of the lowest layer
+block_attention    attention of scattered tokens that does not read far ahead
 recompute          damaged tokens computed again from their ids
 hashes             which tokens and layers of a cache changed since they were written
 scalar_codes       few-bit codes of real numbers

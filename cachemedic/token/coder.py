@@ -16,7 +16,7 @@ from cachemedic.token.record import TokenRecord
 from cachemedic.token.token_repair import wrong_family
 from cachemedic.token.vectors import TokenVectors
 
-CODED = 512  # tokens a row whose vectors are held at once
+CODED = 1024  # tokens a row whose vectors are held at once
 
 Sides = tuple[Tensor, Tensor]
 
@@ -76,13 +76,15 @@ class Coder:
             [values[layer][:, :, tokens] for layer in self.layers],
             positions[:, tokens],
         )
+        count = len(self.code.bits)
+        c = self.joint.project(self.joint.standardise(x, out=x), count)
         if not self.with_ids:
-            return self.code.encode(x)
+            return self.code.encode_coordinates(c)
         start = max(0, tokens.start - (RECENT - 1))
         near = slice(start, tokens.stop)
         lowest = self.lowest.of([keys[0][:, :, near]], [values[0][:, :, near]], positions[:, near])
-        prior = self.joint.prior_of(lowest, len(self.code.bits)).tokens(slice(tokens.start - start, None))
-        return self.code.encode(x, prior)
+        prior = self.joint.prior_of(lowest, count).tokens(slice(tokens.start - start, None))
+        return self.code.encode_coordinates(c, prior)
 
     def restore(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> Iterator[Sides]:
         """Keys and values [N, G, d] as stored of the tokens (rows[i], slots[i]), from code and ids alone, by layer."""
@@ -112,9 +114,10 @@ class Coder:
         dtype = self.model.dtype
         c = torch.zeros(1, len(rows), count, dtype=dtype, device=rows.device) if prior is None else prior.mean.clone()
         if self.code is not None and coded.any():
-            packed = record.codes[rows[coded], slots[coded]][None]
-            of_coded = None if prior is None else prior.tokens(coded)
-            c[:, coded] = self.code.decode(packed, of_coded, dtype=dtype)
+            some = slice(None) if coded.all() else coded  # without copies where there is nothing to choose
+            packed = record.codes[rows[some], slots[some]][None]
+            of_coded = None if prior is None else prior.tokens(some)
+            c[:, some] = self.code.decode(packed, of_coded, dtype=dtype)
         return Prediction(c, prior, coded[None])
 
     def _prior(self, record: TokenRecord, rows: Tensor, slots: Tensor, count: int) -> Prior:

@@ -170,9 +170,9 @@ class JointModel:
             raise ValueError(f"the joint model in {path} is damaged: its sha256 is not the one that it names")
         return found
 
-    def standardise(self, x: Tensor) -> Tensor:
-        """Vectors x [..., D] in units of the scale, about the mean."""
-        return torch.addcmul((-self.mean * self.scale).to(x.dtype), x, self.scale.to(x.dtype))
+    def standardise(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Vectors x [..., D] in units of the scale, about the mean; `out` may be x itself."""
+        return torch.addcmul((-self.mean * self.scale).to(x.dtype), x, self.scale.to(x.dtype), out=out)
 
     def project(self, z: Tensor, count: int | None = None) -> Tensor:
         """The first `count` coordinates (None: all) of standardised vectors z [..., D]: [..., count]."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from cachemedic.core.errors import check_given
+from cachemedic.token.block_attention import BlockMask
 from cachemedic.token.dense import check_cache_of, check_can_recompute
 from cachemedic.token.given import check_ids, tokens_given
 
@@ -104,7 +105,7 @@ def _pass_over(
         width, mask = length, valid[rows].long()
     else:
         width = min(-(-(int(slots.max()) + 1) // BLOCK) * BLOCK, length)  # nothing behind the last slot is read
-        mask = _mask(slots, valid[rows, :width], model.dtype)
+        mask = BlockMask.of(_mask(slots, valid[rows, :width], model.dtype), slots, BLOCK)
     with suppress(_Complete):
         model.base_model(
             input_ids=ids[rows].gather(1, slots),

@@ -63,27 +63,33 @@ def _rewrite(cache: RecordedCache, way: str, rows: Tensor, slots: Tensor, parts:
     damaged = parts[rows, slots]
     # the short hash of a part may agree by chance: with damage all over a token, none of it is believed
     damaged |= damaged.flatten(1).float().mean(1)[:, None, None] >= ALL_OVER
+    run = slice(int(slots[0]), int(slots[-1]) + 1)
+    in_a_run = bool(rows[0] == rows[-1]) and run.stop - run.start == len(slots)
+    at = (int(rows[0]), run) if in_a_run else (rows, slots)  # a slice is copied several times as fast
     if way == "restore":
         new = coder.restore(record, rows, slots)
     else:
         stored = cache.numbers()
-        read = [torch.stack([side[layer][rows, :, slots] for layer in coder.layers], 1) for side in stored]
+        read = [torch.stack([side[layer].transpose(1, 2)[at] for layer in coder.layers], 1) for side in stored]
         new = coder.estimate(record, rows, slots, read[0], read[1], ~damaged[:, list(coder.layers)])
     for layer, found in zip(coder.layers, new, strict=True):
         for number, stored_side in enumerate((layers[layer].keys, layers[layer].values)):
-            _put(stored_side, rows, slots, damaged[:, layer, number], found[number])
-    places = record.positions[rows, slots]
-    first = places < SINKS
-    for row, slot, place in zip(rows[first].tolist(), slots[first].tolist(), places[first].tolist(), strict=True):
+            hit = damaged[:, layer, number]
+            if in_a_run and hit.all():
+                stored_side.transpose(1, 2)[at].copy_(found[number])
+            else:
+                _put(stored_side, rows[hit], slots[hit], found[number][hit])
+    first = record.positions[rows, slots] < SINKS
+    if first.any():
+        rows, slots = rows[first], slots[first]
+        sinks = record.sinks[rows, record.positions[rows, slots]]
         for number, layer in enumerate(layers):
-            layer.keys[row, :, slot] = record.sinks[row, place, number, 0].to(layer.keys)
-            layer.values[row, :, slot] = record.sinks[row, place, number, 1].to(layer.values)
+            _put(layer.keys, rows, slots, sinks[:, number, 0])
+            _put(layer.values, rows, slots, sinks[:, number, 1])
 
 
-def _put(stored: Tensor, rows: Tensor, slots: Tensor, hit: Tensor, new: Tensor) -> None:
-    """Writes those of the tokens `new` [N, G, d] that are `hit` [N] where they belong in `stored` [B, G, T, d]."""
-    if not hit.all():
-        rows, slots, new = rows[hit], slots[hit], new[hit]
+def _put(stored: Tensor, rows: Tensor, slots: Tensor, new: Tensor) -> None:
+    """Writes tokens `new` [N, G, d] where they belong in `stored` [B, G, T, d]."""
     stored[rows.to(stored.device), :, slots.to(stored.device)] = new.to(stored)
 
 
