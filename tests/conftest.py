@@ -1,12 +1,16 @@
-"""Fixtures of the training tests."""
+"""Settings of all tests, and fixtures of those that train."""
 
 import pytest
+from hypothesis import settings
 from tiny_training import CONFIG, linear_map, ship, tiny_bank, tiny_base
 
 from cachemedic.corruption import severity
 from cachemedic.models.load import Base
 from cachemedic.token import trust_fit
 from cachemedic.training.bank import Bank
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from cachemedic.core.files import (
 )
 from cachemedic.core.tensors import flattened, read_tensors, tensor_bytes, unflattened
 
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=60)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

@@ -53,7 +53,7 @@ def fields() -> list[tuple[str, str]]:
     return [(storage, field) for storage in FORMATS for field in FORMATS[storage].fields]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.data(), st.sampled_from([pair for pair in fields() if pair[0] != "int8"]))
 def test_flipped_words_are_those_of_integer_arithmetic(data, pair):
     storage, field = pair

@@ -182,7 +182,7 @@ def test_overwrite_takes_a_window_from_the_donor():
     assert inside.time.nonzero().flatten().tolist() == [2, 3, 4]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 20), st.sampled_from([1, 2, 3, 5, 16, 32, 33]), st.floats(0, 1))
 def test_rotations_stay_on_the_rotation_group(seed, dim, theta):
     matrix = rotation(seed, dim, theta)

@@ -79,7 +79,7 @@ def test_the_calibrated_parameters_do_the_damage_that_they_stand_for(base, task,
         assert row.damage == pytest.approx((scores["nll"] - scores["nll_clean"]).mean() / worth)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.floats(-0.1, 0.4), min_size=11, max_size=11))
 def test_the_map_inverts_the_damage_curve(increments):
     """Whatever the curve, the damage interpolated at a mapped parameter is the severity that it is mapped from."""
@@ -144,7 +144,7 @@ def resolve(kind: str, wanted: float, base: str | None = "tiny", calibrated: Sev
     return calibrated.resolve(kind, wanted, base, SHAPE, kind == "quant_noise")
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.sampled_from(sorted(AT_FULL_SEVERITY)), st.floats(0.001, 1.0))
 def test_between_its_rows_the_map_is_linear(kind, wanted):
     """The map of these tests is linear itself, so that interpolation must give it back."""

@@ -91,7 +91,7 @@ def test_statistics_need_two_positions() -> None:
 
 
 @given(beta=st.floats(0, 0.99), pads=st.lists(st.integers(0, T - 1), min_size=N, max_size=N), seed=st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_smoothing_is_the_plain_recursion(beta: float, pads: list[int], seed: int) -> None:
     valid = torch.arange(T) >= torch.tensor(pads)[:, None]
     k, v = clean_cache(seed)

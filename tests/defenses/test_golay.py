@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cachemedic.defenses.golay import correct, encode, symbol_count
@@ -26,7 +26,6 @@ def test_all_code_words_but_zero_have_the_weights_of_the_golay_code() -> None:
     assert {w: weights.count(w) for w in set(weights)} == {0: 1, 8: 759, 12: 2576, 16: 759, 24: 1}
 
 
-@settings(deadline=None)
 @given(words, st.data())
 def test_up_to_three_wrong_bits_of_each_code_word_are_put_right(row, data) -> None:
     written = torch.tensor(row, dtype=torch.int32)
@@ -41,7 +40,6 @@ def test_up_to_three_wrong_bits_of_each_code_word_are_put_right(row, data) -> No
     assert torch.equal(correct(stored, encode(stored) ^ checks), written)
 
 
-@settings(deadline=None)
 @given(words, st.data())
 def test_four_wrong_bits_are_seen_and_their_values_read_as_zeros(row, data) -> None:
     written = torch.tensor(row, dtype=torch.int32)
@@ -57,7 +55,6 @@ def test_four_wrong_bits_are_seen_and_their_values_read_as_zeros(row, data) -> N
     assert torch.equal(read, written.masked_fill(lost, 0))
 
 
-@settings(deadline=None)
 @given(words, words)
 def test_the_code_is_linear_and_works_symbol_by_symbol(a, b) -> None:
     a, b = a[: len(b)], b[: len(a)]

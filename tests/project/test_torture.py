@@ -12,7 +12,7 @@ from damaged_files import DAMAGES, WRONG, file_kinds
 from odd_values import ODD, calls
 from torture import damage_one, give_one
 
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def test_a_new_operator_is_the_exact_identity(family, options, apply_to):
         assert [g is not None for g in gates] == ["K" in apply_to, "V" in apply_to]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     variant=st.sampled_from(VARIANTS),
     apply_to=st.sampled_from(["K", "V", "KV"]),

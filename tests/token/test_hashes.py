@@ -53,7 +53,7 @@ def test_it_is_the_hash_that_is_stated(dtype):
     assert torch.equal(found.parts, expected.parts)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     dtype=st.sampled_from(FORMATS),
     seed=st.integers(0, 2**31),

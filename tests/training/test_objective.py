@@ -51,7 +51,7 @@ def test_kd_carries_no_squared_temperature():
     assert ratio.item() == pytest.approx(4, rel=0.05)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 99), st.floats(0.3, 20), st.floats(-1e3, 1e3))
 def test_kd_is_a_divergence(seed, temperature, shift):
     teacher, student = random(5, 6, seed=seed), random(5, 6, seed=seed + 100)
@@ -82,7 +82,7 @@ def test_identity_loss_and_contraction_ratio_are_the_naive_ones():
         assert rho[b].item() == pytest.approx(left / (found + 1e-8))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 99), st.floats(0, 3))
 def test_a_repair_that_leaves_a_share_of_the_error_has_that_ratio(seed, share):
     k, v, k_off, v_off = (random(2, 2, 4, 5, seed=seed + i) for i in range(4))
@@ -188,7 +188,7 @@ def test_a_run_without_samples_of_a_kind_has_no_such_term():
     assert parts["identity"][2] == 0
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.floats(-5, 5), st.booleans()), min_size=1, max_size=8))
 def test_masked_mean(row):
     values, mask = (torch.tensor([x]) for x in zip(*row, strict=True))
