@@ -7,14 +7,17 @@ has its label as valence and full strength, that of a piece of other text a vale
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from cachemedic.core.files import write_atomically
 from cachemedic.core.progress import tqdm
 from cachemedic.core.seeds import generator
+from cachemedic.core.tensors import read_tensors, tensor_bytes
 from cachemedic.data.text_source import Review, TextSource
 from cachemedic.models.load import Base
 from cachemedic.studies.base_report import proportion
@@ -22,6 +25,7 @@ from cachemedic.training.valence.head import DECAY, LR, ValenceHead, last_hidden
 
 BATCH = 32  # sentences
 STEPS, EVERY = 200, 5  # updates, and after how many the head is validated
+SPLITS = ("train", "validation", "test")
 CHARACTERS = (60, 200)  # of a piece of other text
 
 Examples = tuple[torch.Tensor, torch.Tensor]  # states [N, width] and targets [N, 2]
@@ -57,10 +61,13 @@ def end_states(base: Base, texts: Sequence[str]) -> torch.Tensor:
     return states
 
 
-def examples(base: Base, reviews: Sequence[Review], other: Sequence[str] = ()) -> Examples:
-    """States and targets of the ends of reviews and of other text."""
+def examples(base: Base, reviews: Sequence[Review], other: Sequence[str], path: Path) -> Examples:
+    """States and targets of the ends of reviews and of other text; `path`: where the states are kept."""
+    if not path.exists():
+        states = end_states(base, [*(text for text, _ in reviews), *other])
+        write_atomically(path, tensor_bytes({"states": states}, {}))
     targets = [(float(label), 1.0) for _, label in reviews] + [(0.5, 0.0)] * len(other)
-    return end_states(base, [*(text for text, _ in reviews), *other]), torch.tensor(targets)
+    return read_tensors(path)[0]["states"], torch.tensor(targets)
 
 
 def fit(train: Examples, validation: Examples, seed: int = 0) -> tuple[ValenceHead, int]:
@@ -95,24 +102,25 @@ def accuracy(head: ValenceHead, found: Examples) -> dict[str, float]:
 
 
 def probe(
-    base: Base, source: TextSource, counts: tuple[int, int, int], seed: int = 0
+    base: Base, source: TextSource, counts: tuple[int, int, int], folder: Path, seed: int = 0
 ) -> tuple[ValenceHead, pd.DataFrame]:
     """A head for `base`, and its accuracy: a row for each of the splits train, validation and test.
 
-    counts: reviews to train and to validate on, from the training split of the source, with half as many pieces of
-    other text beside; and to test on, of its test split (at most all of them). Only the validation split chooses.
+    counts: reviews to train and to validate on, from the training split of the source, with a quarter as many pieces
+    of other text beside; and to test on, of its test split. Only the validation split chooses. folder: where states are
+    kept until the run ends. Raises `ValueError` for a source without reviews, or with too few.
     """
-    train, validation, test = counts
-    given = {split: source.reviews_of(split) for split in ("train", "test")}
-    if None in given.values():
+    training, unseen = source.reviews_of("train"), source.reviews_of("test")
+    if training is None or unseen is None:
         raise ValueError("a valence probe is trained on labelled reviews: name a source of them, such as sst2")
-    parts = drawn(given["train"] or (), (train, validation), seed)
-    parts += drawn(given["test"] or (), (min(test, len(dict(given["test"] or ()))),), seed)
-    other = pieces(source.documents_of("train"), (train + validation) // 2, seed)
-    beside = (other[: train // 2], other[train // 2 :], ())
-    found = [examples(base, reviews, more) for reviews, more in zip(parts, beside, strict=True)]
-    head, steps = fit(found[0], found[1], seed)
-    splits = zip(("train", "validation", "test"), found, strict=True)
-    return head.to(base.model.device), pd.DataFrame(
-        [{"split": split, **accuracy(head, own), "updates": steps} for split, own in splits]
-    )
+    parts = [*drawn(training, counts[:2], seed), *drawn(unseen, counts[2:], seed)]
+    sizes = [count // 4 for count in counts[:2]]
+    other = pieces(source.documents_of("train"), sum(sizes), seed)
+    beside: tuple[list[str], ...] = (other[: sizes[0]], other[sizes[0] :], [])
+    found = {
+        split: examples(base, reviews, more, folder / f"{split}.safetensors")
+        for split, reviews, more in zip(SPLITS, parts, beside, strict=True)
+    }
+    head, steps = fit(found["train"], found["validation"], seed)
+    rows = [{"split": split, **accuracy(head, own), "updates": steps} for split, own in found.items()]
+    return head.to(base.model.device), pd.DataFrame(rows)

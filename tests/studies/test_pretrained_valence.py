@@ -9,7 +9,7 @@ from tiny_training import tiny_base
 
 from cachemedic.data.text_source import TextSource
 from cachemedic.studies.computing.pretrained_valence import WORDS, moods, summary
-from cachemedic.studies.valence_probe import EVERY, STEPS, accuracy, drawn, end_states, fit, pieces, probe
+from cachemedic.studies.valence_probe import EVERY, STEPS, accuracy, drawn, end_states, examples, fit, pieces, probe
 
 REVIEWS = [(f"{'good' if label else 'bad'}{i} film .", label) for i in range(200) for label in (0, 1)]
 
@@ -83,9 +83,17 @@ def test_other_text_does_not_count_as_right_or_wrong() -> None:
     assert accuracy(head, both) == accuracy(head, (states, targets))
 
 
-def test_a_probe_needs_labels() -> None:
+def test_states_are_kept(tmp_path) -> None:
+    base = tiny_base()
+    found = examples(base, REVIEWS[:4], ["boats wait"], tmp_path / "kept.safetensors")
+    assert found[1].tolist() == [[0, 1], [1, 1], [0, 1], [1, 1], [0.5, 0]]
+    again = examples(base, REVIEWS[4:8], ["boats"], tmp_path / "kept.safetensors")
+    assert torch.equal(again[0], found[0])
+
+
+def test_a_probe_needs_labels(tmp_path) -> None:
     with pytest.raises(ValueError, match="trained on labelled reviews: name a source of them"):
-        probe(tiny_base(), TextSource(), (4, 2, 2))
+        probe(tiny_base(), TextSource(), (4, 2, 2), tmp_path)
 
 
 def test_differences_are_paired_and_sound_caches_do_not_count() -> None:

@@ -36,7 +36,7 @@ from cachemedic.training.valence.head import Valence
 
 COPY = "shadow_2bit"
 SEVERITIES, ASKED_AT = (0.5, 1.0), 0.5
-PROBED = (2000, 500, 872)  # reviews to train, validate and test the probe on
+PROBED = (2000, 400, 872)  # reviews to train, validate and test the probe on
 TEXTS, REVIEWS = 4, 16  # a seed
 CACHED, SCORED, HORIZON = 64, 16, 10  # tokens
 CALIBRATION = 16  # windows whose ranges clip
@@ -147,7 +147,7 @@ def results(run: Run, source: TextSource) -> dict[str, pd.DataFrame]:
     base = load_base(run.parameters["base"], device=run.parameters["device"])
     base = replace(base, severity_map=SeverityMap(run.read_csv("pretrained_severities")))
     readers = readers_of(run, base, source)
-    head, scored = probe(base, source, (200, 50, 100) if run.smoke else PROBED)
+    head, scored = probe(base, source, (120, 40, 60) if run.smoke else PROBED, run.partial)
     measured = grid(run, base, source, readers, head)
     asked = answers(run, base, source, readers)
     accuracies = by_group(asked, ["type"], partial(means_over_seeds, keys=["reader"], columns=["accuracy"]))
