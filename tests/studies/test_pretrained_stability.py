@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from tiny_training import tiny_base
 
 from cachemedic.studies.computing import pretrained_stability as study
+from cachemedic.studies.drawing import pretrained_stability as drawing
 from cachemedic.studies.family_study import token_aware_config
 from cachemedic.studies.sweeps import stacks
 
@@ -83,3 +85,22 @@ def test_a_type_that_was_left_out_is_compared_with_the_fit_to_all() -> None:
     assert found.loc[("gaussian", study.LEFT_OUT), "more_than_fitted"] == pytest.approx(-0.5)
     assert found.loc[("quant_noise", study.LEFT_OUT), "more_than_fitted"] == pytest.approx(-0.1)
     assert found.loc[("quant_noise", study.FITTED), "kl_recovery"] == pytest.approx(0.8)
+
+
+def test_the_figure_shows_terms_that_differ_and_types_with_and_without_them() -> None:
+    shares = {"none": 0.0, study.FITTED: 0.5, study.FREE: 0.6, "lambda 0.5, alpha 0": 0.9}
+    ratios = pd.DataFrame({"reader": [study.FREE], "rho": 0.4, "rho_low": 0.3, "rho_high": 0.5})
+    found = study.compared(_grid(shares, ("gaussian",), study.SEVERITIES), ratios)
+    rows = pd.concat([found.assign(family=family) for family in ("D", "E")], ignore_index=True)
+    held = _grid({study.LEFT_OUT: 0.3}, ("gaussian",), (0.5,)).assign(held_out="gaussian")
+    moved = study.transfer(_grid({"none": 0.0, study.FITTED: 0.8}, ("gaussian",), (0.5,)), held)
+    figure = drawing.figure(rows, moved)
+    left, right = figure.axes
+    assert [label.get_text() for label in left.get_yticklabels()] == [
+        "fitted only",
+        r"$\lambda$ 0.5, $\alpha$ 0",
+    ]
+    assert [label.get_text() for label in right.get_yticklabels()] == ["gaussian"]
+    assert drawing.left_out(moved)["difference"].tolist() == ["-0.500 [-0.500, -0.500]"]
+    assert list(drawing.terms(rows)["rho"]) == ["--", "0.400 [0.300, 0.500]", "--"] * 2
+    plt.close(figure)

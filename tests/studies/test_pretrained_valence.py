@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tiny_training import tiny_base
 
 from cachemedic.data.text_source import TextSource
 from cachemedic.studies.computing.pretrained_valence import WORDS, moods, summary
+from cachemedic.studies.drawing import pretrained_valence as drawing
 from cachemedic.studies.valence_probe import EVERY, STEPS, accuracy, drawn, end_states, examples, fit, pieces, probe
 
 REVIEWS = [(f"{'good' if label else 'bad'}{i} film .", label) for i in range(200) for label in (0, 1)]
@@ -122,3 +124,34 @@ def test_differences_are_paired_and_sound_caches_do_not_count() -> None:
     assert found.loc["D", "ratio"] == pytest.approx(((0.35 + 0.25) / 2) / 0.5)
     assert (found.loc["E", ["gap_less_e", "kl_less_e", "ratio_less_e"]] == 0).all()
     assert (found["n_seeds"] == 2).all()
+
+
+def test_a_type_that_does_not_reach_the_last_severity_is_in_its_panel() -> None:
+    met = [("gaussian", 0.5), ("gaussian", 1.0), ("contiguous_overwrite", 0.5), ("contiguous_overwrite", 0.77)]
+    rows = [
+        {"type": kind, "severity": severity, "reader": reader, "gap": 0.2, "gap_low": 0.1, "gap_high": 0.3}
+        for kind, severity in [("none", 0.0), *met]
+        for reader in ("none", "E")
+    ]
+    figure = drawing.by_type(pd.DataFrame(rows))
+    left, right = figure.axes
+    assert left.get_title() == "severity 0.5"
+    assert right.get_title() == "severity 1 (where reached, else 0.77)"
+    assert [label.get_text() for label in left.get_yticklabels()] == ["gaussian", "contiguous overwrite"]
+    for ax in (left, right):
+        dots = [line for line in ax.lines if line.get_marker() in ("x", "o")]
+        assert all(len(line.get_xdata()) == 2 for line in dots)
+        assert len(dots) == 2
+    plt.close(figure)
+
+
+def test_the_table_of_answers_has_a_column_for_each_type() -> None:
+    rows = [
+        {"type": kind, "reader": reader, "accuracy": 0.5, "accuracy_low": 0.25, "accuracy_high": 0.75}
+        for kind in ("none", "quant_noise")
+        for reader in ("none", "D")
+    ]
+    found = drawing.sentiment_table(pd.DataFrame(rows))
+    assert list(found) == ["reader", "sound cache", "quant noise"]
+    assert found["reader"].tolist() == ["no defence", "D, nothing stored"]
+    assert set(found["quant noise"]) == {"0.50 [0.25, 0.75]"}
