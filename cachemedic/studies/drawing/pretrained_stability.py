@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from cachemedic.studies.drawing.style import COLOURS, MARKERS, TEXT_WIDTH, errors
 from cachemedic.studies.drawing.tables import brackets
 
-FITTED, LEFT_OUT = "fitted only", "left out"
+FITTED, FREE, LEFT_OUT = "fitted only", "lambda 0, alpha 0", "left out"
 NAMES = {FITTED: "fitted to all types", LEFT_OUT: "without the type"}
 
 
@@ -58,9 +58,7 @@ def figure(rows: pd.DataFrame, held: pd.DataFrame) -> Figure:
     """Left: what each contraction term removes more than none does. Right: D on types that its fit had, or had not."""
     drawn, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 2.9))
     rows = trained(rows)
-    labels = [
-        name for name in rows["reader"].unique() if (rows.loc[rows["reader"] == name, "more_than_free"] != 0).any()
-    ]
+    labels = [name for name in rows["reader"].unique() if name != FREE]
     for place, (family, own) in enumerate(rows.groupby("family", sort=False)):
         own = own.set_index("reader").reindex(labels)
         _dots(left, labels, own, "more_than_free", 0.24 * (place - 0.5), place, family)
@@ -80,5 +78,8 @@ def figure(rows: pd.DataFrame, held: pd.DataFrame) -> Figure:
     for ax in (left, right):
         ax.invert_yaxis()
         ax.grid(axis="y", visible=False)
-        ax.legend(loc="best", fontsize=7)
+    shown = [ax.get_legend_handles_labels() for ax in (left, right)]
+    drawn.legend(
+        *(left_of + right_of for left_of, right_of in zip(*shown, strict=True)), loc="outside lower center", ncols=4
+    )
     return drawn
