@@ -37,7 +37,7 @@ from cachemedic.training.valence.head import Valence
 COPY = "shadow_2bit"
 SEVERITIES, ASKED_AT = (0.5, 1.0), 0.5
 PROBED = (2000, 400, 872)  # reviews to train, validate and test the probe on
-TEXTS, REVIEWS = 4, 16  # a seed
+TEXTS, REVIEWS = 4, 12  # a seed
 CACHED, SCORED, HORIZON = 64, 16, 10  # tokens
 CALIBRATION = 16  # windows whose ranges clip
 WORDS = 90  # of a text of one mood: they make more tokens than are read
