@@ -26,7 +26,7 @@ from cachemedic.studies import pretrained
 from cachemedic.studies.family_study import token_aware_config, untrained
 from cachemedic.studies.run import Run
 from cachemedic.studies.summaries import advantage, in_order, summary
-from cachemedic.studies.sweeps import by_condition, defense_of, defenses_of, stacks
+from cachemedic.studies.sweeps import by_condition, defenses_of, stacks
 from cachemedic.token.joint import JointModel
 from cachemedic.training.bank import BankConfig
 from cachemedic.training.config import TrainConfig
@@ -68,7 +68,7 @@ def operators(
     ratios = []
     for config, names in stacks(base, named):
         folder = run.partial / config.key(base)
-        found |= by_condition(Trainer(base, config, folder, joint=joint).run(), names)
+        found |= by_condition(Trainer(base, config, folder, statistics=joint).run(), names)
         if config.steps:
             ratios.append(contraction(pd.read_json(folder / LOG, lines=True), names))
     return {name: found[name] for name in named}, pd.concat(ratios, ignore_index=True)
@@ -113,8 +113,8 @@ def held_out(
 
     def of_kind(kind: str) -> pd.DataFrame:
         lacking = replace(untrained(config), mixture=config.mixture.without(kind))
-        operator = Trainer(base, lacking, run.partial / lacking.key(base), joint=joint).run()
-        readers = {LEFT_OUT: defense_of(base, operator)}
+        operator = Trainer(base, lacking, run.partial / lacking.key(base), statistics=joint).run()
+        readers = defenses_of(base, {LEFT_OUT: operator})
         return run_grid(base, tasks, readers, None, types=(kind,), severities=SEVERITIES).assign(held_out=kind)
 
     parts = [

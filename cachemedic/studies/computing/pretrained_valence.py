@@ -74,8 +74,8 @@ def readers_of(run: Run, base: Base, source: TextSource) -> dict[str, Defense]:
     calibration = calibration_of(base, 4 if run.smoke else CALIBRATION, source)
     results = run.read_csv("pretrained_results")
     best = results.loc[results["best_heuristic"], "reader"].iloc[0]
-    rivals = {name: DEFENSES[name](calibration) for name in (best, COPY)}
-    return {"none": NoDefense(), **rivals, **pretrained.token_readers(base, source)}
+    baselines = {name: DEFENSES[name](calibration) for name in (best, COPY)}
+    return {"none": NoDefense(), **baselines, **pretrained.token_readers(base, source)}
 
 
 def faults(run: Run, base: Base, severities: Sequence[float]) -> Iterator[CorruptionSpec]:
