@@ -157,8 +157,9 @@ def fact_answers(run: Run, base: Base, source: TextSource, readers: Mapping[str,
     """A row for each split, length, seed, text, fault, reader and question.
 
     Of the validation split there are the sound caches and those without a defence; the first of its texts is what
-    overwrites those of the test.
+    overwrites those of the test. Of the copies one is asked.
     """
+    readers = {name: reader for name, reader in readers.items() if "groups of" not in name}
     frames = []
     for length, count in (SMOKE_FACT_TEXTS if run.smoke else FACT_TEXTS).items():
 

@@ -71,9 +71,8 @@ def table(named: pd.DataFrame, kl: pd.DataFrame) -> pd.DataFrame:
     share = kl.drop_duplicates("reader").set_index("reader")["share"]
     shown = pd.DataFrame({"reader": [_label(name) for name in readers], "bytes, %": 100 * share[readers].to_numpy()})
     for (kind, length), rows in test[test["type"] != "none"].groupby(["type", "length"], sort=False):
-        rows = rows.set_index("reader").loc[readers]
-        counts = rows["n_named"].astype(int).astype(str) + "/" + rows["n_examples"].astype(int).astype(str)
-        shown[f"{kind}, {length:,}"] = counts.to_numpy()
+        counts = {row.reader: f"{row.n_named}/{row.n_examples}" for row in rows.itertuples()}
+        shown[f"{kind}, {length:,}"] = [counts.get(name) for name in readers]  # not all were asked
     for length, rows in kl.groupby("length", sort=False):
         shown[f"KL, {length:,}"] = brackets(rows.set_index("reader").loc[readers], "kl").to_numpy()
     return shown
@@ -88,7 +87,7 @@ def caption(named: pd.DataFrame, kl: pd.DataFrame) -> str:
     )
     return (
         "Long contexts, SmolLM2. Left: answers that name a hidden fact, by damage and cached tokens; the passages of "
-        f"all facts and a quarter of the rest are hit. The sound cache answers {counts}. Right: KL left behind noise on "
-        f"a quarter of the tokens, nats per token, by cached tokens; 95\\% intervals over {kl['n_seeds'].iloc[0]} seeds. "
+        f"all facts and a quarter of the rest are hit. The sound cache answers {counts}. Right: KL left behind noise "
+        f"on a quarter of the tokens, nats per token; 95\\% intervals over {kl['n_seeds'].iloc[0]} seeds. "
         "All repairs and copies know by hashes what is damaged."
     )
