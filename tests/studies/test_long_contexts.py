@@ -16,9 +16,7 @@ from cachemedic.core.severity_map import SeverityMap
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.data.chats import KINDS
 from cachemedic.defenses.heuristics import NoDefense
-from cachemedic.defenses.shadows import GroupQuantisedShadow
 from cachemedic.evaluation.decoding import clean_pass
-from cachemedic.models.shape import ModelShape
 from cachemedic.studies.computing import long_contexts
 from cachemedic.studies.drawing import long_contexts as drawing
 from cachemedic.studies.hidden_facts import DEPTHS, hidden_facts
@@ -98,17 +96,6 @@ def test_answers_are_those_of_the_sound_cache_where_it_is_recomputed(base, texts
     assert exact["nll"].to_numpy() == pytest.approx(np.tile(sound["nll"], 2), abs=1e-3)
     assert (rows[rows.reader == "none"]["kl"] > 1e-3).all()
     assert (rows[rows.reader == "none"]["damaged"] > texts[0].stated.float().mean().item()).all()
-
-
-def test_the_copy_of_32_values_a_scale_is_that_of_the_other_notebooks(base, texts):
-    own = texts[0].task.select(slice(0, 1))
-    clean, shape = clean_pass(base.model, own).tokens(own), ModelShape.of(base.config)
-    known, copy = GroupQuantisedShadow(shape), long_contexts.KiviCopy(shape, 32)
-    assert copy.bytes_per_token == known.bytes_per_token > long_contexts.KiviCopy(shape, 128).bytes_per_token
-    for a, b in zip(known.copy(clean), copy.copy(clean), strict=True):
-        assert torch.equal(a, b)
-    coarse = long_contexts.KiviCopy(shape, 128).copy(clean)[0]
-    assert (coarse - clean.k).square().mean() > (copy.copy(clean)[0] - clean.k).square().mean()
 
 
 def test_damage_at_equal_parameters_is_a_share_of_the_value_of_the_context():

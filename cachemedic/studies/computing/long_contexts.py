@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import pandas as pd
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from cachemedic.core.progress import tqdm
-from cachemedic.core.quantise import cache_bits, quantise_cache
 from cachemedic.core.seeds import generator
 from cachemedic.core.severity_map import SeverityMap
 from cachemedic.corruption.apply import corrupt
@@ -22,7 +21,7 @@ from cachemedic.data.tasks import perplexity_task
 from cachemedic.data.text_source import TextSource
 from cachemedic.defenses.defense import CachedTokens, Defense
 from cachemedic.defenses.heuristics import NoDefense, Reset, blind_defenses
-from cachemedic.defenses.shadows import Checksummed, KeysValues
+from cachemedic.defenses.shadows import GroupQuantisedShadow
 from cachemedic.evaluation.decoding import clean_pass, decode_logits
 from cachemedic.evaluation.evaluate import divergence, evaluate
 from cachemedic.evaluation.experiments import SPLIT_OFFSET, TYPES, calibration_of, kept_frame
@@ -52,19 +51,6 @@ GROUPS = (32, 64, 128)  # values that share a scale
 BITS = 2
 REFERENCE = "E"  # of paired differences
 KEY = ["length", "type", "reader"]
-
-
-@dataclass(frozen=True)
-class KiviCopy(Checksummed):
-    """Checksums and a second copy in the layout of KIVI, 2 bits a value, of which `group` share a scale and a zero."""
-
-    group: int
-
-    def copy_bits(self) -> float:
-        return self.shape.num_layers * cache_bits(self.shape.num_kv_heads, self.shape.head_dim, BITS, self.group)
-
-    def copy(self, clean: CachedTokens) -> KeysValues:
-        return quantise_cache(clean.k, clean.v, clean.valid, BITS, self.group)
 
 
 def noise(base: Base) -> CorruptionSpec:
@@ -97,8 +83,8 @@ def readers_of(run: Run, base: Base, source: TextSource) -> dict[str, Defense]:
     return {
         "none": blind["none"],
         best: blind[best],
-        **{name: KiviCopy(calibration.shape, group) for name, group in copies.items()},
-        "D": InCache(base.model, found["D"], "estimate"),
+        **{name: GroupQuantisedShadow(calibration.shape, BITS, group) for name, group in copies.items()},
+        "D, hashes": InCache(base.model, found["D"], "estimate"),
         "E, code alone": InCache(base.model, found["E"], "restore"),
         "E": InCache(base.model, found["E"], "estimate"),
         "recompute": InCache(base.model, None, "recompute"),

@@ -11,12 +11,12 @@ from cachemedic.studies.drawing.readers import reader_label, reader_styles
 from cachemedic.studies.drawing.style import TEXT_WIDTH, errors, line_styles
 from cachemedic.studies.drawing.tables import brackets
 
-HASHED = {"D": "D, ids and hashes"}  # unlike elsewhere D is told what is damaged, as all others are
-SHOWN = ("none", "shadow_2bit", "D", "E, code alone", "E", "recompute")  # of each heuristic or copy one is enough
+# Of heuristics and copies one is enough in a figure.
+SHOWN = ("none", "shadow_2bit", "D, hashes", "E, code alone", "E", "recompute")
 
 
 def _label(reader: str) -> str:
-    return {"clean": "sound cache"}.get(reader) or HASHED.get(reader) or reader_label(reader)
+    return "sound cache" if reader == "clean" else reader_label(reader)
 
 
 def _beside(ax: Axes, rows: pd.DataFrame, place: float, name: str, style: dict) -> None:
@@ -32,7 +32,7 @@ def figure(named: pd.DataFrame, kl: pd.DataFrame, severity: pd.DataFrame) -> Fig
     """
     test = named[named["split"] == "test"]
     readers = [name for name in kl["reader"].unique() if name in SHOWN]
-    styles = {name: style | {"label": _label(name)} for name, style in reader_styles(readers).items()}
+    styles = reader_styles(readers)
     drawn, axes = plt.subplots(2, 2, figsize=(TEXT_WIDTH, 5.4))
     sound = test[test["reader"] == "clean"].sort_values("length")
     faults = [kind for kind in test["type"].unique() if kind != "none"]
