@@ -20,7 +20,6 @@ fault_grid     every defense at every parameter of every fault
 quantised_evaluation  language modelling on a cache of few bits
 second_model   the main result on any base and any text
 pretrained     the operators, texts and conditions of the studies of a pretrained model
-hidden_facts   facts hidden in a long text, and questions about them
 real_text      how well a base reads text from outside
 measured_valence  valence behind a damaged cache, and of what is written there
 valence_report what the valence experiments report

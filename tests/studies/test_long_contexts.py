@@ -18,8 +18,8 @@ from cachemedic.data.chats import KINDS
 from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.studies.computing import long_contexts
+from cachemedic.studies.computing.hidden_facts import DEPTHS, hidden_facts
 from cachemedic.studies.drawing import long_contexts as drawing
-from cachemedic.studies.hidden_facts import DEPTHS, hidden_facts
 from cachemedic.token.token_recompute import TokenRecompute
 
 CHAT = "{% for turn in messages %}<user>{{ turn.content }}<end>{% endfor %}<model>"

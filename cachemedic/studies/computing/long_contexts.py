@@ -30,8 +30,8 @@ from cachemedic.models.load import Base, load_base
 from cachemedic.studies import pretrained
 from cachemedic.studies.base_report import proportion
 from cachemedic.studies.computing.frontier import InCache
+from cachemedic.studies.computing.hidden_facts import HiddenFacts, hidden_facts
 from cachemedic.studies.family_evaluation import bytes_per_token
-from cachemedic.studies.hidden_facts import HiddenFacts, hidden_facts
 from cachemedic.studies.run import Run
 from cachemedic.studies.summaries import advantage, in_order, means_over_seeds
 

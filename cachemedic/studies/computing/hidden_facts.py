@@ -1,4 +1,4 @@
-"""Conversations about a long text in which short passages with facts are hidden, which are then asked for.
+"""What notebook 23 asks: conversations about a long text in which short passages with facts are hidden, which are then asked for.
 
 The text is cached before any question is known. One text holds a passage of each of the kinds of `data.chats`, so that
 one prefill serves as many questions.
