@@ -38,9 +38,8 @@ def figure(rows: pd.DataFrame, flips: pd.DataFrame) -> Figure:
     left.axhline(rows.loc[rows["reader"] == "none", "kl"].iloc[0], color="0.6", linewidth=0.8, zorder=0)
     left.set_xscale("symlog", linthresh=1e-3, linscale=0.4)
     left.set(xlabel="bytes kept of a token, share of a bf16 cache", ylabel="KL left, nats per token", xlim=(-1e-4, 2))
-    for (reader, part), style in zip(
-        flips.groupby("reader", sort=False), reader_styles(list(flips["reader"].unique())).values(), strict=True
-    ):
+    rates = flips.groupby(flips["reader"].map(head_of), sort=False)
+    for (reader, part), style in zip(rates, reader_styles([name for name, _ in rates]).values(), strict=True):
         look = style | ({"color": "0.6", "marker": None} if reader == "none" else {})
         right.errorbar(part["rate"], part["kl"], errors(part, "kl"), **look)
     right.set_xscale("log")
