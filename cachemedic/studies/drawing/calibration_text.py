@@ -17,8 +17,10 @@ CODE, ESTIMATE = "E, code alone", "E"
 
 
 def figure(kl: pd.DataFrame, accuracy: pd.DataFrame) -> Figure:
-    """A row a base. Left: KL of the code alone by kind of text, every token lost. Right: sentiment accuracy of E, with
-    no defence (solid) and on sound caches (dotted) as lines. Rows of `calibration_text_kl` and `_accuracy`.
+    """A row a base. Left: KL of the code alone by kind of text, every token lost. Right: sentiment accuracy of E,
+    hollow that of its code alone; lines: no defence, and sound caches (dotted).
+
+    Rows of `calibration_text_kl` and `calibration_text_accuracy`.
     """
     bases = list(kl["base"].unique())
     names = [name for name in kl["calibrated"].fillna("").unique() if name]
@@ -31,11 +33,12 @@ def figure(kl: pd.DataFrame, accuracy: pd.DataFrame) -> Figure:
         _by_kind(left, own, looks)
         left.set(title=base.removeprefix("embedded-"), xlim=(-0.01, None))
         of_base = accuracy[accuracy["base"] == base]
-        repaired = of_base[of_base["reader"] == ESTIMATE].set_index("calibrated").reindex(names)
-        for place, name in enumerate(names):
-            row = repaired.loc[[name]]
-            style = looks[name] | {"linestyle": "none"}
-            right.errorbar(row["accuracy"], [place], xerr=errors(row, "accuracy"), **style)
+        for reader, below, fill in ((ESTIMATE, 0.0, {}), (CODE, 0.3, {"markerfacecolor": "white"})):
+            repaired = of_base[of_base["reader"] == reader].set_index("calibrated").reindex(names)
+            for place, name in enumerate(names):
+                row = repaired.loc[[name]]
+                style = looks[name] | fill | {"linestyle": "none"}
+                right.errorbar(row["accuracy"], [place + below], xerr=errors(row, "accuracy"), **style)
         undefended = of_base[of_base["reader"] == "none"].iloc[0]
         right.axvline(undefended["accuracy"], color="0.5", linewidth=0.8, zorder=0)
         right.axvline(undefended["clean"], color="0.5", linewidth=0.8, linestyle=":", zorder=0)
@@ -44,7 +47,7 @@ def figure(kl: pd.DataFrame, accuracy: pd.DataFrame) -> Figure:
         right.margins(y=0.25)
         right.invert_yaxis()
     axes[-1, 0].set_xlabel("KL of the code alone, every token lost, nats")
-    axes[-1, 1].set_xlabel("sentiment accuracy behind E")
+    axes[-1, 1].set_xlabel("sentiment accuracy of E (hollow: code)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, title="calibrated on")
     return figure
 
