@@ -47,7 +47,7 @@ def figure(kl: pd.DataFrame, accuracy: pd.DataFrame) -> Figure:
         right.margins(y=0.25)
         right.invert_yaxis()
     axes[-1, 0].set_xlabel("KL of the code alone, every token lost, nats")
-    axes[-1, 1].set_xlabel("accuracy on reviews (hollow: code)")
+    axes[-1, 1].set_xlabel("accuracy on reviews")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, title="calibrated on")
     return figure
 
