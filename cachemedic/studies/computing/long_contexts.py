@@ -36,7 +36,7 @@ from cachemedic.studies.run import Run
 from cachemedic.studies.summaries import advantage, in_order, means_over_seeds
 
 # By cached tokens, of each seed: texts with hidden facts, each of which is asked for four; and texts to be continued.
-FACT_TEXTS, TEXTS = {1024: 1, 2048: 1, 4096: 1}, {128: 4, 1024: 2, 4096: 2}
+FACT_TEXTS, TEXTS = {1024: 2, 2048: 1, 4096: 1}, {128: 4, 1024: 2, 4096: 2}
 SMOKE_FACT_TEXTS, SMOKE_TEXTS = {512: 1}, {128: 2, 256: 2}
 CHECKED = (
     2  # texts with hidden facts of the validation split, of each length; the first one overwrites those of the test
