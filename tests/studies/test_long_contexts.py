@@ -15,8 +15,9 @@ from tiny_training import linear_map, tiny_base
 from cachemedic.core.severity_map import SeverityMap
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.data.chats import KINDS
+from cachemedic.data.tasks import perplexity_task
 from cachemedic.defenses.heuristics import NoDefense
-from cachemedic.evaluation.decoding import clean_pass
+from cachemedic.evaluation.decoding import clean_pass, decode_logits
 from cachemedic.studies.computing import long_contexts
 from cachemedic.studies.computing.hidden_facts import DEPTHS, hidden_facts
 from cachemedic.studies.drawing import long_contexts as drawing
@@ -96,6 +97,29 @@ def test_answers_are_those_of_the_sound_cache_where_it_is_recomputed(base, texts
     assert exact["nll"].to_numpy() == pytest.approx(np.tile(sound["nll"], 2), abs=1e-3)
     assert (rows[rows.reader == "none"]["kl"] > 1e-3).all()
     assert (rows[rows.reader == "none"]["damaged"] > texts[0].stated.float().mean().item()).all()
+
+
+def test_questions_decoded_together_do_not_see_each_other(base, texts):
+    task = texts[0].task
+    cache = clean_pass(base.model, (own := task.select(slice(0, 1)))).tokens(own)
+    readable = torch.rand(1, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.5
+    for read in (cache, replace(cache, readable=readable)):
+        together = long_contexts.ask(base, read, task, NoDefense())
+        for i in range(len(task)):
+            apart = decode_logits(base.model, read, task.select(slice(i, i + 1)))[0]
+            torch.testing.assert_close(together[i], apart, rtol=1e-3, atol=1e-3)
+
+
+def test_a_text_is_continued_after_any_number_of_its_tokens(base):
+    task = perplexity_task(base.tokenizer, [" ".join(DOCUMENTS)], (3,), 2, prefix=60, scored=5)
+    shorter, same = long_contexts.continued(task, 20), long_contexts.continued(task, 60)
+    for name in ("prefix_ids", "continuation_ids", "target_ids", "target_mask", "seeds"):
+        assert torch.equal(getattr(same, name), getattr(task, name)), name
+    assert torch.equal(shorter.prefix_ids, task.prefix_ids[:, :20])
+    assert torch.equal(shorter.continuation_ids[:, 0], task.prefix_ids[:, 20])
+    assert torch.equal(shorter.target_ids[shorter.target_mask].view(2, 5), task.prefix_ids[:, 21:26])
+    whole, part = clean_pass(base.model, task), clean_pass(base.model, shorter)
+    torch.testing.assert_close(whole.k[..., :20, :], part.k, rtol=1e-4, atol=1e-4)
 
 
 def test_damage_at_equal_parameters_is_a_share_of_the_value_of_the_context():

@@ -1,7 +1,7 @@
-"""What notebook 23 asks: conversations about a long text in which short passages with facts are hidden, which are then asked for.
+"""What notebook 23 asks: conversations about a long text in which facts are hidden.
 
-The text is cached before any question is known. One text holds a passage of each of the kinds of `data.chats`, so that
-one prefill serves as many questions.
+Short passages state them. The text is cached before any question is known, and holds a passage of each of the kinds of
+`data.chats`, so that one prefill serves as many questions.
 """
 
 from __future__ import annotations

@@ -16,16 +16,17 @@ from cachemedic.core.severity_map import SeverityMap
 from cachemedic.corruption.apply import corrupt
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.corruption.types import NONE, ROTATION_SEED_TEST
-from cachemedic.data.task_data import TaskData, score
+from cachemedic.data.task_data import Row, TaskData, assemble, score
 from cachemedic.data.tasks import perplexity_task
 from cachemedic.data.text_source import TextSource
 from cachemedic.defenses.defense import CachedTokens, Defense
 from cachemedic.defenses.heuristics import NoDefense, Reset, blind_defenses
 from cachemedic.defenses.shadows import GroupQuantisedShadow
-from cachemedic.evaluation.decoding import clean_pass, decode_logits
+from cachemedic.evaluation.decoding import CleanBank, clean_pass, decode_logits, tokens_of
 from cachemedic.evaluation.evaluate import divergence, evaluate
 from cachemedic.evaluation.experiments import SPLIT_OFFSET, TYPES, calibration_of, kept_frame
 from cachemedic.evaluation.statistics import ratio_interval
+from cachemedic.models.cache import unstack_cache
 from cachemedic.models.load import Base, load_base
 from cachemedic.studies import pretrained
 from cachemedic.studies.base_report import proportion
@@ -35,12 +36,11 @@ from cachemedic.studies.family_evaluation import bytes_per_token
 from cachemedic.studies.run import Run
 from cachemedic.studies.summaries import advantage, in_order, means_over_seeds
 
-# By cached tokens, of each seed: texts with hidden facts, each of which is asked for four; and texts to be continued.
-FACT_TEXTS, TEXTS = {1024: 1, 2048: 1, 4096: 1}, {128: 4, 1024: 2, 4096: 2}
-SMOKE_FACT_TEXTS, SMOKE_TEXTS = {512: 1}, {128: 2, 256: 2}
-CHECKED = (
-    2  # texts with hidden facts of the validation split, of each length; the first one overwrites those of the test
-)
+# Cached tokens: of texts with hidden facts, one a seed, each asked for four; and of texts to be continued.
+FACT_LENGTHS, LENGTHS = (1024, 2048, 4096), (128, 1024, 4096)
+SMOKE_FACT_LENGTHS, SMOKE_LENGTHS = (512,), (128, 256)
+TEXTS = 2  # to be continued, a seed
+CHECKED = 2  # texts with hidden facts of the validation split, a length; the first one overwrites those of the test
 CHOICE_LENGTH, CHOICE_TEXTS = 1024, 4  # the validation texts by which the heuristic is chosen
 CALIBRATION = 16  # windows whose ranges clip
 SCORED = 32  # tokens of a continuation
@@ -51,6 +51,7 @@ GROUPS = (32, 64, 128)  # values that share a scale
 BITS = 2
 REFERENCE = "E"  # of paired differences
 KEY = ["length", "type", "reader"]
+MEASURES = ["nll_clean", "nll", "kl"]
 
 
 def noise(base: Base) -> CorruptionSpec:
@@ -94,11 +95,26 @@ def readers_of(run: Run, base: Base, source: TextSource) -> dict[str, Defense]:
 # --- hidden facts -----------------------------------------------------------------------------------------------------
 
 
-def ask(base: Base, cache: CachedTokens, task: TaskData, defense: Defense | None = None) -> Tensor:
-    """The logits [Q, M, V] of all questions of a task behind the one cached text [1, L, G, T, d]."""
-    fields = ("k", "v", "ids", "positions", "readable")
-    rows = {name: x.expand(len(task), *x.shape[1:]) for name in fields if (x := getattr(cache, name)) is not None}
-    return decode_logits(base.model, replace(cache, **rows), task, defense)
+def ask(base: Base, cache: CachedTokens, task: TaskData, defense: Defense) -> Tensor:
+    """The logits [Q, M, V] of all questions of a task behind the one cached text [1, L, G, T, d], read by a defense.
+
+    They are decoded in one row, in which no question attends to another.
+    """
+    (questions, decoded), length = task.continuation_ids.shape, cache.k.shape[3]
+    question = torch.arange(questions).repeat_interleave(decoded)
+    place = torch.arange(decoded).repeat(questions)
+    own = (question[:, None] == question) & (place[:, None] >= place)
+    readable = cache.valid if cache.readable is None else cache.readable
+    read = torch.cat([readable.cpu().expand(len(own), -1), own], 1)
+    model, mask = base.model, torch.zeros(read.shape, dtype=base.model.dtype)
+    with defense.attach(model):
+        output = model(
+            input_ids=task.continuation_ids.reshape(1, -1).to(model.device),
+            position_ids=(length + place)[None].to(model.device),
+            attention_mask=mask.masked_fill(~read, torch.finfo(mask.dtype).min)[None, None].to(model.device),
+            past_key_values=unstack_cache(cache.k.to(model.device), cache.v.to(model.device)),
+        )
+    return output.logits.view(questions, decoded, -1).cpu()
 
 
 @torch.inference_mode()
@@ -111,7 +127,7 @@ def answers(
     continuation of the answer is the fact), nll and kl of the fact's tokens. donor: the cache of another text.
     """
     task, (_, layers, heads, length, _) = hidden.task, written.k.shape
-    clean = ask(base, written, task)
+    clean = ask(base, written, task, NoDefense())
     frames = [_graded(task, clean, clean).assign(type=NONE, reader="clean", damaged=0.0)]
     for fault, spec in faults(base).items():
         event = hidden.event(spec, layers, heads)
@@ -140,22 +156,22 @@ def read_text(base: Base, source: TextSource, split: str, length: int, number: i
 
 
 def fact_answers(run: Run, base: Base, source: TextSource, readers: Mapping[str, Defense]) -> pd.DataFrame:
-    """A row for each split, length, seed, text, fault, reader and question.
+    """A row for each split, length, seed, fault, reader and question.
 
     Of the validation split there are the sound caches and those without a defence; the first of its texts is what
     overwrites those of the test. Of the copies one is asked.
     """
     readers = {name: reader for name, reader in readers.items() if "groups of" not in name}
     frames = []
-    for length, count in (SMOKE_FACT_TEXTS if run.smoke else FACT_TEXTS).items():
+    for length in SMOKE_FACT_LENGTHS if run.smoke else FACT_LENGTHS:
 
         @cache
         def checked(length: int = length) -> list[tuple[HiddenFacts, CachedTokens]]:
             return [read_text(base, source, "validation", length, number) for number in range(CHECKED)]
 
-        plan = [("validation", number, number) for number in range(CHECKED)]
-        plan += [("test", seed, count * seed + i) for seed in run.parameters["seeds"] for i in range(count)]
-        for split, seed, number in tqdm(plan, desc=f"facts hidden in {length} tokens"):
+        plan = [("validation", number) for number in range(CHECKED)]
+        plan += [("test", seed) for seed in run.parameters["seeds"]]
+        for split, number in tqdm(plan, desc=f"facts hidden in {length} tokens"):
 
             def of_text(split: str = split, length: int = length, number: int = number) -> pd.DataFrame:
                 if split == "validation":
@@ -164,7 +180,7 @@ def fact_answers(run: Run, base: Base, source: TextSource, readers: Mapping[str,
                 return answers(base, *read_text(base, source, split, length, number), checked()[0][1], readers)
 
             rows = kept_frame(run.partial / f"facts-{split}-{length}-{number}.csv", of_text)
-            frames.append(rows.assign(split=split, length=length, seed=seed, text=number))
+            frames.append(rows.assign(split=split, length=length, seed=number))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -184,42 +200,44 @@ def named(rows: pd.DataFrame) -> pd.DataFrame:
 # --- language modelling -----------------------------------------------------------------------------------------------
 
 
+def continued(task: TaskData, length: int) -> TaskData:
+    """The same texts of one seed, of which the first `length` tokens are cached and as many scored as in `task`."""
+    whole = torch.cat([task.prefix_ids, task.continuation_ids, task.target_ids[:, -1:]], 1)
+    needed = length + 1 + int(task.target_mask[0].sum())
+    rows = [Row(ids, cached=length, answer=length + 1) for ids in whole[:, :needed].tolist()]
+    return assemble(task.name, rows, task.seeds.unique().tolist())
+
+
 def continuations(run: Run, base: Base, source: TextSource, readers: Mapping[str, Defense]) -> pd.DataFrame:
-    """Rows of `evaluate` with a column length: texts behind a noise on a quarter of their tokens, through all readers;
+    """Rows of `evaluate` with a column length: texts behind noise on a quarter of their tokens, through all readers;
     with nothing read of them; and behind each type on all tokens, at the parameters of one severity at 128 tokens.
+    The cache of the first tokens of a text is a part of that of more of them, so that one prefill serves all lengths.
     """
-    everything = [CorruptionSpec(kind, TRANSFERRED, base=base.name, severity_map=base.severity_map) for kind in TYPES]
+    specs = [CorruptionSpec(kind, TRANSFERRED, base=base.name, severity_map=base.severity_map) for kind in TYPES]
     conditions: list[tuple[CorruptionSpec, Mapping[str, Defense]]] = [
         (noise(base), readers),
         (CorruptionSpec(NONE), {"erased": Reset()}),
-        *[(spec, {"none": NoDefense()}) for spec in everything],
+        *[(spec, {"none": NoDefense()}) for spec in specs],
     ]
+    lengths, seeds = SMOKE_LENGTHS if run.smoke else LENGTHS, run.parameters["seeds"]
+    whole = perplexity_task(base.tokenizer, source.documents_of("test"), seeds, TEXTS, max(lengths), SCORED)
     frames = []
-    for length, count in (SMOKE_TEXTS if run.smoke else TEXTS).items():
-        seeds, documents = run.parameters["seeds"], source.documents_of("test")
-        whole = perplexity_task(base.tokenizer, documents, seeds, count, length, SCORED)
-        for seed in tqdm(seeds, desc=f"continuations of {length} tokens"):
-            task = whole.select(whole.seeds == seed)
+    for seed in tqdm(seeds, desc=f"continuations of up to {max(lengths)} tokens"):
 
-            def of_seed(task: TaskData = task) -> pd.DataFrame:
-                clean = clean_pass(base.model, task)
-                return pd.concat([evaluate(base.model, task, clean, *condition) for condition in conditions])
+        def of_seed(seed: int = seed) -> pd.DataFrame:
+            longest = whole.select(whole.seeds == seed)
+            cached, found = clean_pass(base.model, longest), []
+            for length in lengths:
+                task = continued(longest, length)
+                k, v = cached.k[..., :length, :], cached.v[..., :length, :]
+                clean = CleanBank(k, v, decode_logits(base.model, tokens_of(task, k, v), task))
+                rows = [evaluate(base.model, task, clean, *condition) for condition in conditions]
+                found.append(pd.concat(rows).assign(length=length))
+            return pd.concat(found)
 
-            frames.append(kept_frame(run.partial / f"texts-{length}-{seed}.csv", of_seed).assign(length=length))
-    columns = [
-        "length",
-        "type",
-        "severity",
-        "parameter",
-        "share",
-        "reader",
-        "seed",
-        "example",
-        "nll_clean",
-        "nll",
-        "kl",
-    ]
-    return pd.concat(frames, ignore_index=True)[columns]
+        frames.append(kept_frame(run.partial / f"texts-{seed}.csv", of_seed))
+    columns = ["length", "type", "severity", "parameter", "share", "reader", "seed", "example", *MEASURES]
+    return pd.concat(frames, ignore_index=True)[columns].sort_values("length", kind="stable", ignore_index=True)
 
 
 def repaired(rows: pd.DataFrame, readers: Sequence[str]) -> pd.DataFrame:
@@ -227,7 +245,7 @@ def repaired(rows: pd.DataFrame, readers: Sequence[str]) -> pd.DataFrame:
     undoes more than E.
     """
     own = rows[rows["severity"] == SEVERITY]
-    means = means_over_seeds(own, ["length", "reader"], ["nll_clean", "nll", "kl"])
+    means = means_over_seeds(own, ["length", "reader"], MEASURES)
     paired = advantage(own.assign(task=own["length"]), REFERENCE).rename(columns={"task": "length"})
     return in_order(means.merge(paired.drop(columns="n_seeds"), on=["length", "reader"]), "reader", readers)
 
