@@ -16,7 +16,7 @@ SOUND = "none"  # the type of a sound cache
 def by_type(gaps: pd.DataFrame, named: pd.DataFrame) -> Figure:
     """Of every reader by type: |v_S - v_T|, and the share of reviews whose mood the prompted model names.
 
-    gaps, named: `pretrained_valence_by_type`, `pretrained_valence_sentiment`; the line is the share behind sound caches.
+    gaps, named: `pretrained_valence_by_type`, `pretrained_valence_sentiment`; the line: sound caches.
     """
     kinds = [kind for kind in gaps["type"].unique() if kind != SOUND]
     readers = list(gaps["reader"].unique())
@@ -34,7 +34,7 @@ def by_type(gaps: pd.DataFrame, named: pd.DataFrame) -> Figure:
     sound = named[(named["type"] == SOUND) & (named["reader"] == "none")]
     right.axvline(float(sound["accuracy"].iloc[0]), color="0.6", linewidth=0.8, zorder=0)
     left.set(xlim=(0, None), xlabel="$|v_S - v_T|$, next tokens")
-    right.set(xlim=(0, 1), xlabel="reviews whose mood is named")
+    right.set(xlabel="reviews whose mood is named")
     left.set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
     left.invert_yaxis()
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
