@@ -126,22 +126,17 @@ def test_differences_are_paired_and_sound_caches_do_not_count() -> None:
     assert (found["n_seeds"] == 2).all()
 
 
-def test_a_type_that_does_not_reach_the_last_severity_is_in_its_panel() -> None:
-    met = [("gaussian", 0.5), ("gaussian", 1.0), ("contiguous_overwrite", 0.5), ("contiguous_overwrite", 0.77)]
-    rows = [
-        {"type": kind, "severity": severity, "reader": reader, "gap": 0.2, "gap_low": 0.1, "gap_high": 0.3}
-        for kind, severity in [("none", 0.0), *met]
-        for reader in ("none", "E")
-    ]
-    figure = drawing.by_type(pd.DataFrame(rows))
+def test_the_figure_shows_every_reader_behind_damaged_caches() -> None:
+    bounds = {"gap": 0.2, "gap_low": 0.1, "gap_high": 0.3, "accuracy": 0.8, "accuracy_low": 0.7, "accuracy_high": 0.9}
+    kinds = ("none", "gaussian", "contiguous_overwrite")
+    rows = pd.DataFrame([{"type": kind, "reader": reader} | bounds for kind in kinds for reader in ("none", "E")])
+    figure = drawing.by_type(rows, rows)
     left, right = figure.axes
-    assert left.get_title() == "severity 0.5"
-    assert right.get_title() == "severity 1 (where reached, else 0.77)"
     assert [label.get_text() for label in left.get_yticklabels()] == ["gaussian", "contiguous overwrite"]
-    for ax in (left, right):
+    for ax, value in ((left, 0.2), (right, 0.8)):
         dots = [line for line in ax.lines if line.get_marker() in ("x", "o")]
-        assert all(len(line.get_xdata()) == 2 for line in dots)
-        assert len(dots) == 2
+        assert [list(line.get_xdata()) for line in dots] == [[value, value]] * 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["no defence", "E, code and hashes"]
     plt.close(figure)
 
 

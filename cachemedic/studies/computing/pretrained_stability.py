@@ -36,11 +36,11 @@ from cachemedic.training.trainer import Trainer
 
 FITTED, FREE, LEFT_OUT = "fitted only", "lambda 0, alpha 0", "left out"
 # Weights and thresholds of the term: none, that of the embedded bases, more of it, that of the source.
-TERMS = {"D": ((0.0, 0.0), (0.05, 0.0), (0.5, 0.0), (0.5, 0.8)), "E": ((0.0, 0.0), (0.05, 0.0), (0.5, 0.8))}
+TERMS = {"D": ((0.0, 0.0), (0.05, 0.0), (0.5, 0.0), (0.5, 0.8)), "E": ((0.0, 0.0), (0.5, 0.8))}
 TRANSFERRED = "D"  # the family whose trust network is fitted without each type
 SEEDS, STEPS, LAST = 3, 20, 10  # of the runs; updates; those over which the ratio of contraction is a mean
 ENDS = ("", "_low", "_high")  # of the columns of an interval
-PREFIX, DECODED, SAMPLES = 64, 8, 64  # tokens of a training text, and texts a seed
+PREFIX, DECODED, SAMPLES = 64, 8, 48  # tokens of a training text, and texts a seed
 WINDOWS, SEVERITIES = 4, (0.1, 0.5)  # texts a seed on which the runs are compared, and the faults that they meet
 
 

@@ -25,7 +25,6 @@ from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.evaluation.evaluate import evaluate
 from cachemedic.evaluation.experiments import TYPES, calibration_of, kept_frame, per_seed, standard_tasks
 from cachemedic.models.load import Base, load_base
-from cachemedic.models.shape import ModelShape
 from cachemedic.studies import pretrained, valence_report
 from cachemedic.studies.family_evaluation import bytes_per_token
 from cachemedic.studies.measured_valence import measure_valence
@@ -35,7 +34,7 @@ from cachemedic.studies.valence_probe import probe
 from cachemedic.training.valence.head import Valence
 
 COPY = "shadow_2bit"
-SEVERITIES, ASKED_AT = (0.5, 1.0), 0.5
+SEVERITY = 0.5
 PROBED = (2000, 400, 872)  # reviews to train, validate and test the probe on
 TEXTS, REVIEWS = 4, 12  # a seed
 CACHED, SCORED, HORIZON = 64, 16, 10  # tokens
@@ -78,15 +77,12 @@ def readers_of(run: Run, base: Base, source: TextSource) -> dict[str, Defense]:
     return {"none": NoDefense(), **baselines, **pretrained.token_readers(base, source)}
 
 
-def faults(run: Run, base: Base, severities: Sequence[float]) -> Iterator[CorruptionSpec]:
-    """A sound cache, and every type at each severity, or as hard as it goes."""
+def faults(run: Run, base: Base) -> Iterator[CorruptionSpec]:
+    """A sound cache, and every type, which all reach `SEVERITY`."""
     assert base.severity_map is not None  # `results` gives it
-    shape = ModelShape.of(base.config)
     yield CorruptionSpec(NONE)
     for kind in TYPES[:2] if run.smoke else TYPES:
-        reach = base.severity_map.reach(kind, base.name, (shape.num_layers, shape.num_kv_heads, 0))
-        for severity in sorted({min(severity, reach) for severity in severities}):
-            yield CorruptionSpec(kind, severity, base=base.name, severity_map=base.severity_map)
+        yield CorruptionSpec(kind, SEVERITY, base=base.name, severity_map=base.severity_map)
 
 
 def grid(run: Run, base: Base, source: TextSource, readers: Mapping[str, Defense], valence: Valence) -> pd.DataFrame:
@@ -97,10 +93,9 @@ def grid(run: Run, base: Base, source: TextSource, readers: Mapping[str, Defense
     def measured(spec: CorruptionSpec) -> pd.DataFrame:
         return valence_report.per_seed(measure_valence(base.model, task, clean, spec, readers, valence, HORIZON))
 
-    specs = list(faults(run, base, SEVERITIES[:1] if run.smoke else SEVERITIES))
     parts = [
-        kept_frame(run.partial / f"mood-{spec.type}-{spec.severity}.csv", partial(measured, spec))
-        for spec in tqdm(specs, desc=f"valence, {base.name}")
+        kept_frame(run.partial / f"mood-{spec.type}.csv", partial(measured, spec))
+        for spec in tqdm(list(faults(run, base)), desc=f"valence, {base.name}")
     ]
     return pd.concat(parts, ignore_index=True)
 
@@ -115,14 +110,14 @@ def answers(run: Run, base: Base, source: TextSource, readers: Mapping[str, Defe
         return per_seed(evaluate(base.model, task, clean, spec, readers), task.name, spec)
 
     parts = [
-        kept_frame(run.partial / f"sentiment-{spec.type}-{spec.severity}.csv", partial(scores, spec))
-        for spec in tqdm(list(faults(run, base, (ASKED_AT,))), desc=f"sentiment, {base.name}")
+        kept_frame(run.partial / f"sentiment-{spec.type}.csv", partial(scores, spec))
+        for spec in tqdm(list(faults(run, base)), desc=f"sentiment, {base.name}")
     ]
     return pd.concat(parts, ignore_index=True)
 
 
 def summary(measured: pd.DataFrame) -> pd.DataFrame:
-    """A row per reader, means over damaged types and severities, with 95% t intervals over seeds.
+    """A row per reader, means over damaged types, with 95% t intervals over seeds.
 
     kl, gap, ratio and shift as in `valence_report.summary`, and what a reader leaves less than none and than E,
     paired within seeds (`gap_less_none`, `gap_less_e`, ...): below zero it is better.
@@ -157,7 +152,7 @@ def results(run: Run, source: TextSource) -> dict[str, pd.DataFrame]:
         "pretrained_valence_grid": measured,
         "pretrained_valence": in_order(overall, "reader", readers),
         "pretrained_valence_by_type": in_order(
-            by_group(measured, ["type", "severity"], partial(means_over_seeds, keys=["reader"], columns=["gap"])),
+            by_group(measured, ["type"], partial(means_over_seeds, keys=["reader"], columns=["gap"])),
             "reader",
             readers,
         ),

@@ -13,33 +13,31 @@ from cachemedic.studies.drawing.tables import brackets
 SOUND = "none"  # the type of a sound cache
 
 
-def by_type(rows: pd.DataFrame) -> Figure:
-    """|v_S - v_T| of every reader by type: `pretrained_valence_by_type`; a panel for the mildest, one for the rest.
+def by_type(gaps: pd.DataFrame, named: pd.DataFrame) -> Figure:
+    """Of every reader by type: |v_S - v_T|, and the share of reviews whose mood the prompted model names.
 
-    A type that does not reach the greater severity is shown as hard as it goes.
+    gaps, named: `pretrained_valence_by_type`, `pretrained_valence_sentiment`; the line: sound caches.
     """
-    rows = rows[rows["type"] != SOUND]
-    least = rows["severity"].min()
-    panels = [rows[rows["severity"] == least], rows[rows["severity"] > least]]
-    panels = [own for own in panels if len(own)]
-    kinds, readers = list(rows["type"].unique()), list(rows["reader"].unique())
+    kinds = [kind for kind in gaps["type"].unique() if kind != SOUND]
+    readers = list(gaps["reader"].unique())
     styles = reader_styles(readers)
-    figure, axes = plt.subplots(1, len(panels), figsize=(TEXT_WIDTH, 3.4), sharex=True, sharey=True, squeeze=False)
-    for ax, own in zip(axes[0], panels, strict=True):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 3.4), sharey=True)
+    for ax, rows, name in ((left, gaps, "gap"), (right, named, "accuracy")):
         for i, reader in enumerate(readers):
-            of_reader = own[own["reader"] == reader].set_index("type").reindex(kinds)
+            own = rows[rows["reader"] == reader].set_index("type").reindex(kinds)
             places = [y + 0.7 * (i / max(len(readers) - 1, 1) - 0.5) for y in range(len(kinds))]
             style = styles[reader] | {"linestyle": "none"}
-            ax.errorbar(of_reader["gap"], places, xerr=errors(of_reader, "gap"), **style)
+            ax.errorbar(own[name], places, xerr=errors(own, name), **style)
         for y in range(len(kinds) - 1):
             ax.axhline(y + 0.5, color="0.9", linewidth=0.6, zorder=0)
         ax.grid(axis="y", visible=False)
-        reached = sorted(own["severity"].unique())
-        title = f"severity {reached[-1]:g}" + (f" (where reached, else {reached[0]:g})" if len(reached) > 1 else "")
-        ax.set(xlim=(0, None), title=title, xlabel="$|v_S - v_T|$, next tokens")
-    axes[0, 0].set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
-    axes[0, 0].invert_yaxis()
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    sound = named[(named["type"] == SOUND) & (named["reader"] == "none")]
+    right.axvline(float(sound["accuracy"].iloc[0]), color="0.6", linewidth=0.8, zorder=0)
+    left.set(xlim=(0, None), xlabel="$|v_S - v_T|$, next tokens")
+    right.set(xlabel="reviews whose mood is named")
+    left.set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
+    left.invert_yaxis()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
