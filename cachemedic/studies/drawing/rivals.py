@@ -64,9 +64,9 @@ def main_table(rows: pd.DataFrame) -> pd.DataFrame:
             "KL left": brackets(rows, "kl"),
             "more than E": brackets(rows, "more"),
             "bytes a token": (rows["bits_per_token"] / 8).round().astype(int),
-            "%": (100 * rows["share"]).round(1),
-            "once, MB": (rows["fixed_bytes"] / 1e6).round(1),
-            "prefill": rows["prefill_share"].round(2),
+            "%": 100 * rows["share"],
+            "once, MB": rows["fixed_bytes"] / 1e6,
+            "prefill": rows["prefill_share"],
         }
     )
 
