@@ -52,8 +52,9 @@ def figure(named: pd.DataFrame, kl: pd.DataFrame, severity: pd.DataFrame) -> Fig
         own = severity[severity["type"] == kind]
         _beside(right, own, i - (len(kinds) - 1) / 2, "damage", style | {"label": kind.replace("_", " ")})
     right.axhline(0.5, color="0.6", linewidth=0.8, zorder=0)
-    right.set(title="parameters of severity 0.5 at 128", ylabel="damage, of the context's value")
-    right.legend(fontsize=6.5)
+    right.set(title="parameters of severity 0.5 at 128", ylabel="damage, of context's value")
+    right.set_ylim(top=1.35 * right.get_ylim()[1])  # room for the legend
+    right.legend(fontsize=6.5, ncols=2, loc="upper left")
     for ax, rows in zip(axes.flat, (test, test, kl, severity), strict=True):
         ax.set_xscale("log")
         lengths = sorted(rows["length"].unique())
