@@ -72,7 +72,8 @@ def main_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def flips_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `rivals_flips`, a column for each rate."""
-    named = rows.assign(reader=rows["reader"].map(label), kl=brackets(rows, "kl", 4))
+    """Rows of `rivals_flips`, a column for each rate; a nat and more with one digit behind the point."""
+    cells = brackets(rows, "kl").where(rows["kl"] < 1, brackets(rows, "kl", 1))
+    named = rows.assign(reader=rows["reader"].map(label), kl=cells)
     table = named.pivot_table(index="reader", columns="rate", values="kl", aggfunc="first", sort=False)
     return table.rename(columns=lambda rate: f"{rate:.0e}").reset_index().rename_axis(columns=None)
