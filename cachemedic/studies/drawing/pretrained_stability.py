@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from cachemedic.studies.drawing.style import COLOURS, MARKERS, TEXT_WIDTH, errors
 from cachemedic.studies.drawing.tables import brackets
@@ -63,6 +64,7 @@ def figure(rows: pd.DataFrame, held: pd.DataFrame) -> Figure:
         own = own.set_index("reader").reindex(labels)
         _dots(left, labels, own, "more_than_free", 0.24 * (place - 0.5), place, family)
     left.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    left.xaxis.set_major_locator(MaxNLocator(4))
     left.set_yticks(
         range(len(labels)),
         [x.replace("lambda", r"$\lambda$").replace("alpha", r"$\alpha$") for x in labels],
