@@ -179,7 +179,7 @@ def test_figure_and_table_show_what_was_counted(summaries):
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["sound cache", "no defence", "E, code and hashes"]
     table = drawing.table(named, kl).set_index("reader")
-    assert table.loc["E, code and hashes", "another text, 4,096"] == "6/8"
+    assert table.loc["E, code and hashes", "text, 4,096"] == "6/8"
     assert table.loc["no defence", "noise, 1,024"] == "0/8"
     assert table.loc["E, code and hashes", "KL, 128"].startswith("0.105 [")
     assert "8 of 8 at 1,024, 8 of 8 at 4,096" in drawing.caption(named, kl)

@@ -73,7 +73,7 @@ def table(named: pd.DataFrame, kl: pd.DataFrame) -> pd.DataFrame:
     shown = pd.DataFrame({"reader": [_label(name) for name in readers], "bytes, %": 100 * share[readers].to_numpy()})
     for (kind, length), rows in test[test["type"] != "none"].groupby(["type", "length"], sort=False):
         counts = {row.reader: f"{row.n_named}/{row.n_examples}" for row in rows.itertuples()}
-        shown[f"{kind}, {length:,}"] = [counts.get(name) for name in readers]  # not all were asked
+        shown[f"{kind.split()[-1]}, {length:,}"] = [counts.get(name) for name in readers]  # not all were asked
     for length, rows in kl.groupby("length", sort=False):
         shown[f"KL, {length:,}"] = brackets(rows.set_index("reader").loc[readers], "kl").to_numpy()
     return shown
@@ -87,8 +87,8 @@ def caption(named: pd.DataFrame, kl: pd.DataFrame) -> str:
         for right, asked, length in zip(sound["n_named"], sound["n_examples"], sound["length"], strict=True)
     )
     return (
-        "Long contexts, SmolLM2. Left: answers that name a hidden fact, by damage and cached tokens; the passages of "
-        f"all facts and a quarter of the rest are hit. The sound cache answers {counts}. Right: KL left behind noise "
-        f"on a quarter of the tokens, nats per token; 95\\% intervals over {kl['n_seeds'].iloc[0]} seeds. "
-        "All repairs and copies know by hashes what is damaged."
+        "Long contexts, SmolLM2. Left: answers that name a hidden fact, by cached tokens, behind noise and where "
+        "another text was written; the passages of all facts and a quarter of the rest are hit. The sound cache answers "
+        f"{counts}. Right: KL left behind noise on a quarter of the tokens, nats per token; 95\\% intervals over "
+        f"{kl['n_seeds'].iloc[0]} seeds. All repairs and copies know by hashes what is damaged."
     )
