@@ -75,7 +75,8 @@ def table(named: pd.DataFrame, kl: pd.DataFrame) -> pd.DataFrame:
         counts = {row.reader: f"{row.n_named}/{row.n_examples}" for row in rows.itertuples()}
         shown[f"{kind.split()[-1]}, {length:,}"] = [counts.get(name) for name in readers]  # not all were asked
     for length, rows in kl.groupby("length", sort=False):
-        shown[f"KL, {length:,}"] = brackets(rows.set_index("reader").loc[readers], "kl").to_numpy()
+        rounded = rows.set_index("reader").loc[readers, ["kl", "kl_low", "kl_high"]].round(3) + 0.0  # no negative zero
+        shown[f"KL, {length:,}"] = brackets(rounded, "kl").to_numpy()
     return shown
 
 
@@ -88,7 +89,7 @@ def caption(named: pd.DataFrame, kl: pd.DataFrame) -> str:
     )
     return (
         "Long contexts, SmolLM2. Left: answers that name a hidden fact, by cached tokens, behind noise and where "
-        "another text was written; the passages of all facts and a quarter of the rest are hit. The sound cache answers "
-        f"{counts}. Right: KL left behind noise on a quarter of the tokens, nats per token; 95\\% intervals over "
-        f"{kl['n_seeds'].iloc[0]} seeds. All repairs and copies know by hashes what is damaged."
+        "another text was written; the passages of all facts and a quarter of the rest are hit. The sound cache "
+        f"answers {counts}. Right: KL left behind noise on a quarter of the tokens, nats per token; 95\\% intervals "
+        f"over {kl['n_seeds'].iloc[0]} seeds. All repairs and copies know by hashes what is damaged."
     )
