@@ -10,8 +10,18 @@ from tiny_training import tiny_base
 
 from cachemedic.data.text_source import TextSource
 from cachemedic.studies.computing.pretrained_valence import WORDS, moods, summary
+from cachemedic.studies.computing.valence_probe import (
+    EVERY,
+    STEPS,
+    accuracy,
+    drawn,
+    end_states,
+    examples,
+    fit,
+    pieces,
+    probe,
+)
 from cachemedic.studies.drawing import pretrained_valence as drawing
-from cachemedic.studies.valence_probe import EVERY, STEPS, accuracy, drawn, end_states, examples, fit, pieces, probe
 
 REVIEWS = [(f"{'good' if label else 'bad'}{i} film .", label) for i in range(200) for label in (0, 1)]
 

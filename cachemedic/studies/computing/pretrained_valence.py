@@ -26,11 +26,11 @@ from cachemedic.evaluation.evaluate import evaluate
 from cachemedic.evaluation.experiments import TYPES, calibration_of, kept_frame, per_seed, standard_tasks
 from cachemedic.models.load import Base, load_base
 from cachemedic.studies import pretrained, valence_report
+from cachemedic.studies.computing.valence_probe import probe
 from cachemedic.studies.family_evaluation import bytes_per_token
 from cachemedic.studies.measured_valence import measure_valence
 from cachemedic.studies.run import Run
 from cachemedic.studies.summaries import by_group, in_order, means_over_seeds
-from cachemedic.studies.valence_probe import probe
 from cachemedic.training.valence.head import Valence
 
 COPY = "shadow_2bit"
