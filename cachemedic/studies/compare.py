@@ -3,8 +3,10 @@
     python -m cachemedic.studies.compare [--brief] [CSV ...]    # names without folder and suffix; all by default
 
 Processors round differently, so numbers may differ by a tolerance: that of the samples of `make verify` where these
-know the column, but `TOLERANCE` at least. Differences of values above 1 are relative to them. Whole numbers and text
-have to be equal, unless a sample says otherwise, and rows have to come in the same order. Times are not compared.
+know the column, but `TOLERANCE` at least. Differences of values above 1 are relative to them. A number with an
+interval, and its bounds, may also differ by `OF_INTERVAL` of the interval's width: a rounded code or copy jumps where
+its input moves by the last digit. Whole numbers and text have to be equal, unless a sample says otherwise, and rows
+have to come in the same order. Times are not compared.
 
 Prints what is not the same bytes, column by column, and five lines; the exit status is 1 if anything differs, 2 if
 there is nothing to compare with.
@@ -28,6 +30,7 @@ from cachemedic.studies.committed import committed_results
 from cachemedic.studies.run import ROOT
 
 TOLERANCE = 2e-3  # of numbers that no sample knows, and of those that samples compute from committed numbers
+OF_INTERVAL = 0.25  # half the distance from a mean to its bounds
 EXACT, WITHIN, DIFFERS, TIMES = "agree exactly", "agree within tolerance", "differ", "not compared, they measure times"
 
 
@@ -82,10 +85,20 @@ def compare_tables(name: str, old: pd.DataFrame, new: pd.DataFrame) -> Compariso
             holds = False
             continue
         allowed = max(tolerances.get(column, 0.0), TOLERANCE)
-        largest = float(((b - a).abs() / a.abs().clip(1)).mask(a.isna() & b.isna(), 0.0).fillna(np.inf).max())
-        found.append(f"{column}: {largest:.1e}, allowed {allowed:.0e}")
-        holds = holds and largest <= allowed
+        change = ((b - a).abs() / a.abs().clip(1)).mask(a.isna() & b.isna(), 0.0).fillna(np.inf)
+        of_interval = OF_INTERVAL * _widths(old, column) / a.abs().clip(1)
+        found.append(f"{column}: {float(change.max()):.1e}, allowed {allowed:.0e}")
+        holds = holds and bool((change <= of_interval.clip(lower=allowed)).all())
     return Comparison(name, WITHIN if holds else DIFFERS, tuple(found))
+
+
+def _widths(table: pd.DataFrame, column: str) -> pd.Series:
+    """The width of the interval that a column is the mean or a bound of, row by row; 0 without."""
+    mean = column.removesuffix("_low").removesuffix("_high")
+    low, high = f"{mean}_low", f"{mean}_high"
+    if low not in table or high not in table:
+        return pd.Series(0.0, table.index)
+    return (table[high] - table[low]).fillna(0.0)
 
 
 def _tolerances(name: str) -> dict[str, float]:

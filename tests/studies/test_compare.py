@@ -78,6 +78,12 @@ def test_columns_that_samples_know_have_their_tolerance() -> None:
     assert compare.compare_tables("another", old, new).verdict == DIFFERS
 
 
+@pytest.mark.parametrize(("kl", "verdict"), [(0.32, WITHIN), (0.40, DIFFERS)])
+def test_a_number_may_move_within_a_part_of_its_interval(kl: float, verdict: str) -> None:
+    old = pd.DataFrame({"kl": [0.3], "kl_low": [0.2], "kl_high": [0.4]})
+    assert compare.compare_tables("another", old, old.assign(kl=kl)).verdict == verdict
+
+
 def test_times_are_not_compared(checkout: Path) -> None:
     put(checkout, "cost", {"ms": [2.5]}, times="not the same bytes twice")
     assert compared(checkout)["cost"].verdict == TIMES

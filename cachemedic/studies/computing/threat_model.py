@@ -8,7 +8,7 @@ from functools import cache
 import pandas as pd
 
 from cachemedic.core.severity_map import SeverityMap
-from cachemedic.corruption.severity import write_map
+from cachemedic.corruption import severity
 from cachemedic.data.task_data import TaskData
 from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.evaluation import severity_calibration
@@ -60,6 +60,20 @@ def damage(run: Run, base: Base) -> pd.DataFrame:
     return measured.rename(columns=names).assign(base=base.name)[COLUMNS]
 
 
+def ship(found: SeverityMap) -> SeverityMap:
+    """The map that ships with the library, replaced if calibration finds other types, or numbers more than 1% off.
+
+    Processors differ in the last digits, and which positions a severity hits follows from the last digit of its share.
+    """
+    bases = found.rows.groupby("base")["type"].unique()
+    shape = (0, 0, 0)  # bases are given by name
+    if not severity.MAP.exists() or any(
+        found.digest_beside(severity.shipped_map(), types, base, shape) for base, types in bases.items()
+    ):
+        severity.write_map(found.rows)
+    return severity.shipped_map()
+
+
 def results(run: Run) -> dict[str, pd.DataFrame]:
     names = dict.fromkeys((run.parameters["base"], run.parameters["second"]))
     calibrated = {name: calibration(name, run.parameters["device"], run.smoke) for name in names}
@@ -67,8 +81,8 @@ def results(run: Run) -> dict[str, pd.DataFrame]:
     maps = {name: severity_calibration.calibrate_severities(*given) for name, given in calibrated.items()}
     curves = pd.concat([curve.assign(base=name) for name, (curve, _) in maps.items()])
     mapped = pd.concat([rows for _, rows in maps.values()])
-    if not run.smoke and run.notebook and all(name.startswith("embedded-") for name in names):
-        write_map(mapped)  # the map that ships with the library
     severities = SeverityMap(mapped)
+    if not run.smoke and run.notebook and all(name.startswith("embedded-") for name in names):
+        severities = ship(severities)
     rows = pd.concat([damage(run, replace(base, severity_map=severities)) for base, _, _ in calibrated.values()])
     return {"context_value": value, "damage_curves": curves, "severity_map": mapped, "threat_model": rows}
