@@ -14,10 +14,11 @@ joint, joint_files the joint model of a token, and its file
 joint_calibration, calibration_text  how it is measured, and on which text
 code               the code of a token under the joint model
 parts, estimate    what damaged tokens most likely held
-trust, trust_fit   the network that says how much of a damaged token to believe
+trust              the network that says how much of a damaged token to believe
 first_token        the very first token, which the joint model leaves out
 kept               what family E keeps of the tokens of a cache
 token_repair, token_recompute  operators that repair stored tokens, recomputation from ids or kept states: as defenses
+trust_fit          its first training, and what that asks of a family
 joint_operator     the families D and E
 joint_calibrate    makes an operator of D or E useful (`calibrate`)
 plausible          whether tokens follow from their ids (`check_cache`)

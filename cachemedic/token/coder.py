@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from cachemedic.models.load import check_format
 from cachemedic.token.joint import RECENT, Prior
-from cachemedic.token.joint_operator import JointOperator, Prediction
+from cachemedic.token.joint_operator import JointOperator
+from cachemedic.token.kept import Prediction
 from cachemedic.token.lowest_layer import stored_in_lowest_layer
 from cachemedic.token.record import TokenRecord
 from cachemedic.token.token_repair import wrong_family

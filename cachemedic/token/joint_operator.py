@@ -33,9 +33,8 @@ from cachemedic.token.joint_files import file_of, find_joint, shipped_joint
 from cachemedic.token.kept import Kept, Prediction, hashes_of, sinks_of, with_sinks
 from cachemedic.token.parts import DeviationModel
 from cachemedic.token.scratch import Scratch
-from cachemedic.token.token_repair import TokenOperator
 from cachemedic.token.trust import initial_trust, noise_correction
-from cachemedic.token.trust_fit import fit_trust
+from cachemedic.token.trust_fit import EstimatingOperator, fit_trust
 from cachemedic.token.vectors import TokenVectors
 
 Alarms = dict[str, list[float]]  # thresholds of `check_cache`, by rate of false alarms
@@ -43,7 +42,7 @@ FROM_PRIOR, FROM_CODE = 0, 1  # kinds of predictions
 PIECE = 128  # tokens, over all rows, that are estimated at once: their numbers stay in the processor's cache
 
 
-class JointOperator(TokenOperator):
+class JointOperator(EstimatingOperator):
     """What D and E share. `calibrate` gives it a joint model, without which it repairs nothing.
 
     rank: how many axes an estimate moves along, as a mean over the heads of all layers.

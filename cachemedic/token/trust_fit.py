@@ -10,9 +10,10 @@ it small, over the size of the part, in seconds. The repair objective is what it
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +22,13 @@ from transformers import DynamicCache, PreTrainedModel
 from cachemedic.corruption.apply import corrupt
 from cachemedic.corruption.spec import CorruptionEvent, CorruptionSpec, draw_event
 from cachemedic.models.cache import stack_cache
-from cachemedic.token.estimate import PartStatistics
+from cachemedic.token.estimate import PartStatistics, Trust
 from cachemedic.token.joint import SINKS
+from cachemedic.token.kept import Prediction
+from cachemedic.token.parts import DeviationModel
+from cachemedic.token.token_repair import TokenOperator
 from cachemedic.token.trust import features, network
 from cachemedic.token.vectors import TokenVectors
-
-if TYPE_CHECKING:  # the families fit their networks by what stands here
-    from cachemedic.token.joint_operator import JointOperator
 
 RANGES = {  # of parameters: from harmless to what leaves little
     "gaussian": (0.05, 1.5),
@@ -42,8 +43,35 @@ STEPS, BATCH, RATE = 400, 8192, 1e-2
 SAMPLES = 400_000  # parts, at most
 
 
+class EstimatingOperator(TokenOperator):
+    """A family that estimates damaged tokens and judges by a trust network how far to believe what was read."""
+
+    deviations: DeviationModel | None  # of clean tokens from their prediction; None before calibration
+
+    @abstractmethod
+    def predict(self, prior: Any, codes: Tensor | None = None, like: Tensor | None = None) -> Prediction:
+        """Of tokens, from codes [B, T, bytes] and the prior; zeros without either (`like` [B, T, ...]: how many)."""
+
+    @abstractmethod
+    def estimate(
+        self,
+        vectors: TokenVectors,
+        keys: Tensor,
+        values: Tensor,
+        prediction: Prediction,
+        positions: Tensor,
+        sound: Tensor | None = None,
+        trust: Trust | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of the protected layers as estimated; `trust` stands for the network where it is given."""
+
+
 def fit_trust(
-    operator: JointOperator, model: PreTrainedModel, ids: Tensor, types: Sequence[str] = tuple(RANGES), seed: int = 0
+    operator: EstimatingOperator,
+    model: PreTrainedModel,
+    ids: Tensor,
+    types: Sequence[str] = tuple(RANGES),
+    seed: int = 0,
 ) -> None:
     """Trains the trust network of all runs on windows of text ids [N, T] under faults of these types, N at least 2."""
     generator = torch.Generator().manual_seed(seed)
@@ -71,7 +99,7 @@ class _Truth:
     """Clean caches of windows ids [N, T], the prediction of their tokens, and what is kept of them."""
 
     @torch.no_grad()
-    def __init__(self, operator: JointOperator, model: PreTrainedModel, ids: Tensor) -> None:
+    def __init__(self, operator: EstimatingOperator, model: PreTrainedModel, ids: Tensor) -> None:
         assert operator.deviations is not None  # it is calibrated
         self.operator, self.deviations, self.layers = operator, operator.deviations, list(operator.layers)
         cache = DynamicCache()
