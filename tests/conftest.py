@@ -34,4 +34,5 @@ def _calibrated(monkeypatch, tmp_path):
 @pytest.fixture
 def _fitted_briefly(monkeypatch):
     """Trust networks are fitted in a tenth of the steps, for tests that do not ask how well they serve."""
-    monkeypatch.setattr(trust_fit, "STEPS", trust_fit.STEPS // 10)
+    monkeypatch.setattr(trust_fit, "STEPS", trust_fit.STEPS // 30)
+    monkeypatch.setattr(trust_fit, "DRAWS", trust_fit.DRAWS // 4)

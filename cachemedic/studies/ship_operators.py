@@ -4,7 +4,7 @@
     python -m cachemedic.studies.ship_operators smollm2-135m    # D and E of SmolLM2, for this machine: ten minutes
 
 A, B and C are the first seed of notebook 08, from trained/. D and E are calibrated, their trust network fitted
-on faults of many kinds; the joint model of an embedded base lies with the base.
+on faults of many kinds; the joint model of an embedded base lies with the base, and is measured where it is missing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cachemedic.repair.operator import RepairOperator
 from cachemedic.repair.shipped import FOLDER, made_folder
 from cachemedic.studies.family_study import folded
 from cachemedic.token.joint_calibrate import calibrate
-from cachemedic.token.joint_files import joint_name
+from cachemedic.token.joint_files import joint_name, shipped_joint
 from cachemedic.token.joint_operator import JointOperator
 
 BASES = ("embedded-gpt2", "embedded-llama")
@@ -36,7 +36,7 @@ def trained_operators(base: Base) -> Iterator[RepairOperator]:
 
 def calibrated_operators(base: Base) -> Iterator[JointOperator]:
     """D and E under one joint model."""
-    joint = None
+    joint = shipped_joint(base.name)
     for family in ("D", "E"):
         operator = calibrate(RepairOperator.create(family, base.config, layers="all"), base, joint=joint)
         joint = operator.calibrated
@@ -49,7 +49,8 @@ def ship(name: str) -> None:
     for operator in trained_operators(base):
         operator.save_pretrained(FOLDER / operator.family / name)
     for operator in calibrated_operators(base):
-        (WEIGHTS / name / joint_name(operator.calibrated.digest)).write_bytes(operator.calibrated.as_bytes())
+        if not (joint := WEIGHTS / name / joint_name(operator.calibrated.digest)).is_file():
+            joint.write_bytes(operator.calibrated.as_bytes())
         operator.save_pretrained(FOLDER / operator.family / name)
 
 

@@ -27,6 +27,7 @@ HALF_MOMENT = 0.822179  # E |x|^(1/2) of a standard normal variable
 FLOOR = 0.03  # of the variance that a number counts with in the search for c, over the mean power: a good condition
 FAINT = 0.01  # of the noise that is always there, over what is expected without any: what `Trust` can raise
 TINY = 1e-6
+STILL = 0.3  # of the weight that was given to what was read: with less of it left, the search for c begins anew
 FAR = 1e4  # of a standardised number that is lost anyway: its square has to stay finite
 
 
@@ -89,6 +90,7 @@ def estimate(
     usable = torch.mul(present, (~exact).float()[..., None], out=scratch("usable", first))
     floored = rest + FLOOR * deviations.power
     direction = before = slope = torch.zeros_like(c)
+    believed_before = torch.zeros_like(c[..., 0])
     left_now = left @ deviations.mass / parts.width
     for number in range(rounds):
         whole = torch.add(floored, noise.where(~sound, 0.0)[..., None], out=spare)
@@ -98,10 +100,11 @@ def estimate(
         pull = parts.rotate_(torch.mul(w, d, out=spare).flatten(-2), angles, -1, scratch)
         pull = _as(axes.dtype, pull, scratch("narrow", pull, axes.dtype))
         gradient = (pull @ axes.T).float() - c / left
-        ahead = gradient / precision
+        ahead, believed = gradient / precision, weight.sum(-1)
         beta = ((gradient - before) * ahead).sum(-1) / slope.sum(-1).clamp_min(TINY) if number else slope.sum(-1)
-        direction = ahead + beta.clamp(0, 1)[..., None] * direction
-        before, slope = gradient, gradient * ahead
+        beta = beta.clamp(0, 1) * (believed > STILL * believed_before)  # else it would lead on to another token
+        direction = ahead + beta[..., None] * direction
+        before, slope, believed_before = gradient, gradient * ahead, believed
         product = torch.matmul(direction.to(axes.dtype), axes, out=scratch("narrow", stored, axes.dtype))
         product = _as(torch.float32, product, scratch("moved", stored))
         moved = parts.split(parts.rotate_(product, angles, 1, scratch))

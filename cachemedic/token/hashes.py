@@ -11,7 +11,8 @@ because it stays below 2^53: the same on every device and for every batch.
 
 Kept are, a token, one number of 64 bits for all layers (h, times odd constants, added up modulo 2^64: this adds less
 than 2^-40) and 16 bits for the keys and for the values of each layer, which say where the change is. One of those fails
-to point to a changed layer with probability 2^-15; the token is seen to be changed all the same.
+to point to a changed layer with probability 2^-15; the token is seen to be changed all the same. `believed` says what
+to make of that.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from torch import Tensor
 
 EXACT_BITS, WORD_BITS = 53, 15  # of a double; of the magnitude of a signed 16-bit number
 HASH_BYTES, PART_BYTES = 8, 4  # of a token; of its keys and values in one layer
+ALL_OVER = 0.9  # of the keys and values of a token
+LARGEST = 2.0**16  # no model writes a number of this size
 GROUP = 256  # tokens, over rows and layers, that are hashed in one product: many layers of few tokens, or one of many
 
 
@@ -109,6 +112,16 @@ class TokenHash:
     def of(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Hashes:
         """The hashes of the keys and values [B, G, T, d] of all layers."""
         return self.finish(self.sums(keys, values))
+
+
+def believed(agree: Tensor, largest: Tensor) -> Tensor:
+    """Which parts of changed tokens are held to be as they were written, bool [..., L, 2].
+
+    agree: those whose short hashes are what was written, some of them by chance. Not believed are all parts of a token
+    with damage all over, and parts with a number that no model writes; largest [..., L, 2]: the largest magnitude.
+    """
+    over = (~agree).flatten(-2).float().mean(-1) >= ALL_OVER
+    return agree & ~over[..., None, None] & (largest < LARGEST)  # what is not a number is not smaller either
 
 
 def _words(x: Tensor) -> Tensor:

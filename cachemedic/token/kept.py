@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachemedic.token.hashes import Hashes, TokenHash
+from cachemedic.token.hashes import Hashes, TokenHash, believed
 from cachemedic.token.joint import SINKS, Prior
 
 
@@ -21,6 +21,11 @@ class Prediction:
     c: Tensor
     prior: Prior | None
     coded: Tensor
+
+    def tokens(self, tokens: Tensor) -> Prediction:
+        """Of some of the tokens."""
+        prior = None if self.prior is None else self.prior.tokens(tokens)
+        return Prediction(self.c[:, tokens], prior, self.coded[:, tokens])
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +53,10 @@ class Kept:
         if self.hashes is None:
             return None
         now = hashes_of(keys, values, layers)
-        parts, changed = now.parts == self.hashes.parts, now.whole != self.hashes.whole
-        unplaced = changed & parts.flatten(2).all(2)  # the short hashes of a changed part agree by chance
-        return torch.where(changed[..., None, None], parts & ~unplaced[..., None, None], True)
+        agree, changed = now.parts == self.hashes.parts, now.whole != self.hashes.whole
+        agree &= ~agree.flatten(2).all(2)[..., None, None]  # of a changed token: one of them agrees by chance
+        largest = [x[:, list(layers)].abs().amax((2, 4)).transpose(1, 2) for x in (keys, values)]
+        return torch.where(changed[..., None, None], believed(agree, torch.stack(largest, -1)), True)
 
 
 def hashes_of(keys: Tensor, values: Tensor, layers: Sequence[int]) -> Hashes:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cachemedic.token.check import Report
+from cachemedic.token.hashes import believed
 from cachemedic.token.joint import SINKS
 from cachemedic.token.policy import WAY, Policy
 from cachemedic.token.recompute import recompute_tokens
@@ -17,7 +18,6 @@ from cachemedic.token.recorded_cache import RecordedCache
 from cachemedic.token.repair_report import RepairReport
 
 PIECE = 512  # tokens whose vectors are held at once
-ALL_OVER = 0.5  # of the keys and values of a token
 
 
 @torch.inference_mode()
@@ -60,9 +60,10 @@ def _rewrite(cache: RecordedCache, way: str, rows: Tensor, slots: Tensor, parts:
     """Puts what the operator says in the place of damaged `parts` [B, T, L, 2] of tokens (rows[i], slots[i])."""
     coder, record, layers = cache.coder, cache.kept, _layers(cache)
     assert coder is not None  # the policy saw to it
-    damaged = parts[rows, slots]
-    # the short hash of a part may agree by chance: with damage all over a token, none of it is believed
-    damaged |= damaged.flatten(1).float().mean(1)[:, None, None] >= ALL_OVER
+    agree = ~parts[rows, slots]
+    some = agree.flatten(1).any(1)
+    agree[some] = believed(agree[some], _largest(layers, rows[some], slots[some]))
+    damaged = ~agree
     run = slice(int(slots[0]), int(slots[-1]) + 1)
     in_a_run = bool(rows[0] == rows[-1]) and run.stop - run.start == len(slots)
     at = (int(rows[0]), run) if in_a_run else (rows, slots)  # a slice is copied several times as fast
@@ -86,6 +87,13 @@ def _rewrite(cache: RecordedCache, way: str, rows: Tensor, slots: Tensor, parts:
         for number, layer in enumerate(layers):
             _put(layer.keys, rows, slots, sinks[:, number, 0])
             _put(layer.values, rows, slots, sinks[:, number, 1])
+
+
+def _largest(layers: list[Any], rows: Tensor, slots: Tensor) -> Tensor:
+    """The largest magnitude of the keys and values of tokens, [N, L, 2]."""
+    sides = [(layer.keys, layer.values) for layer in layers]
+    found = [torch.stack([x[rows, :, slots].abs().amax((1, 2)) for x in pair], -1) for pair in sides]
+    return torch.stack(found, 1)
 
 
 def _put(stored: Tensor, rows: Tensor, slots: Tensor, new: Tensor) -> None:

@@ -6,10 +6,13 @@ from checked_caches import filled, numbers, shift, write
 from joint_operators import operator_of
 from small_models import VOCABULARY, model_of, operator_for, padded_batch
 
+from cachemedic.defenses.defense import CachedTokens
 from cachemedic.token import policy
 from cachemedic.token.cache import PAGE, SketchCache
 from cachemedic.token.costs import CostModel, costs_of
+from cachemedic.token.hashes import TokenHash
 from cachemedic.token.joint import SINKS
+from cachemedic.token.token_repair import TokenRepair
 
 LENGTH = 40
 SLOTS = [1, 3, 9, 20, 31, 35]  # of row 0: two sinks, three tokens with a code, one without (row 0 has no padding)
@@ -55,6 +58,32 @@ def test_sound_layers_keep_every_bit(method):
     for layer in (0, 2):
         assert torch.equal(cache.layers[layer].keys, before[2 * layer])
         assert torch.equal(cache.layers[layer].values, before[2 * layer + 1])
+
+
+def agreeing(hasher, keys):
+    """Keys [G, d] of one token with a huge number, whose short hash is that of `keys` by chance."""
+    tried = keys.expand(1, 2**18, *keys.shape).transpose(1, 2).clone()
+    tried[0, 0, :, 0] = 1e30
+    tried[0, 0, :, 1] = torch.linspace(1, 2, 2**18)
+    wanted, found = (hasher.parts(hasher.sums([x], [x]))[0, :, 0, 0] for x in (keys[None, :, None], tried))
+    return tried[0, :, int((found == wanted).nonzero()[0])]
+
+
+@pytest.mark.parametrize("method", ["restore", "estimate"])
+def test_a_short_hash_that_agrees_by_chance_keeps_nothing_huge(method):
+    model, cache, before = damaged(slots=[])
+    ids, positions = cache.kept.ids[:1], cache.kept.positions[:1]
+    keys, values = (torch.stack(before[side::2], 1)[:1] for side in (0, 1))
+    repair = TokenRepair(model, cache.operator, method)
+    kept = repair.write(CachedTokens(keys, values, ids, positions))
+    shift(cache, 0, [20], layers=[1], by=3.0)
+    cache.layers[0].keys[0, :, 20] = agreeing(cache.hasher, keys[0, 0, :, 20])
+    keys[:, 0, :, 20] = agreeing(TokenHash(1, *keys.shape[2::2], keys.dtype, seed=0), keys[0, 0, :, 20])
+    keys[:, 1, :, 20] = cache.layers[1].keys[:1, :, 20]
+    cache.repair(method)
+    assert left(cache, before, [20]) < 1
+    found = repair.read(CachedTokens(keys, values, ids, positions), kept)
+    assert float(found.k.abs().max()) < 1e3
 
 
 def test_an_operator_without_ids_repairs_by_what_is_left():
