@@ -33,6 +33,6 @@ def _calibrated(monkeypatch, tmp_path):
 
 @pytest.fixture
 def _fitted_briefly(monkeypatch):
-    """Trust networks are fitted in a tenth of the steps, for tests that do not ask how well they serve."""
+    """Trust networks are fitted in few steps and to few faults, for tests that do not ask how well they serve."""
     monkeypatch.setattr(trust_fit, "STEPS", trust_fit.STEPS // 30)
     monkeypatch.setattr(trust_fit, "DRAWS", trust_fit.DRAWS // 4)
