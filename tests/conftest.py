@@ -31,8 +31,8 @@ def _calibrated(monkeypatch, tmp_path):
     severity.shipped_map.cache_clear()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def _fitted_briefly(monkeypatch):
-    """Trust networks are fitted in few steps and to few faults, for tests that do not ask how well they serve."""
+    """Trust networks are fitted in few steps and to few faults: no test asks for their best."""
     monkeypatch.setattr(trust_fit, "STEPS", trust_fit.STEPS // 30)
     monkeypatch.setattr(trust_fit, "DRAWS", trust_fit.DRAWS // 4)

@@ -25,7 +25,6 @@ def test_the_first_example_damages_an_answer_and_repairs_it(capsys: pytest.Captu
     assert "lantern" not in said["damaged"]
 
 
-@pytest.mark.usefixtures("_fitted_briefly")
 def test_the_example_for_a_model_of_ones_own_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     base, own_task = tiny_base("llama"), tasks.perplexity_task
 

@@ -33,7 +33,7 @@ def trainer_of(base, config, folder, bank) -> Trainer:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch, _calibrated, _fitted_briefly):
+def quick(monkeypatch, _calibrated):
     """A severity map for tiny bases, and little text."""
     monkeypatch.setattr(text_source, "documentation", lambda split: tuple(DOCUMENTS))
 

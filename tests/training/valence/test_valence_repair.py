@@ -21,7 +21,7 @@ from cachemedic.training.valence.quantiser import QuantiserConfig
 
 OPTIONS = {"D": {}, "E": {"share": 1 / 16}}
 pytestmark = [
-    pytest.mark.usefixtures("_calibrated", "_fitted_briefly"),
+    pytest.mark.usefixtures("_calibrated"),
     pytest.mark.parametrize("family", ["D", "E"]),
     pytest.mark.filterwarnings("ignore:a probe of 12"),
 ]
