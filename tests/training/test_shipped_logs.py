@@ -35,7 +35,7 @@ def test_a_shipped_log_is_valid_and_complete(folder):
         validator("log")(line)
     runs = {line["run_id"] for line in lines}
     assert all(run.startswith(f"{folder.name}/seed") for run in runs)
-    last = max(line["step"] for line in lines)
+    last = max((line["step"] for line in lines), default=0)  # an operator that was only fitted had no update
     assert len(lines) == last * len(runs)
     assert len({(line["run_id"], line["step"]) for line in lines}) == len(lines)
     checks = [{"run_id": r["run_id"], "step": r["step"], **r["gate"]} for r in lines if "gate" in r]
