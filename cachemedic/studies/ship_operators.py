@@ -49,8 +49,8 @@ def ship(name: str) -> None:
     for operator in trained_operators(base):
         operator.save_pretrained(FOLDER / operator.family / name)
     for operator in calibrated_operators(base):
-        if not (joint := WEIGHTS / name / joint_name(operator.calibrated.digest)).is_file():
-            joint.write_bytes(operator.calibrated.as_bytes())
+        if not (file := WEIGHTS / name / joint_name(operator.calibrated.digest)).is_file():
+            file.write_bytes(operator.calibrated.as_bytes())
         operator.save_pretrained(FOLDER / operator.family / name)
 
 

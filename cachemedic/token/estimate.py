@@ -90,7 +90,7 @@ def estimate(
     usable = torch.mul(present, (~exact).float()[..., None], out=scratch("usable", first))
     floored = rest + FLOOR * deviations.power
     direction = before = slope = torch.zeros_like(c)
-    believed_before = torch.zeros_like(c[..., 0])
+    total_before = torch.zeros_like(c[..., 0])
     left_now = left @ deviations.mass / parts.width
     for number in range(rounds):
         whole = torch.add(floored, noise.where(~sound, 0.0)[..., None], out=spare)
@@ -100,11 +100,11 @@ def estimate(
         pull = parts.rotate_(torch.mul(w, d, out=spare).flatten(-2), angles, -1, scratch)
         pull = _as(axes.dtype, pull, scratch("narrow", pull, axes.dtype))
         gradient = (pull @ axes.T).float() - c / left
-        ahead, believed = gradient / precision, weight.sum(-1)
+        ahead, total = gradient / precision, weight.sum(-1)
         beta = ((gradient - before) * ahead).sum(-1) / slope.sum(-1).clamp_min(TINY) if number else slope.sum(-1)
-        beta = beta.clamp(0, 1) * (believed > STILL * believed_before)  # else it would lead on to another token
+        beta = beta.clamp(0, 1) * (total > STILL * total_before)  # else it would lead on to another token
         direction = ahead + beta[..., None] * direction
-        before, slope, believed_before = gradient, gradient * ahead, believed
+        before, slope, total_before = gradient, gradient * ahead, total
         product = torch.matmul(direction.to(axes.dtype), axes, out=scratch("narrow", stored, axes.dtype))
         product = _as(torch.float32, product, scratch("moved", stored))
         moved = parts.split(parts.rotate_(product, angles, 1, scratch))

@@ -58,9 +58,9 @@ FLIPS = "bitflip_bf16"
 AT_FLIPS = (
     "none", "checksum_erase", "D", "E, code alone", "E", "shadow_2bit, group 32", "secded_ecc", *IN_PAGE, "recompute",
 )  # fmt: skip
-# Those that may keep numbers as they find them, E where the short hash of a part agrees by chance: a single one that is
-# not finite would spoil all that follows. All others replace or decode what changed.
-GUARDED = ("none", "D", "E, code alone", "E")
+# Those that may keep numbers as they find them: a single one that is not finite would spoil all that follows. All
+# others replace or decode what changed.
+GUARDED = ("none", "D")
 REFERENCE = "E"
 SCORES = ["reader", "seed", "example", "nll_clean", "nll", "kl"]
 MEASURES = ["kl", "more"]
