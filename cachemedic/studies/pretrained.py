@@ -7,6 +7,7 @@ in turn: a full grid would take eight times as long for as many texts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +38,17 @@ from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.token_repair import TokenRepair
 
 PREFIX, SCORED = 128, 16  # tokens
+CALIBRATES = Path(__file__).parents[1] / "token"  # the code that operators come from
 
 
 def operators(base: Base, source: TextSource) -> dict[str, JointOperator]:
-    """D and E of a base, calibrated on text of all kinds; this machine keeps them, as they are too large to ship."""
-    folder = cache_folder() / "operators" / f"{Path(base.name).name}-{source.digest[:12] or 'default'}"
+    """D and E of a base, calibrated on text of all kinds; this machine keeps them, as they are too large to ship.
+
+    Other text, and other code that calibrates, make operators of their own.
+    """
+    code = sha256(b"".join(path.read_bytes() for path in sorted(CALIBRATES.glob("*.py")))).hexdigest()
+    name = f"{Path(base.name).name}-{source.digest[:12] or 'default'}-{code[:12]}"
+    folder = cache_folder() / "operators" / name
     found: dict[str, JointOperator] = {}
     joint = None
     for family in ("D", "E"):

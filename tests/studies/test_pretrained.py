@@ -13,6 +13,7 @@ from tiny_training import linear_map
 
 from cachemedic.core.severity_map import SeverityMap
 from cachemedic.data.tasks import perplexity_task
+from cachemedic.data.text_source import TextSource
 from cachemedic.defenses.defense import CachedTokens
 from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.evaluation.decoding import clean_pass
@@ -79,3 +80,29 @@ def test_faults_hit_the_share_of_tokens_that_is_asked_for():
     found = faults(100, 0.1)
     assert found["noise"].share == 0.1
     assert found["another text"].parameter == 10
+
+
+def test_operators_are_kept_until_the_text_or_the_code_that_calibrates_changes(tmp_path, monkeypatch):
+    base, calls = base_of("llama"), []
+
+    def counted(operator, *args):
+        calls.append(operator.family)
+        return calibrated("llama", family=operator.family)
+
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "fit.py").write_text("STEPS = 400\n")
+    monkeypatch.setenv("CACHEMEDIC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(pretrained, "calibrate", counted)
+    monkeypatch.setattr(pretrained, "source_texts", lambda base, source: DOCUMENTS)
+    monkeypatch.setattr(pretrained, "CALIBRATES", code)
+    made = pretrained.operators(base, TextSource())
+    assert calls == ["D", "E"]
+    again = pretrained.operators(base, TextSource())
+    assert calls == ["D", "E"]
+    assert {family: operator.digest for family, operator in again.items()} == {
+        family: operator.digest for family, operator in made.items()
+    }
+    (code / "fit.py").write_text("STEPS = 1200\n")
+    pretrained.operators(base, TextSource())
+    assert calls == ["D", "E", "D", "E"]
