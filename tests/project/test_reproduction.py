@@ -119,6 +119,12 @@ def test_editing_a_notebook_reruns_it_and_what_depends_on_it(made: Project) -> N
     assert made.ran("reproduce") == {"10_map", "20_figure"}
 
 
+def test_another_result_reruns_what_reads_it(made: Project) -> None:
+    made.write("results/map.csv", "made on another day\n")
+    assert made.stale("20_figure") == "changed: results/map.csv"
+    made.write("results/map.csv", "made\n")
+
+
 def test_reasons_to_run_are_named(made: Project) -> None:
     assert made.stale("30_apart") is None
     made.write("results/apart.csv", "forged\n")
@@ -212,6 +218,7 @@ def test_figure_accepts_shipped_results_that_are_current(made: Project) -> None:
     assert made.stale("10_map") == "not run here before"
     made.write("results/map.csv", "forged\n")
     assert made.stale("10_map", asked_for=False) == "not run here before"
+    made.write("results/map.csv", "made\n")
 
 
 def test_smoke_and_other_parameters_are_published_apart(fresh: Project) -> None:
