@@ -74,10 +74,14 @@ class Variant:
         return None
 
     def inputs(self, name: str) -> dict[str, str]:
-        """Everything the outputs of a notebook depend on, with its sha256; what it needs may have changed by a rerun."""
+        """Everything the outputs of a notebook depend on, with its sha256.
+
+        That includes the CSVs that it reads: those of another run may differ.
+        """
         read = [f"results/{csv}.csv" for needed in self.graph[name].needs for csv in self.graph[needed].csv]
-        found = {path: sha256((self.published / path).read_bytes()) for path in read if (self.published / path).is_file()}
-        return self.graph.inputs(name) | self.graph.page(name) | found
+        there = [path for path in read if (self.published / path).is_file()]
+        csvs = {path: sha256((self.published / path).read_bytes()) for path in there}
+        return self.graph.inputs(name) | self.graph.page(name) | csvs
 
     def computed(self, name: str) -> bool:
         """Whether the CSVs of a notebook are there, made from what they depend on now: drawing them takes seconds.
