@@ -28,15 +28,18 @@ def joint_of(name: str) -> JointModel:
     x = vectors.of(keys, values, positions)[:, SINKS:].flatten(0, 1)
     mean, scale = x.mean(0), 1 / x.std(0).clamp_min(1e-3)
     z = (x - mean) * scale
-    axes = torch.linalg.svd(z.double(), full_matrices=False).Vh.bfloat16()
-    c = z @ axes.float().T
     lowest = lowest_layer(model, ids, positions)
     lowest_mean, lowest_scale = lowest.mean((0, 1)), 1 / lowest.std((0, 1)).clamp_min(1e-3)
     regressors = recent((lowest - lowest_mean) * lowest_scale)[:, SINKS:].flatten(0, 1)
     gram = regressors.double().T @ regressors.double()
-    prior_out = torch.linalg.solve(
-        gram + 0.01 * len(regressors) * torch.eye(len(gram)).double(), regressors.double().T @ c.double()
-    ).float()
+    full = torch.linalg.solve(
+        gram + 0.01 * len(regressors) * torch.eye(len(gram)).double(), regressors.double().T @ z.double()
+    )
+    prior_out = torch.linalg.svd(full, full_matrices=False).Vh.float()
+    features = regressors @ full.float() @ prior_out.T
+    innovation = z - features @ prior_out
+    axes = torch.linalg.svd(innovation.double(), full_matrices=False).Vh.bfloat16()
+    c = innovation @ axes.float().T
     return JointModel(
         of=ModelShape.of(model.config),
         layers=vectors.layers,
@@ -44,12 +47,12 @@ def joint_of(name: str) -> JointModel:
         scale=scale,
         axes=axes,
         variance=c.var(0),
-        rest=(z - c @ axes.float()).square().mean(0) + 1e-6,
+        rest=(innovation - c @ axes.float()).square().mean(0) + 1e-6,
         lowest_mean=lowest_mean,
         lowest_scale=lowest_scale,
-        prior_in=torch.eye(regressors.shape[1]),
+        prior_in=full.float() @ prior_out.T,
         prior_out=prior_out,
-        prior_variance=(c - regressors @ prior_out).var(0),
+        prior_variance=features.var(0),
     )
 
 

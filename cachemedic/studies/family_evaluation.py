@@ -140,7 +140,7 @@ def rate_distortion(base: Base, codes: Mapping[str, TokenRepair], samples: int =
     for name, operator in operators.items():
         assert operator.code is not None  # only family E has something to draw here
         prior = operator.prior(base.model, ids, positions)
-        restored = joint.reconstruct(operator.code.decode(operator.code.encode(x, prior), prior), prior)
+        restored = joint.reconstruct(operator.code.decode(operator.code.encode(x, prior)), prior)
         error = ((restored - x) * joint.scale)[:, SINKS:].square().mean((0, 1)).sum()
         rows.append((name, 8 * operator.bytes_per_token / whole, float(error / total)))
     return pd.DataFrame(rows, columns=["kind", "share", "distortion"])

@@ -1,6 +1,6 @@
 """The code of a token: a fixed number of bytes that tell its coordinates under the joint model.
 
-What is coded is c minus its prior from the token ids. Bits go to coordinates by their variance (reverse water-filling),
+What is coded is what the token ids do not tell of it. Bits go to coordinates by their variance (reverse water-filling),
 each coordinate has the best quantiser for a normal number (`scalar_codes`), and the codes of a token are packed.
 """
 
@@ -36,12 +36,11 @@ def check_share(share: float, numbers: int) -> None:
 class TokenCode:
     """The code of tokens under a joint model in a `share` of the bytes of a bf16 cache.
 
-    with_ids: whether the prior is used, to write and to read. Raises `ValueError` for a share out of range.
+    Raises `ValueError` for a share out of range.
     """
 
     joint: JointModel
     share: float = 1 / 128
-    with_ids: bool = True
 
     def __post_init__(self) -> None:
         check_share(self.share, self.joint.dim)
@@ -53,7 +52,7 @@ class TokenCode:
     @cached_property
     def _allotted(self) -> tuple[Tensor, Tensor, Tensor]:
         """bits and spread [n] of the coordinates that are coded, left [m]: the variance of c that the code leaves."""
-        variance = self.joint.prior_variance if self.with_ids else self.joint.variance
+        variance = self.joint.variance
         # a coordinate that is (almost) constant gets no bits: rounding would decide its cell
         bits = allot_bits(variance.where(variance > SCALE_LIMIT**2, 0.0), 8 * self.bytes_per_token)
         left = variance * torch.tensor([distortion(b) for b in bits.tolist()], device=variance.device)
@@ -72,23 +71,16 @@ class TokenCode:
 
     def encode(self, x: Tensor, prior: Prior | None = None) -> Tensor:
         """The code of vectors x [B, T, D], uint8 [B, T, bytes_per_token]."""
-        return self.encode_coordinates(self.joint.project(self.joint.standardise(x), len(self.bits)), prior)
+        return self.encode_standardised(self.joint.standardise(x), prior)
 
-    def encode_coordinates(self, c: Tensor, prior: Prior | None = None) -> Tensor:
-        """The code of coordinates c [B, T, n or more]."""
+    def encode_standardised(self, z: Tensor, prior: Prior | None = None) -> Tensor:
+        """The code of standardised vectors z [B, T, D]."""
         bits, spread, _ = self._allotted
-        innovation = c[..., : len(bits)].float() - self._mean(prior)
-        packed = pack(encode(innovation / spread, bits), bits)
+        packed = pack(encode(self.joint.innovation(z, prior, len(bits)) / spread, bits), bits)
         return torch.nn.functional.pad(packed, (0, self.bytes_per_token - packed.shape[-1]))
 
-    def decode(self, packed: Tensor, prior: Prior | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    def decode(self, packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The first n coordinates c [B, T, n] of the tokens that were written as `packed`."""
         bits, spread, _ = self._allotted
         used = packed[..., : -(-int(bits.sum()) // 8)]
-        return (decode(unpack(used, bits), bits) * spread + self._mean(prior)).to(dtype)
-
-    def _mean(self, prior: Prior | None) -> Tensor | float:
-        if self.with_ids != (prior is not None):
-            needed = "needs the prior from the token ids" if self.with_ids else "was made without ids, and takes none"
-            raise ValueError(f"this code {needed}")
-        return 0.0 if prior is None else prior.mean[..., : len(self.bits)].float()
+        return (decode(unpack(used, bits), bits) * spread).to(dtype)

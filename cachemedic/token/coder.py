@@ -77,15 +77,14 @@ class Coder:
             [values[layer][:, :, tokens] for layer in self.layers],
             positions[:, tokens],
         )
-        count = len(self.code.bits)
-        c = self.joint.project(self.joint.standardise(x, out=x), count)
+        z = self.joint.standardise(x, out=x)
         if not self.with_ids:
-            return self.code.encode_coordinates(c)
+            return self.code.encode_standardised(z)
         start = max(0, tokens.start - (RECENT - 1))
         near = slice(start, tokens.stop)
         lowest = self.lowest.of([keys[0][:, :, near]], [values[0][:, :, near]], positions[:, near])
-        prior = self.joint.prior_of(lowest, count).tokens(slice(tokens.start - start, None))
-        return self.code.encode_coordinates(c, prior)
+        prior = self.joint.prior_of(lowest).tokens(slice(tokens.start - start, None))
+        return self.code.encode_standardised(z, prior)
 
     def restore(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> Iterator[Sides]:
         """Keys and values [N, G, d] as stored of the tokens (rows[i], slots[i]), from code and ids alone, by layer."""
@@ -110,21 +109,18 @@ class Coder:
     def _predict(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> Prediction:
         """What ids and codes tell of N tokens."""
         coded = slots < record.codes.shape[1]
-        count = self.joint.coordinates if self.code is None else len(self.code.bits)
-        prior = self._prior(record, rows, slots, count) if self.with_ids else None
-        dtype = self.model.dtype
-        c = torch.zeros(1, len(rows), count, dtype=dtype, device=rows.device) if prior is None else prior.mean.clone()
+        prior = self._prior(record, rows, slots) if self.with_ids else None
+        count = 0 if self.code is None else len(self.code.bits)
+        c = torch.zeros(1, len(rows), count, dtype=self.model.dtype, device=rows.device)
         if self.code is not None and coded.any():
             some = slice(None) if coded.all() else coded  # without copies where there is nothing to choose
-            packed = record.codes[rows[some], slots[some]][None]
-            of_coded = None if prior is None else prior.tokens(some)
-            c[:, some] = self.code.decode(packed, of_coded, dtype=dtype)
+            c[:, some] = self.code.decode(record.codes[rows[some], slots[some]][None], dtype=self.model.dtype)
         return Prediction(c, prior, coded[None])
 
-    def _prior(self, record: TokenRecord, rows: Tensor, slots: Tensor, count: int) -> Prior:
+    def _prior(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> Prior:
         first, end = max(0, int(slots.min()) - (RECENT - 1)), int(slots.max()) + 1
         positions = record.positions[:, first:end]
         keys, values = stored_in_lowest_layer(self.model, record.ids[:, first:end], positions)
         lowest = self.lowest.of([keys], [values], positions)
         near = self.joint.recent(lowest)[rows, slots - first][None]
-        return Prior(self.joint.prior_mean(near, count), lowest[rows, slots - first][None])
+        return Prior(self.joint.features(near), lowest[rows, slots - first][None])

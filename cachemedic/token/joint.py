@@ -1,16 +1,17 @@
-"""The joint model of a token: x = mean + (c axes + rest) / scale over all layers and heads at once.
+"""The joint model of a token: x = mean + (f prior_out + c axes + rest) / scale over all layers and heads at once.
 
-The axes are the principal ones of whole tokens, standardised and weighed by what errors do to the output; c and rest
-are independent normal numbers of known variances. With the token ids, c has a linear prior from the exact vectors of
-this token and the three before in the lowest layer. One transform of all layers and heads together is that of KVTC
-(arXiv 2511.01815), a method of compression; here it serves repair, with side information from the ids.
+The features f are linear in the exact vectors of this token and the three before in the lowest layer, which the token
+ids tell. The axes are the principal ones of what f leaves of whole tokens, standardised and weighed by what errors do
+to the output; c and rest are independent normal numbers of known variances. One transform of all layers and heads
+together is that of KVTC (arXiv 2511.01815), a method of compression; here it serves repair, and transforms what the ids
+do not tell.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -27,23 +28,23 @@ from cachemedic.token.lowest_layer import lowest_layer
 
 SINKS = 4  # first positions, whose vectors are of another kind (attention sinks): a cache keeps them as they are
 RECENT = 4  # tokens whose lowest layer tells of c: this one and those before
-FORMAT = "cachemedic joint model 1"
+FORMAT = "cachemedic joint model 2"
 
 
 @dataclass(frozen=True, eq=False)
 class Prior:
-    """What the ids tell of tokens: mean [B, T, m] of c, and lowest [B, T, W], the exact vectors of the lowest layer."""
+    """What the ids tell of tokens: features f [B, T, r], and lowest [B, T, W]: exact vectors of the lowest layer."""
 
-    mean: Tensor
+    features: Tensor
     lowest: Tensor
 
     def rows(self, rows: slice | Tensor) -> Prior:
         """The same of some rows of the batch."""
-        return Prior(self.mean[rows], self.lowest[rows])
+        return Prior(self.features[rows], self.lowest[rows])
 
     def tokens(self, tokens: slice | Tensor) -> Prior:
         """The same of some tokens."""
-        return Prior(self.mean[:, tokens], self.lowest[:, tokens])
+        return Prior(self.features[:, tokens], self.lowest[:, tokens])
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +53,9 @@ class JointModel:
 
     of: the shape of the base; layers: those that x holds; mean, scale, rest [D] (rest: variances in units of the
     scale); axes [m, D], orthonormal rows in bf16; variance [m]: of c; lowest_mean, lowest_scale [W] standardise the
-    lowest layer; prior_in [RECENT W, r] and prior_out [r, m] map it to the mean of c; prior_variance [m]: what the ids
-    leave of the variance of c; first [D]: the vector of the token that all calibration texts began with, None if they
-    differed.
+    lowest layer; prior_in [RECENT W, r] maps it to the features, prior_out [r, D], orthonormal rows, these to what the
+    ids tell of x; prior_variance [r]: of the features; first [D]: the vector of the token that all calibration texts
+    began with, None if they differed. A model without ids has no features: r = 0.
     """
 
     of: ModelShape
@@ -76,7 +77,7 @@ class JointModel:
         d, m, r = width * len(self.layers), len(self.axes), self.prior_in.shape[-1]
         expected = {
             "mean": (d,), "scale": (d,), "axes": (m, d), "variance": (m,), "rest": (d,), "lowest_mean": (width,),
-            "lowest_scale": (width,), "prior_in": (RECENT * width, r), "prior_out": (r, m), "prior_variance": (m,),
+            "lowest_scale": (width,), "prior_in": (RECENT * width, r), "prior_out": (r, d), "prior_variance": (r,),
         }  # fmt: skip
         if self.first is not None:
             expected["first"] = (d,)
@@ -182,9 +183,25 @@ class JointModel:
         """Standardised vectors [..., D] of their first n coordinates c [..., n]."""
         return c @ self.axes[: c.shape[-1]].to(c.dtype)
 
+    def expand_prior(self, prior: Prior) -> Tensor:
+        """Standardised vectors [B, T, D] that the ids make likely."""
+        return prior.features @ self.prior_out.to(prior.features.dtype)
+
+    def innovation(self, z: Tensor, prior: Prior | None, count: int | None = None) -> Tensor:
+        """The first `count` coordinates c (None: all) of standardised vectors z [B, T, D]: what the ids do not tell."""
+        c = self.project(z, count).float()
+        return c if prior is None else c - prior.features.float() @ self._prior_along[:, :count]
+
+    @cached_property
+    def _prior_along(self) -> Tensor:
+        """The part [r, m] of `prior_out` along the axes."""
+        return self.prior_out.float() @ self.axes.float().T
+
     def reconstruct(self, c: Tensor, prior: Prior | None = None) -> Tensor:
-        """Vectors x [B, T, D] of coordinates c [B, T, n]; with a prior their lowest layer is exact."""
+        """Vectors x [B, T, D] of their first n coordinates c [B, T, n]; with a prior their lowest layer is exact."""
         z = self.expand(c)
+        if prior is not None:
+            z = z + self.expand_prior(prior).to(z.dtype)
         x = torch.addcdiv(self.mean.to(z.dtype), z, self.scale.to(z.dtype), out=None if z.requires_grad else z)
         if prior is not None and self.lowest_is_exact:
             x[..., : prior.lowest.shape[-1]] = prior.lowest
@@ -197,17 +214,37 @@ class JointModel:
         """
         return self.prior_of(lowest_layer(model, ids, positions))
 
-    def prior_of(self, lowest: Tensor, count: int | None = None) -> Prior:
-        """The same from the vectors [B, T, W] of the lowest layer, for the first `count` coordinates (None: all)."""
-        return Prior(self.prior_mean(self.recent(lowest), count), lowest)
+    def prior_of(self, lowest: Tensor) -> Prior:
+        """The same from the vectors [B, T, W] of the lowest layer."""
+        return Prior(self.features(self.recent(lowest)), lowest)
 
-    def prior_mean(self, near: Tensor, count: int | None = None) -> Tensor:
-        """Mean [..., count] of the first coordinates (None: all), from what `recent` gives [..., RECENT W]."""
-        return near @ self.prior_in.to(near.dtype) @ self.prior_out[:, :count].to(near.dtype)
+    def features(self, near: Tensor) -> Tensor:
+        """Features f [..., r], from what `recent` gives [..., RECENT W]."""
+        return near @ self.prior_in.to(near.dtype)
 
     def recent(self, lowest: Tensor) -> Tensor:
-        """What the prior of c is linear in: the standardised lowest layer of RECENT tokens [B, T, RECENT W]."""
+        """What the features are linear in: the standardised lowest layer of RECENT tokens [B, T, RECENT W]."""
         return recent((lowest - self.lowest_mean.to(lowest)).mul_(self.lowest_scale.to(lowest)))
+
+    @cached_property
+    def without_ids(self) -> JointModel:
+        """The same tokens for those who do not know the ids: the features are unknown as well.
+
+        Its axes are the principal ones of the normal distribution that features, coordinates and rest make.
+        """
+        spread = torch.cat([self.variance, self.prior_variance]).sqrt()
+        known = torch.cat([self.axes, self.prior_out]).double() * spread[:, None]
+        variance, turn = torch.linalg.eigh(known @ known.T)
+        variance, turn = (x.flip(-1)[..., : len(self.axes)] for x in (variance, turn))
+        axes = F.normalize(turn.T @ known, dim=-1)
+        return replace(
+            self,
+            axes=axes.to(self.axes.dtype),
+            variance=variance.clamp_min(0).float(),
+            prior_in=self.prior_in[:, :0],
+            prior_out=self.prior_out[:0],
+            prior_variance=self.prior_variance[:0],
+        )
 
 
 def recent(z: Tensor) -> Tensor:

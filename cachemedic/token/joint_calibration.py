@@ -32,8 +32,8 @@ WINDOWS = 96  # at most
 LENGTH, BATCH = 544, 4  # tokens of a window, windows at once
 HELD_OUT = 8  # one window in so many measures variances
 OVERSAMPLED, ITERATIONS, BLOCK = 48, 2, 4096  # of the subspace iteration; rows at once
-RIDGE = 0.03  # of the prior, over the mean power of what it is linear in
-PRIOR_RANK = 384
+RIDGE = 0.001  # of the prior, over the mean power of what it is linear in
+PRIOR_RANK = 256  # of what the ids tell: each costs a restored token as much as a coordinate
 SENSITIVITY_WINDOWS, SENSITIVITY_PREFIX, SENSITIVITY_DECODED = 32, 128, 32
 LEAST_POWER, LEAST_WEIGHT = 1e-6, 1e-8  # over the mean of all: what a dead or unread head counts
 
@@ -76,14 +76,15 @@ def fit_joint_model(
     tokens = z.view(len(ids), length - SINKS, -1)
     seen, unseen = (tokens[rows].flatten(0, 1) for rows in (~held_out, held_out))
     del z, tokens
-    axes = principal_axes(seen, min(coordinates, len(seen), max(1, vectors.dim // LARGEST_PART)), seed)
     lowest_mean = lowest.flatten(0, 1).mean(0)
     lowest_scale = (lowest - lowest_mean).flatten(0, 1).std(0).clamp_min(LEAST_WEIGHT).reciprocal()
     regressors = recent((lowest - lowest_mean) * lowest_scale)[:, SINKS:]
     seen_in, unseen_in = (regressors[rows].flatten(0, 1) for rows in (~held_out, held_out))
-    prior_in, prior_out = (x.bfloat16() for x in _reduced_rank(seen_in, _project(seen, axes)))
+    prior_in, prior_out = (x.bfloat16() for x in _reduced_rank(seen_in, seen))
+    for z, near in ((seen, seen_in), (unseen, unseen_in)):
+        _take_prior(z, near @ prior_in.float(), prior_out)
+    axes = principal_axes(seen, min(coordinates, len(seen), max(1, vectors.dim // LARGEST_PART)), seed)
     c = _project(unseen, axes)
-    innovation = c - unseen_in @ prior_in.float() @ prior_out.float()
     rest = torch.zeros(vectors.dim)
     for rows in torch.arange(len(unseen)).split(BLOCK):
         rest += (unseen[rows].float() - c[rows] @ axes.float()).square().sum(0)
@@ -99,7 +100,7 @@ def fit_joint_model(
         lowest_scale=lowest_scale,
         prior_in=prior_in,
         prior_out=prior_out,
-        prior_variance=innovation.square().mean(0),
+        prior_variance=(unseen_in @ prior_in.float()).square().mean(0),
         first=first,
     )
 
@@ -243,11 +244,19 @@ def _project(z: Tensor, axes: Tensor) -> Tensor:
     return torch.cat([rows.float() @ axes.float().T for rows in z.split(BLOCK)])
 
 
-def _reduced_rank(regressors: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """The map of low rank from regressors [N, n] to c [N, m] of least squared error (Izenman 1975)."""
-    gram = regressors.T @ regressors
+def _reduced_rank(regressors: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The map of low rank from regressors [N, n] to rows z [N, D] of least squared error (Izenman 1975)."""
+    gram, products = regressors.T @ regressors, torch.zeros(regressors.shape[1], z.shape[1])
+    for rows in torch.arange(len(z)).split(BLOCK):
+        products += regressors[rows].T @ z[rows].float()
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
-    full = torch.linalg.solve(gram + ridge, regressors.T @ c)
-    predicted = regressors @ full
-    axes = torch.linalg.eigh(predicted.T @ predicted).eigenvectors[:, -min(PRIOR_RANK, *full.shape) :]
-    return full @ axes, axes.T
+    full = torch.linalg.solve(gram + ridge, products)
+    root = torch.linalg.cholesky((gram + ridge).double()).T  # |root full| is |regressors full|, but for the ridge
+    axes = torch.linalg.svd(root.float() @ full, full_matrices=False).Vh[:PRIOR_RANK]
+    return full @ axes.T, axes
+
+
+def _take_prior(z: Tensor, features: Tensor, prior_out: Tensor) -> None:
+    """Leaves of rows z [N, D], in place, what features [N, r] do not tell."""
+    for rows, told in zip(z.split(BLOCK), features.split(BLOCK), strict=True):
+        rows.copy_(rows.float() - told @ prior_out.float())

@@ -94,11 +94,11 @@ class JointOperator(EstimatingOperator):
                 f"a joint model of {joint.of} and layers {list(joint.layers)} does not fit an operator of "
                 f"{self.config.model} and layers {list(self.layers)}"
             )
-        self.joint = joint = joint.to(self.device)
+        self.joint = joint.to(self.device)
+        joint, with_ids = self.calibrated, self.config.options["with_ids"]
         self.code = self._code(joint)
         self.expected_kl, self.alarms = dict(expected_kl or {}), dict(alarms or {})
-        with_ids = self.config.options["with_ids"]
-        left = [joint.prior_variance if with_ids else joint.variance, *([self.code.left] if self.code else [])]
+        left = [joint.variance, *([self.code.left] if self.code else [])]
         count = min(joint.coordinates, self.rank * self.config.model.num_kv_heads * len(self.layers))
         exact = torch.full((len(left),), with_ids, device=self.device)
         self.deviations = DeviationModel.of(joint, torch.stack(left), exact, count)
@@ -109,10 +109,10 @@ class JointOperator(EstimatingOperator):
 
     @property
     def calibrated(self) -> JointModel:
-        """The joint model. Raises `ValueError` if there is none."""
+        """The joint model that it goes by: without ids, if it uses none. Raises `ValueError` if there is none."""
         if self.joint is None:
             raise ValueError("this operator knows no clean tokens yet: give it to `calibrate` with a base first")
-        return self.joint
+        return self.joint if self.config.options["with_ids"] else self.joint.without_ids
 
     @property
     def digest(self) -> str:
@@ -133,15 +133,13 @@ class JointOperator(EstimatingOperator):
         return self.calibrated.fixed_bytes + sum(p.nbytes for p in self.parameters())
 
     def predict(self, prior: Prior | None, codes: Tensor | None = None, like: Tensor | None = None) -> Prediction:
-        """From codes [B, T, bytes] and the prior; zeros without either (`like` [B, T, ...]: how many tokens)."""
+        """From codes [B, T, bytes] and the prior; c is unknown without codes (`like` [B, T, ...]: how many tokens)."""
         if codes is not None and self.code is not None:
-            dtype = torch.float32 if prior is None else prior.mean.dtype
-            c, coded = self.code.decode(codes, prior if self.code.with_ids else None, dtype=dtype), True
-        elif prior is not None:
-            c, coded = prior.mean, False
+            c, coded = self.code.decode(codes, torch.float32 if prior is None else prior.features.dtype), True
         else:
-            assert like is not None  # there is nothing else that says how many tokens there are
-            c, coded = like.new_zeros(*like.shape[:2], 1), False
+            known = like if prior is None else prior.features
+            assert known is not None  # there is nothing else that says how many tokens there are
+            c, coded = known.new_zeros(*known.shape[:2], 0), False
         return Prediction(c, prior, torch.full(c.shape[:2], coded, device=c.device))
 
     def estimate(
@@ -272,4 +270,4 @@ class SketchAssisted(JointOperator):
     default_options = JointOperator.default_options | {"share": 1 / 128}
 
     def _code(self, joint: JointModel) -> TokenCode:
-        return TokenCode(joint, self.config.options["share"], self.config.options["with_ids"])
+        return TokenCode(joint, self.config.options["share"])

@@ -14,8 +14,8 @@ from cachemedic.token.joint import SINKS, Prior
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What is predicted of tokens [B, T] before they are read: c [B, T, n]; their prior, None without ids; coded
-    [B, T] bool: whether c comes from a code.
+    """What is predicted of tokens [B, T] before they are read: c [B, T, n], n = 0 without codes; their prior, None
+    without ids; coded [B, T] bool: whether c comes from a code.
     """
 
     c: Tensor

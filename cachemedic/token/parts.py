@@ -100,5 +100,5 @@ class DeviationModel:
             exact=exact[:, None] & lowest & joint.lowest_is_exact,
             rest=parts.level(rest).clamp_min(least),
             mass=parts.split(squares[:count]).sum(-1),
-            power=float((joint.rest.sum() + joint.variance.sum()) / joint.dim),
+            power=float((joint.rest.sum() + joint.variance.sum() + joint.prior_variance.sum()) / joint.dim),
         )

@@ -88,13 +88,12 @@ def statistics(
     x = TokenVectors(model, operator.layers).of(keys[:, layers], values[:, layers], positions)
     x = x.nan_to_num(nan=LARGEST).clamp(-LARGEST, LARGEST)
     prior = joint.prior(model, ids, positions)
-    z = joint.standardise(x)
+    z = joint.standardise(x) - joint.expand_prior(prior).to(x.dtype)
     c = z @ deviations.axes.to(z.dtype).T
     rest = (z - c @ deviations.axes.to(z.dtype)).float()
     by_layer = rest.square().unflatten(-1, (len(layers), -1)).mean(-1)
     by_layer = by_layer / deviations.rest[0].unflatten(-1, (len(layers), -1)).mean(-1)
-    count = c.shape[-1]
-    off = (c - prior.mean[..., :count]).float().square() / joint.prior_variance[:count].clamp_min(1e-6)
+    off = c.float().square() / joint.variance[: c.shape[-1]].clamp_min(1e-6)
     width = prior.lowest.shape[-1]
     lowest = torch.zeros_like(by_layer[..., 0])
     if joint.lowest_is_exact:

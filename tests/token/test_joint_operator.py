@@ -17,6 +17,7 @@ from cachemedic.token.joint_calibration import fit_joint_model
 from cachemedic.token.joint_operator import SketchAssisted, TokenAware
 from cachemedic.token.plausible import check_cache, statistics, thresholds
 from cachemedic.token.trust_fit import fit_trust
+from cachemedic.token.vectors import TokenVectors
 
 LENGTH = 40
 
@@ -186,3 +187,28 @@ def test_a_joint_model_does_not_depend_on_the_number_of_threads():
         digests.append(fit_joint_model(base, 6 * DOCUMENTS).digest)
     torch.set_num_threads(before)
     assert digests[0] == digests[1]
+
+
+def test_what_has_no_bits_is_what_the_ids_tell(clean):
+    name, model, ids, positions, keys, values = clean
+    op = operator(name=name)
+    joint, prior = op.calibrated, op.prior(model, ids, positions)
+    x = TokenVectors(model).of(keys.unbind(1), values.unbind(1), positions)
+    restored = joint.reconstruct(op.code.decode(op.code.encode(x, prior)), prior)
+    coded = joint.axes[: len(op.code.bits)].float()
+    beside = (joint.standardise(restored) - joint.expand_prior(prior)) @ (torch.eye(joint.dim) - coded.T @ coded)
+    others = joint.dim // len(op.layers)  # behind the lowest layer, which the ids tell exactly
+    assert 0 < len(coded) < joint.coordinates
+    assert joint.expand_prior(prior).square().mean() > 0.1
+    assert beside[..., others:].abs().max() < 0.05 * joint.expand_prior(prior).abs().max()
+
+
+def test_who_does_not_know_the_ids_knows_the_same_covariance():
+    joint = joint_of("llama")
+    along, axes = joint.prior_out.float(), joint.axes.float()
+    with_ids = along.T * joint.prior_variance @ along + axes.T * joint.variance @ axes
+    plain = joint.without_ids
+    assert plain.prior_in.shape[1] == 0
+    found = plain.axes.float().T * plain.variance @ plain.axes.float()
+    assert (plain.variance.diff() <= 0).all()
+    assert (found - with_ids).norm() < 0.02 * with_ids.norm()

@@ -20,7 +20,7 @@ def random_operator(model: PreTrainedModel, family: str) -> JointOperator:
     width = 2 * of.num_kv_heads * of.head_dim
     dim = width * of.num_layers
     count = min(COORDINATES, dim // LARGEST_PART)
-    rank = min(PRIOR_RANK, RECENT * width, count)
+    rank = min(PRIOR_RANK, RECENT * width)
 
     def draw(rows: int, columns: int) -> torch.Tensor:
         return (torch.randn(rows, columns, generator=numbers) / columns**0.5).bfloat16()
@@ -38,8 +38,8 @@ def random_operator(model: PreTrainedModel, family: str) -> JointOperator:
             lowest_mean=torch.zeros(width),
             lowest_scale=torch.ones(width),
             prior_in=draw(RECENT * width, rank),
-            prior_out=draw(rank, count),
-            prior_variance=variance / 2,
+            prior_out=draw(rank, dim),
+            prior_variance=torch.ones(rank),
         )
     )
     return operator
