@@ -101,13 +101,6 @@ def decode(codes: Tensor, bits: Tensor) -> Tensor:
     return levels.flatten()[codes.long() + bits * levels.shape[1]]
 
 
-def cell(codes: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower and upper end of the cells of codes [..., m], in units of the standard deviations."""
-    _, edges = _tables(codes.device)
-    index = codes.long() + bits * edges.shape[1]
-    return edges.flatten()[index], edges.flatten()[index + 1]
-
-
 def pack(codes: Tensor, bits: Tensor) -> Tensor:
     """Codes [..., m] as bytes [..., ceil(sum(bits) / 8)], uint8: what a sketch takes in memory."""
     owner, place = _bit_places(bits)
