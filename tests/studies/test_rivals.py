@@ -26,7 +26,7 @@ from cachemedic.studies.computing.rivals import (
     met,
     of_share,
 )
-from cachemedic.studies.drawing.rivals import head_of, label
+from cachemedic.studies.drawing.readers import head_of, numbered_label
 from cachemedic.token.token_repair import TokenRepair
 
 KEYS = ["type", "seed", "example"]
@@ -111,5 +111,5 @@ def test_readers_that_differ_in_a_number_share_a_head():
     assert head_of("code, no ids, 1/128") == "code, no ids"
     assert head_of("shadow_4bit, group 64") == "shadow_4bit"
     assert head_of("D, hashes") == "D, hashes"
-    assert label("shadow_4bit, group 64") == "4-bit copy, group 64"
-    assert label("golay_ecc") == "Golay code"
+    assert numbered_label("shadow_4bit, group 64") == "4-bit copy, group 64"
+    assert numbered_label("golay_ecc") == "Golay code"

@@ -14,6 +14,7 @@ from cachemedic.data.text_source import TextSource
 from cachemedic.defenses.defense import Defense
 from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.defenses.registry import DEFENSES
+from cachemedic.defenses.shadows import GroupQuantisedShadow
 from cachemedic.evaluation.answers import CLEAN, measure_answers
 from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.evaluation.experiments import TYPES, calibration_of, kept_frame
@@ -25,6 +26,7 @@ from cachemedic.studies.run import Run
 from cachemedic.studies.summaries import by_group, in_order, means_over_seeds
 
 BASELINES = ("range_restriction", "shadow_2bit")  # to recompute is to have the sound cache
+COPY_GROUPS = (64, 128)  # longer than the usual group of a copy: fewer bytes
 CONVERSATIONS = 8  # a seed
 SEVERITIES = (0.5, 1.0)
 CALIBRATION = 16  # windows whose ranges clip
@@ -34,7 +36,9 @@ KIND = ["type", "severity"]
 def readers_of(base: Base, source: TextSource, smoke: bool) -> dict[str, Defense]:
     """What is compared, by name."""
     calibration = calibration_of(base, 4 if smoke else CALIBRATION, source)
-    baselines = {name: DEFENSES[name](calibration) for name in BASELINES}
+    baselines: dict[str, Defense] = {name: DEFENSES[name](calibration) for name in BASELINES}
+    for group in COPY_GROUPS:
+        baselines[f"shadow_2bit, group {group}"] = GroupQuantisedShadow(calibration.shape, 2, group)
     return {"none": NoDefense(), **baselines, **pretrained.token_readers(base, source)}
 
 

@@ -41,7 +41,7 @@ STEPS = {"steps": 50, "repair": 30, "both": 30}
 BATCH = {"steps": 4, "repair": 2, "both": 2}  # an estimate by E takes longer
 # Bits and group of what is trained. With E groups are twice as long as without, and its code takes the bytes that this
 # saves: 2 bits in groups of 128 with E have the bytes of 2 bits in groups of 64.
-LEARNED = ((2, 64), (2, 128))
+LEARNED = ((4, 64), (3, 64), (2, 64), (2, 128))
 REPAIRED, SHARE = (2, 128), 1 / 64  # the share is one of the bytes of a bf16 cache
 ALONE = (1 / 64, 1 / 32, 1 / 16)  # shares of a code without a cache
 KIVI, NEAREST, CODE = "KIVI", "fixed ranges", "code of E alone"

@@ -51,7 +51,7 @@ COPY_BITS, COPY_GROUPS = (1, 2, 4), (32, 64, 128)
 CALIBRATION = 16  # windows whose ranges clip
 RIVALS = (
     "checksum_erase", "secded_ecc", "secded_ecc_in_page", "golay_ecc", "golay_ecc_in_page", "hidden_states",
-    "hidden_states_8bit", "recompute",
+    "hidden_states_8bit", "hidden_states_all", "recompute",
 )  # fmt: skip
 IN_PAGE = ("secded_ecc_in_page", "golay_ecc_in_page")
 FLIPS = "bitflip_bf16"

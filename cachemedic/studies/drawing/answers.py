@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cachemedic.studies.drawing.readers import reader_label, reader_styles
+from cachemedic.studies.drawing.readers import head_of, numbered_label, reader_styles
 from cachemedic.studies.drawing.style import TEXT_WIDTH, errors
 from cachemedic.studies.drawing.tables import brackets
 
@@ -38,7 +38,7 @@ def _cut(text: str, width: int) -> str:
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
     """The shares of `answers_results` with their intervals."""
-    shown = {"reader": rows["reader"].map(lambda name: SHOWN["clean"] if name == "clean" else reader_label(name))}
+    shown = {"reader": rows["reader"].map(lambda name: SHOWN["clean"] if name == "clean" else numbered_label(name))}
     shown |= {"bytes, %": 100 * rows["share"]}
     return pd.DataFrame(shown | {"names the fact": brackets(rows, "named"), "same tokens": brackets(rows, "same")})
 
@@ -54,9 +54,12 @@ def caption(rows: pd.DataFrame, seeds: int) -> str:
 
 
 def by_type(rows: pd.DataFrame) -> Figure:
-    """The share of answers that name the fact against severity, a panel per type: `answers_by_type`."""
+    """The share of answers that name the fact against severity, a panel per type: `answers_by_type`.
+
+    Copies in other groups than the usual ones stand in the table alone.
+    """
     clean = float(rows.loc[rows["reader"] == "clean", "named"].mean())
-    readers = [name for name in rows["reader"].unique() if name != "clean"]
+    readers = [name for name in rows["reader"].unique() if name != "clean" and head_of(name) == name]
     styles = reader_styles(readers)
     figure, axes = plt.subplots(2, 3, figsize=(TEXT_WIDTH, 4.2), sharex=True, sharey=True)
     for ax, kind in zip(axes.flat, rows["type"].unique(), strict=False):

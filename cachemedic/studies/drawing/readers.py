@@ -92,6 +92,18 @@ def reader_label(reader: str) -> str:
     return reader.replace("_", " ") if look is None else look.label
 
 
+def head_of(reader: str) -> str:
+    """The reader of which one differs in a number alone: the code of another length, the copy in other groups."""
+    heads = [name for name in STYLES if reader == name or reader.startswith((f"{name}, 1/", f"{name}, group "))]
+    return max(heads, key=len, default=reader)
+
+
+def numbered_label(reader: str) -> str:
+    """What a reader is called, with the number in which it differs from its `head_of`."""
+    head = head_of(reader)
+    return reader_label(head) + reader.removeprefix(head)
+
+
 def reader_styles(readers: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Keyword arguments of `plot` and `errorbar` for each reader, its label among them.
 

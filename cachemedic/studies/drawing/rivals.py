@@ -7,21 +7,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cachemedic.studies.drawing.readers import STYLES, reader_label, reader_styles
+from cachemedic.studies.drawing.readers import head_of, numbered_label, reader_styles
 from cachemedic.studies.drawing.style import TEXT_WIDTH, errors
 from cachemedic.studies.drawing.tables import brackets
-
-
-def head_of(reader: str) -> str:
-    """The reader of which one differs in a number alone: the code of another length, the copy in other groups."""
-    heads = [name for name in STYLES if reader == name or reader.startswith((f"{name}, 1/", f"{name}, group "))]
-    return max(heads, key=len, default=reader)
-
-
-def label(reader: str) -> str:
-    """What a reader is called, with the number in which it differs from its `head_of`."""
-    head = head_of(reader)
-    return reader_label(head) + reader.removeprefix(head)
 
 
 def figure(rows: pd.DataFrame, flips: pd.DataFrame) -> Figure:
@@ -60,7 +48,7 @@ def main_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of `rivals_results`: what each reader leaves, beside E, and what it keeps and takes."""
     return pd.DataFrame(
         {
-            "reader": rows["reader"].map(label) + rows["best_heuristic"].map({True: " *", False: ""}),
+            "reader": rows["reader"].map(numbered_label) + rows["best_heuristic"].map({True: " *", False: ""}),
             "KL left": brackets(rows, "kl"),
             "more than E": brackets(rows, "more"),
             "bytes a token": (rows["bits_per_token"] / 8).round().astype(int),
@@ -74,6 +62,6 @@ def main_table(rows: pd.DataFrame) -> pd.DataFrame:
 def flips_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of `rivals_flips`, a column for each rate; a nat and more with one digit behind the point."""
     cells = brackets(rows, "kl").where(rows["kl"] < 1, brackets(rows, "kl", 1))
-    named = rows.assign(reader=rows["reader"].map(label), kl=cells)
+    named = rows.assign(reader=rows["reader"].map(numbered_label), kl=cells)
     table = named.pivot_table(index="reader", columns="rate", values="kl", aggfunc="first", sort=False)
     return table.rename(columns=lambda rate: f"{rate:.0e}").reset_index().rename_axis(columns=None)
