@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import cache
 
 import torch
-from small_models import CONFIGS, VOCABULARY, model_of
+from small_models import VOCABULARY, model_of
 from transformers import DynamicCache
 
 from cachemedic.models.shape import ModelShape
@@ -59,7 +59,7 @@ def joint_of(name: str) -> JointModel:
 def operator_of(name: str, share: float | None = 0.4, with_ids: bool = True, **expected_kl: float) -> JointOperator:
     """An untrained operator of family E, or of D without a share, that knows the tokens of a small model."""
     cls = TokenAware if share is None else SketchAssisted
-    definition = RepairOperator.create("A", CONFIGS[name]()).config
+    definition = RepairOperator.create("A", model_of(name).config).config
     options = cls.default_options | {"with_ids": with_ids} | ({} if share is None else {"share": share})
     definition = replace(definition, family="D" if share is None else "E", options=options)
     parameters = cls.initial_parameters(definition, torch.Generator().manual_seed(0))

@@ -42,6 +42,15 @@ CONFIGS = {
 }  # fmt: skip
 
 
+def bart():
+    """A decoder that takes no position_ids; its configuration also tells of an encoder, of other sizes."""
+    return hf.BartConfig(
+        vocab_size=VOCABULARY, d_model=32, decoder_layers=3, encoder_layers=2, decoder_attention_heads=4,
+        encoder_attention_heads=2, decoder_ffn_dim=48, max_position_embeddings=64, is_decoder=True,
+        is_encoder_decoder=False, init_std=0.3, bos_token_id=PAD, eos_token_id=PAD, pad_token_id=PAD,
+    )  # fmt: skip
+
+
 def shaken(operator: RepairOperator, size: float = 0.3) -> RepairOperator:
     """The operator with every parameter moved at random: no longer the identity."""
     generator = torch.Generator().manual_seed(11)
@@ -53,7 +62,7 @@ def shaken(operator: RepairOperator, size: float = 0.3) -> RepairOperator:
 
 def model_of(name: str, implementation: str = "sdpa", seed: int = 0):
     torch.manual_seed(seed)
-    model = hf.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval().requires_grad_(False)
+    model = hf.AutoModelForCausalLM.from_config((CONFIGS | {"bart": bart})[name]()).eval().requires_grad_(False)
     model.set_attn_implementation(implementation)
     model.generation_config.pad_token_id = PAD
     return model

@@ -89,6 +89,9 @@ def calls(folder: Path) -> dict[str, Call]:
         cache.repair(**arguments)
 
     sketch().save(folder)
+    operator.save_pretrained(folder / "operator")
+    read, knows = load_base("embedded-llama").model, RepairOperator.from_pretrained("E/embedded-llama")
+    prefilled = read(ids, use_cache=True).past_key_values
     spec = CorruptionSpec("gaussian", parameter=0.5)
     create: dict[str, Any] = {"family": "A", "model_config": model.config, "layers": [0], "rank": 2, "apply_to": "KV"}
     given = {"model": model, "ids": ids, "attention_mask": None, "position_ids": None}
@@ -101,7 +104,9 @@ def calls(folder: Path) -> dict[str, Call]:
             ),
         ),
         "RepairOperator.create": Call(RepairOperator.create, lambda: create | {"seed": 0, "runs": 1}),
-        "RepairOperator.from_pretrained": Call(RepairOperator.from_pretrained, lambda: {"name_or_folder": folder}),
+        "RepairOperator.from_pretrained": Call(
+            RepairOperator.from_pretrained, lambda: {"name_or_folder": folder / "operator"}
+        ),
         "corrupt_cache": Call(corrupt_cache, lambda: {"cache": plain(), "spec": spec, "seed": 0, "donor": None}),
         "SketchCache": Call(SketchCache, lambda: {"model": model, "operator": None, "storage": None, "seed": 0}),
         "SketchCache.load": Call(SketchCache.load, lambda: {"folder": folder, "model": model, "operator": None}),
@@ -110,7 +115,16 @@ def calls(folder: Path) -> dict[str, Call]:
         "protect": Call(enter, lambda: {"model": model, "operator": operator}),
         "recompute": Call(recompute, lambda: given | {"cache": plain(), "damaged": damaged}),
         "look_after": Call(look_after, lambda: given | {"cache": plain(), "operator": None, "seed": 0}),
-        "check_cache": Call(check_cache, lambda: {"model": model, "operator": operator, "cache": plain(), "ids": ids}),
+        "check_cache": Call(
+            check_cache,
+            lambda: {
+                "model": read,
+                "operator": knows,
+                "cache": prefilled,
+                "ids": ids,
+                "rate": 0.01,
+            },
+        ),
         "load_base": Call(
             lambda **arguments: load_base("embedded-llama", **arguments),  # another name would ask the hub
             lambda: {"device": "cpu", "dtype": torch.float32, "severity_map": None},

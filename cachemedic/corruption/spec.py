@@ -7,11 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from numbers import Integral, Real
+from types import NoneType
 from typing import Any
 
 import torch
 
-from cachemedic.core.errors import shown
+from cachemedic.core.errors import check_given, shown
 from cachemedic.core.integers import whole_numbers
 from cachemedic.core.severity_map import SeverityMap, Shape
 from cachemedic.corruption.severity import shipped_map
@@ -49,6 +50,7 @@ class CorruptionSpec:
 
     def __post_init__(self) -> None:
         check_type(self.type)
+        check_given("severity_map", self.severity_map, (SeverityMap, NoneType))
         for name in ("severity", "parameter", "share"):
             number = getattr(self, name)
             if not isinstance(number, Real) and (number is not None or name == "share"):

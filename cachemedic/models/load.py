@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 
 import torch
 from transformers import (
@@ -71,6 +72,7 @@ def load_base(
     """
     check_format(dtype)
     check_given("device", device, (str, torch.device))
+    check_given("severity_map", severity_map, (SeverityMap, NoneType))
     try:
         torch.device(device)
     except RuntimeError as error:

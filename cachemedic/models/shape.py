@@ -41,7 +41,7 @@ class ModelShape:
         if getattr(config, "num_attention_heads", None) is None:
             raise ValueError(f"{config.model_type} has no attention heads: choose a model with attention over a cache")
         _check_layers_alike(config)
-        heads = config.num_attention_heads
+        heads = _query_heads(config)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         value_dim = getattr(config, "v_head_dim", None) or head_dim
         latent = getattr(config, "kv_lora_rank", None) is not None
@@ -54,7 +54,7 @@ class ModelShape:
             )
         return cls(
             model_type=config.model_type,
-            num_layers=config.num_hidden_layers,
+            num_layers=getattr(config, "decoder_layers", None) or config.num_hidden_layers,  # those of BART's encoder
             num_heads=heads,
             num_kv_heads=_kv_heads(config),
             head_dim=head_dim,
@@ -68,7 +68,12 @@ def _kv_heads(config: PreTrainedConfig) -> int:
     for name in ("num_key_value_heads", "num_kv_heads"):
         if number := getattr(config, name, None):
             return number
-    return config.num_attention_heads
+    return _query_heads(config)
+
+
+def _query_heads(config: PreTrainedConfig) -> int:
+    """The heads of queries; where a configuration describes an encoder as well, those of the decoder."""
+    return getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
 
 
 def _check_layers_alike(config: PreTrainedConfig) -> None:

@@ -72,8 +72,10 @@ def load_cache(cache: RecordedCache, folder: Path) -> None:
             "this cache was written by a model of other weights or another number format: load it with that"
         )
     if (None if cache.operator is None else cache.operator.digest) != expected["operator"]:
-        written = "without an operator" if expected["operator"] is None else "with an operator of another content"
-        raise ValueError(f"this cache was written {written}, whose codes are not those of the one given")
+        if expected["operator"] is None:
+            raise ValueError("this cache was written without an operator: load it without one")
+        given = "and none is given" if cache.operator is None else "and the one given has another content"
+        raise ValueError(f"this cache was written with an operator, {given}: load it with that")
     cache.seed = expected["seed"]
     record = TokenRecord.from_tensors(safetensors.torch.load(kept))
     _fill(cache, record, folder / NUMBERS, expected["dtype"])

@@ -89,7 +89,7 @@ def windows(base: Base, texts: Texts, count: int, length: int, seed: int) -> Ten
     ]
     found = torch.cat(of_kinds) if of_kinds else torch.empty(0, length)
     if not len(found):
-        raise ValueError(f"the texts are too short for a single window of {length} tokens: give more text")
+        raise ValueError(f"the texts make no window of {length} tokens, and two are needed at least: give more text")
     return found
 
 

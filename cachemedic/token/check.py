@@ -63,7 +63,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self:
-            return f"all {self.read} tokens are as they were written"
+            return f"all {self.read} tokens are as they were last written or repaired"
         return "\n".join(f"{name}: {text}" for name, text in self.lines())
 
     def _repr_html_(self) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachemedic.models.load import check_format
+from cachemedic.token.dense import takes_positions
 from cachemedic.token.joint import RECENT, Prior
 from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.kept import Prediction
@@ -118,7 +119,8 @@ class Coder:
         return Prediction(c, prior, coded[None])
 
     def _prior(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> Prior:
-        first, end = max(0, int(slots.min()) - (RECENT - 1)), int(slots.max()) + 1
+        first = max(0, int(slots.min()) - (RECENT - 1)) if takes_positions(self.model) else 0
+        end = int(slots.max()) + 1
         positions = record.positions[:, first:end]
         keys, values = stored_in_lowest_layer(self.model, record.ids[:, first:end], positions)
         lowest = self.lowest.of([keys], [values], positions)

@@ -96,7 +96,7 @@ def check_can_recompute(model: PreTrainedModel, cache: Cache, length: int) -> No
             f"{name} has layers that attend to the last {window} tokens only, and the cache holds {length}: exact "
             f"recomputation serves caches of up to {window} tokens of this model"
         )
-    implementation = config._attn_implementation.removeprefix("cachemedic_protected_")
+    implementation = config._attn_implementation
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"attention {implementation!r} takes no mask of its own for each token: call "
@@ -104,7 +104,7 @@ def check_can_recompute(model: PreTrainedModel, cache: Cache, length: int) -> No
         )
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         raise ValueError(f"{name} adds a bias by distance (ALiBi), which one pass over scattered tokens cannot make")
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if not takes_positions(model):
         raise ValueError(f"{name} takes no position_ids, without which scattered tokens cannot be given their places")
     rope = getattr(config, "rope_parameters", None) or {}
     trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings
@@ -113,6 +113,11 @@ def check_can_recompute(model: PreTrainedModel, cache: Cache, length: int) -> No
             f"the rotary embedding of {name} is {rope['rope_type']!r}: beyond {trained} tokens its angles depend on "
             f"how the text was cut into passes, and the cache holds {length}"
         )
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether a model can be told where its tokens stand; others count from the first that they are given."""
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def shortest_window(config: Any) -> int | None:

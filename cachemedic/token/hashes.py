@@ -37,10 +37,6 @@ class Hashes:
     whole: Tensor
     parts: Tensor
 
-    @property
-    def bytes_per_token(self) -> int:
-        return self.whole.element_size() + self.parts[0, 0].nbytes
-
     def rows(self, choose: Callable[[Tensor], Tensor]) -> Hashes:
         """The same of other rows; `choose` picks them along the first axis of a tensor."""
         return Hashes(choose(self.whole), choose(self.parts))

@@ -27,8 +27,8 @@ from cachemedic.models.shape import ModelShape
 from cachemedic.token.lowest_layer import lowest_layer
 
 SINKS = 4  # first positions, whose vectors are of another kind (attention sinks): a cache keeps them as they are
-RECENT = 4  # tokens whose lowest layer tells of c: this one and those before
-FORMAT = "cachemedic joint model 2"
+RECENT = 4  # tokens whose lowest layer the features are linear in: this one and those before
+FORMAT, EARLIER = "cachemedic joint model 2", ("cachemedic joint model 1",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,11 +97,6 @@ class JointModel:
         return len(self.axes)
 
     @property
-    def sinks(self) -> int:
-        """How many first positions are kept exactly instead."""
-        return SINKS
-
-    @property
     def lowest_is_exact(self) -> bool:
         """Whether x holds the lowest layer, which the ids tell."""
         return self.layers[0] == 0
@@ -160,8 +155,10 @@ class JointModel:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except safetensors.SafetensorError as error:
             raise ValueError(f"the joint model in {path} is damaged: {error!r}") from error
-        if header.get("format") != FORMAT:
-            raise ValueError(f"{path} is no joint model: its format is {header.get('format')!r}, not {FORMAT!r}")
+        if (form := header.get("format")) in EARLIER:
+            raise ValueError(f"{path} is a joint model of an earlier version: make its operator anew by `calibrate`")
+        if form != FORMAT:
+            raise ValueError(f"{path} is no joint model: its format is {form!r}, not {FORMAT!r}")
         try:
             record = json.loads(header["model"])
             found = cls(ModelShape(**record["of"]), tuple(record["layers"]), **tensors)

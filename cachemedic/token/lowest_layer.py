@@ -26,7 +26,10 @@ class _LowestLayer(DynamicCache):
 
 @torch.inference_mode()
 def stored_in_lowest_layer(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, G, T, d] that a cache of tokens ids [B, T] at positions [B, T] holds in its lowest layer."""
+    """Keys and values [B, G, T, d] that a cache of tokens ids [B, T] at positions [B, T] holds in its lowest layer.
+
+    A model that takes no position_ids counts from 0: it has to be given all tokens from the first on.
+    """
     cache = _LowestLayer()
     with suppress(_Written):
         model.base_model(

@@ -68,9 +68,10 @@ class Parts:
 class DeviationModel:
     """How far c and the numbers of a token may deviate from their prediction, for predictions of K kinds.
 
-    axes [n, D]: those that an estimate moves along; left [K, n]: the variance of c; spread [K, D]: of each number;
-    exact [K, P]: parts that are predicted exactly; rest [K, D]: the variance of each number once these n are
-    known; mass [n, P]: the share of each part in the length of an axis; power: the mean variance of a clean number.
+    parts: the layout of a vector; scale [D]: of the joint model; axes [n, D]: those that an estimate moves along;
+    left [K, n]: the variance of c; spread [K, D]: of each number; exact [K, P]: parts that are predicted exactly;
+    rest [K, D]: the variance of each number once these n are known; mass [n, P]: the share of each part in the length
+    of an axis; power: the mean variance of a clean number.
     """
 
     parts: Parts

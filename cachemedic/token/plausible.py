@@ -21,8 +21,8 @@ from cachemedic.token.joint import SINKS
 from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.vectors import TokenVectors
 
-LOWEST, LIKELY, EXPLAINED = range(3)
 STATISTICS = ("lowest layer", "given the ids", "worst layer")
+LOWEST = 0  # of these
 RATES = (0.001, 0.01, 0.05)  # of false alarms that thresholds are measured for
 LEAST = 1e-4  # of the lowest layer: what rounding may do
 LARGEST = 1e4  # numbers beyond it count as it: one flipped bit makes some whose squares are not finite

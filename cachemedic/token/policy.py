@@ -7,7 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from cachemedic.core.errors import check_given, nearest_valid
+from cachemedic.core.errors import nearest_valid
 from cachemedic.models.usable import check_mode
 from cachemedic.token.check import Report
 from cachemedic.token.costs import CostModel, costs_of
@@ -33,8 +33,8 @@ class Policy:
     def __init__(self, cache: RecordedCache, method: str, budget: float | None) -> None:
         if method not in METHODS:
             raise nearest_valid("method of repair", method, METHODS)
-        if budget is not None:
-            check_given("the budget", budget, Real)
+        if budget is not None and (not isinstance(budget, Real) or isinstance(budget, bool)):
+            raise TypeError(f"the budget must be a number, a share of a prefill, not {budget!r}")
         if budget is not None and not budget >= 0:
             raise ValueError(f"the budget must be a share of a prefill, 0 or more, not {budget}")
         check_mode(cache.model)  # it may have changed since the cache was made

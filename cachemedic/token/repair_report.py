@@ -13,8 +13,8 @@ from cachemedic.token.policy import WAYS
 
 SAID = {
     "recompute": "computed again from the ids",
-    "estimate": "estimated from code and what was left",
-    "restore": "restored from the code",
+    "estimate": "estimated from what code and ids tell, and from what was left",
+    "restore": "restored from what code and ids tell",
     "erase": "erased: attention does not read them any more",
     "leave": "left as they are: little of them is damaged",
 }

@@ -103,7 +103,7 @@ class TokenOperator(RepairOperator):
 def wrong_family(operator: object) -> TypeError:
     """The error about what is no operator that repairs stored tokens."""
     found = getattr(getattr(operator, "config", None), "family", type(operator).__name__)
-    return TypeError(f"clean tokens are known to an operator of family D or E, not {found}")
+    return TypeError(f"an operator of family D or E is needed, which repair stored tokens, not {found}")
 
 
 class TokenRepair(Defense):

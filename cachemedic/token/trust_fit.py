@@ -54,7 +54,9 @@ class EstimatingOperator(TokenOperator):
 
     @abstractmethod
     def predict(self, prior: Any, codes: Tensor | None = None, like: Tensor | None = None) -> Prediction:
-        """Of tokens, from codes [B, T, bytes] and the prior; zeros without either (`like` [B, T, ...]: how many)."""
+        """Of tokens, from codes [B, T, bytes] and the prior; c has no coordinates without codes (`like` [B, T, ...]:
+        how many tokens).
+        """
 
     @abstractmethod
     def estimate(

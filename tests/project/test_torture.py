@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from toy_project import ROOT
 
 from damaged_files import DAMAGES, WRONG, file_kinds
-from odd_values import ODD, calls
+from odd_values import ODD, TAKEN, calls
 from torture import damage_one, give_one
 
 QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -37,6 +37,12 @@ def test_a_damaged_file_is_refused_or_read_right(kinds, data):
     name = data.draw(st.sampled_from(sorted(kind.swapped)))
     found, said = kind.damaged(name, data.draw(st.sampled_from(DAMAGES)), data.draw(st.integers(0, 2**40)))
     assert found != WRONG, said
+
+
+def test_what_is_no_odd_value_is_taken(functions):
+    with warnings.catch_warnings(action="ignore"):
+        for name, call in functions.items():
+            assert call.with_odd(*next(iter(call.arguments().items()))) == (TAKEN, ""), name
 
 
 @QUICK

@@ -30,7 +30,8 @@ def test_hashes_do_not_depend_on_how_the_tokens_come(name):
         cache = SketchCache(model)
         write(model, cache, ids, mask, ends)
         assert not cache.check()
-        assert (cache.report.read, str(cache.report)) == (int(mask.sum()), "all 30 tokens are as they were written")
+        assert cache.report.read == int(mask.sum())
+        assert str(cache.report) == "all 30 tokens are as they were last written or repaired"
         assert torch.equal(cache.record.ids, ids)
         assert torch.equal(cache.record.positions >= 0, mask.bool())
 

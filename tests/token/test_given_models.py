@@ -126,7 +126,7 @@ def test_operators_that_know_no_tokens_are_refused(cache):
     }
     for name, use in uses.items():
         for wrong, found in ((operator_for(model), "A"), ("E/embedded-gpt2", "str"), (nn.Linear(2, 2), "Linear")):
-            with pytest.raises(TypeError, match=f"to an operator of family D or E, not {found}"):
+            with pytest.raises(TypeError, match=f"family D or E is needed, which repair stored tokens, not {found}"):
                 use(wrong)
         if name != "calibrate":
             with pytest.raises(ValueError, match="`calibrate`"):

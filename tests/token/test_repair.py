@@ -203,14 +203,25 @@ def test_costs_are_measured_once_and_make_sense():
     assert cache.repair(budget=100.0).ways == {"recompute": len(SLOTS)}
 
 
+def test_a_model_that_counts_tokens_by_itself_is_given_all_of_them():
+    model, operator = model_of("bart"), operator_of("bart")
+    ids = torch.randint(1, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    cache = SketchCache(model, operator)
+    model(ids, past_key_values=cache)
+    before = numbers(cache)
+    shift(cache, 0, [20, 31], by=3.0)
+    assert cache.repair("restore").ways == {"restore": 2}
+    torch.testing.assert_close(numbers(cache)[0], before[0])  # the lowest layer, which the ids tell exactly
+
+
 def test_reports_read_well():
     model, cache, before = damaged(restore=0.1)
     report = cache.repair("restore")
     for text in (str(report), report._repr_html_()):
-        assert "6 tokens restored from the code" in text
+        assert "6 tokens restored from what code and ids tell" in text
         assert "1, 3, 9, 20, 31, 35" in text
     assert "expected KL: 0.00526 nats" in str(report)
-    assert str(cache.repair()).startswith("all 114 tokens are as they were written")
+    assert str(cache.repair()).startswith("all 114 tokens are as they were last written or repaired")
 
 
 def test_what_cannot_be_done_is_refused_before_any_work():
@@ -231,7 +242,7 @@ def test_what_cannot_be_done_is_refused_before_any_work():
         model.eval()
     uncalibrated = operator_of("llama")
     uncalibrated.joint = None
-    with pytest.raises(TypeError, match="to an operator of family D or E, not A"):
+    with pytest.raises(TypeError, match="operator of family D or E is needed, which repair stored tokens, not A"):
         SketchCache(model, operator_for(model))
     with pytest.raises(ValueError, match="gpt2"):
         SketchCache(model_of("gpt2"), operator_of("llama"))
