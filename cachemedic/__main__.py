@@ -40,6 +40,13 @@ app = typer.Typer(
 )
 
 
+class Family(StrEnum):
+    """Families of operators that are calibrated."""
+
+    D = "D"
+    E = "E"
+
+
 class Format(StrEnum):
     """Number formats of a model."""
 
@@ -51,12 +58,13 @@ class Format(StrEnum):
 SavedCache = Annotated[
     Path, typer.Argument(metavar="FOLDER", exists=True, file_okay=False, help="a cache that SketchCache.save wrote")
 ]
-BaseName = Annotated[str, typer.Option(help="model that wrote the cache: a name that load_base takes, or a folder")]
+MODELS = "embedded-gpt2, embedded-llama, embedded-wikipedia, smollm2-135m, a model of the Hugging Face hub, or a folder"
+BaseName = Annotated[str, typer.Option(help=f"model that wrote the cache: {MODELS}")]
 OperatorName = Annotated[str | None, typer.Option(help="operator it was written with, if any: a name or a folder")]
 ModelFormat = Annotated[Format, typer.Option(help="number format of the model")]
 
 
-@app.command()
+@app.command(short_help="Check a saved cache.")
 def check(
     folder: SavedCache, base: BaseName, operator: OperatorName = None, dtype: ModelFormat = Format.float32
 ) -> None:
@@ -67,14 +75,14 @@ def check(
         raise typer.Exit(DAMAGED)
 
 
-@app.command()
+@app.command(short_help="Repair a saved cache.")
 def repair(
     folder: SavedCache,
     base: BaseName,
     operator: OperatorName = None,
     dtype: ModelFormat = Format.float32,
     method: Annotated[
-        str, typer.Option(help="recompute, restore, estimate, erase, or auto: the best of them")
+        str, typer.Option(help="recompute, restore, estimate, erase, or auto: what leaves least error in the time")
     ] = "auto",
     budget: Annotated[float | None, typer.Option(help="time that may be taken, as a share of a prefill")] = None,
     to: Annotated[
@@ -87,9 +95,9 @@ def repair(
     cache.save(to or folder)
 
 
-@app.command()
+@app.command(short_help="Make an operator of family D or E.")
 def calibrate(
-    base: Annotated[str, typer.Argument(help="model: a name that load_base takes, or a folder")],
+    base: Annotated[str, typer.Argument(help=f"model: {MODELS}")],
     to: Annotated[Path, typer.Option(file_okay=False, help="folder for the operator")],
     texts: Annotated[
         list[Path] | None,
@@ -97,10 +105,12 @@ def calibrate(
             exists=True,
             dir_okay=False,
             help="text of one kind, in UTF-8, with <|endoftext|> between documents; may be given several times. "
-            "Default: documentation, code, reviews and dialogue of the installed packages",
+            "Default: documentation and code of installed packages, generated reviews and, for chat models, dialogue",
         ),
     ] = None,
-    family: Annotated[str, typer.Option(help="D, which stores nothing, or E, which keeps a code of each token")] = "E",
+    family: Annotated[
+        Family, typer.Option(help="D, which stores nothing, or E, which keeps a code of each token")
+    ] = Family.E,
     share: Annotated[
         str | None, typer.Option(help="bytes of E's code over those of the cache  [default: 1/128]")
     ] = None,
@@ -110,14 +120,16 @@ def calibrate(
     options: dict[str, Any] = {} if share is None else {"share": _share(share)}
     kinds = _kinds(texts) if texts else None
     lm = cachemedic.load_base(base, dtype=_dtype(dtype))
-    operator = cachemedic.RepairOperator.create(family, lm.config, layers="all", **options)
+    operator = cachemedic.RepairOperator.create(family.value, lm.config, layers="all", **options)
     cachemedic.calibrate(operator, lm, kinds).save_pretrained(to)
     print(f"saved: RepairOperator.from_pretrained({str(to)!r})")
 
 
-@app.command()
+@app.command(short_help="Run benchmarks.")
 def bench(
-    parts: Annotated[list[str] | None, typer.Argument(help="which benchmarks; an unknown one lists them")] = None,
+    parts: Annotated[
+        list[str] | None, typer.Argument(help="which benchmarks: decode, repair, training; all if none is named")
+    ] = None,
 ) -> None:
     """Run benchmarks on the CPU, all of them by default, into results/bench_*.csv (three quarters of an hour)."""
     from cachemedic.studies.bench.measure import measure
@@ -125,17 +137,25 @@ def bench(
     measure(parts or [])
 
 
-@app.command()
+@app.command(short_help="Damage and repair a cache, as a demonstration.")
 def demo(
-    corruption: Annotated[str, typer.Option(help="type of damage")] = "gaussian",
-    severity: Annotated[float, typer.Option(help="from 0 to 1: as harmful as the loss of the whole context")] = 0.5,
+    corruption: Annotated[
+        str, typer.Option(help="type of damage that has severities; an unknown one lists them")
+    ] = "gaussian",
+    severity: Annotated[
+        float, typer.Option(help="from 0, no damage, to 1, as harmful as the loss of the whole context")
+    ] = 0.5,
     method: Annotated[
         str, typer.Option(help="way of repair: recompute, restore, estimate, erase or auto")
     ] = "estimate",
 ) -> None:
     """Damage the cache of an embedded model, check it, repair it, and show what the model answers each time."""
+    from cachemedic.core.errors import nearest_valid
+    from cachemedic.corruption.types import CORRUPTIONS
     from cachemedic.data.text import needle_fact, needle_question
 
+    if corruption not in (damages := [name for name, known in CORRUPTIONS.items() if known.calibration]):
+        raise nearest_valid("type of damage with severities", corruption, damages)
     name = "embedded-gpt2"
     spec = cachemedic.CorruptionSpec(corruption, severity=severity, base=name)
     lm: Any = cachemedic.load_base(name)
