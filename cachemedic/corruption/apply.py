@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from cachemedic.core.severity_map import SeverityMap, Shape
 from cachemedic.corruption.severity import shipped_map
 from cachemedic.corruption.spec import CorruptionEvent, CorruptionSpec, draw_event
 from cachemedic.corruption.types import CORRUPTIONS, ROTATION_SEED_TEST, ROTATION_SEED_TRAIN, Stored, check_type
+
+AnyCache = TypeVar("AnyCache", bound=Cache)
 
 MIXTURE_WEIGHTS = {
     "gaussian": 0.25, "dropout_zero": 0.20, "orthogonal_rotation": 0.15, "bitflip_sparse": 0.15, "quant_noise": 0.15,
@@ -107,7 +110,7 @@ def _check(
                 raise ValueError(f"the donor holds {donor.shape[3]} positions, {needy[0]} needs {positions}")
 
 
-def corrupt_cache(cache: Cache, spec: CorruptionSpec, seed: int = 0, donor: Cache | None = None) -> Cache:
+def corrupt_cache(cache: AnyCache, spec: CorruptionSpec, seed: int = 0, donor: Cache | None = None) -> AnyCache:
     """A corrupted copy of a Hugging Face cache, of the same class; `cache` and its tensors stay as they are.
 
     Every sample of the batch draws its own event from `spec`. Layers may hold different numbers of positions (sliding

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 from cachemedic.core.errors import check_given
 from cachemedic.models.usable import check_mode
 from cachemedic.token.cache_files import load_cache, save_cache
-from cachemedic.token.check import Report, check
+from cachemedic.token.check import CheckReport, check
 from cachemedic.token.forward_hook import ForwardHooks
 from cachemedic.token.hashes import HASH_BYTES, PART_BYTES
 from cachemedic.token.joint import SINKS
@@ -61,7 +61,7 @@ class SketchCache(RecordedCache):
     ) -> None:
         self.bind(model, operator, seed)
         self._store_in(DynamicCache() if storage is None else _empty(storage))
-        self.report: Report | None = None  # of the last check
+        self.report: CheckReport | None = None  # of the last check
         self._hooks = ForwardHooks.of(model)
         self._new: tuple[Tensor, Tensor] | None = None  # ids and positions, during a forward pass
         self._written: tuple[list[Tensor], list[Tensor]] = [], []  # keys and values of its layers so far
@@ -163,7 +163,7 @@ class SketchCache(RecordedCache):
         self.record = replace(record, codes=torch.cat([record.codes, codes], 1))
 
     @torch.inference_mode()
-    def check(self, others: Collection[SketchCache] = ()) -> Report:
+    def check(self, others: Collection[SketchCache] = ()) -> CheckReport:
         """Which tokens are not what was written, where, and what happened to them.
 
         others: caches whose tokens may have come here (stale or swapped pages); tokens of this one are looked for

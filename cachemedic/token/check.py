@@ -18,7 +18,7 @@ SHOWN = 8  # ranges of tokens that a report spells out
 
 
 @dataclass(frozen=True, eq=False)
-class Report:
+class CheckReport:
     """What a check found in B rows of T cached tokens.
 
     read: tokens that were checked, without padding; changed [B, T]: those that are not what was written; parts
@@ -104,7 +104,7 @@ def check(
     written: Hashes,
     valid: Tensor,
     others: Iterable[Hashes] = (),
-) -> Report:
+) -> CheckReport:
     """Compares the keys and values [B, G, T, d] of all layers with the hashes that were `written`.
 
     valid [B, T]: tokens that are no padding; others: hashes of other caches whose tokens may have come here.
@@ -121,7 +121,7 @@ def check(
         kinds[changed] = kinds_of(hasher, (keys, values), changed, parts, valid & ~changed, written)
         _find_layouts(hasher, (keys, values), written, parts, changed, kinds)
         _find_tokens(now, written, changed, others, kinds, origin)
-    return Report(int(valid.sum()), changed, parts, kinds, origin)
+    return CheckReport(int(valid.sum()), changed, parts, kinds, origin)
 
 
 def _find_layouts(

@@ -30,7 +30,7 @@ from cachemedic.token.first_token import with_first
 from cachemedic.token.joint import JointModel, Prior
 from cachemedic.token.joint_calibration import joint_of
 from cachemedic.token.joint_files import file_of, find_joint, shipped_joint
-from cachemedic.token.kept import Kept, Prediction, hashes_of, sinks_of, with_sinks
+from cachemedic.token.kept import Kept, Prediction, hashes_of, kept_sinks, with_sinks
 from cachemedic.token.parts import DeviationModel
 from cachemedic.token.scratch import Scratch
 from cachemedic.token.trust import initial_trust, noise_correction
@@ -38,7 +38,7 @@ from cachemedic.token.trust_fit import EstimatingOperator, fit_trust
 from cachemedic.token.vectors import TokenVectors
 
 Alarms = dict[str, list[float]]  # thresholds of `check_cache`, by rate of false alarms
-FROM_PRIOR, FROM_CODE = 0, 1  # kinds of predictions
+FROM_CODE = 1  # the second kind of prediction; the first is from the ids alone
 PIECE = 128  # tokens, over all rows, that are estimated at once: their numbers stay in the processor's cache
 
 
@@ -191,7 +191,7 @@ class JointOperator(EstimatingOperator):
         codes = self.code.encode(x, prior)
         if lossy:
             return Kept(codes)
-        return Kept(codes, hashes_of(keys, values, layers), sinks_of(keys, values, positions))
+        return Kept(codes, hashes_of(keys, values, layers), kept_sinks(keys, values, positions))
 
     def prior(self, model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Prior | None:
         """See `TokenOperator`; None for an operator that does not use ids."""

@@ -65,7 +65,7 @@ def hashes_of(keys: Tensor, values: Tensor, layers: Sequence[int]) -> Hashes:
     return hasher.of(*([side[:, layer] for layer in layers] for side in (keys, values)))
 
 
-def sinks_of(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+def kept_sinks(keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     """The numbers [2, B, L, G, SINKS, d] of the tokens at the first positions; positions [B, T], -1 for padding."""
     at = torch.arange(SINKS, device=positions.device)
     slots = (positions[:, None] == at[:, None]).int().argmax(-1)[:, None, None, :, None]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cachemedic.core.errors import nearest_valid
 from cachemedic.models.usable import check_mode
-from cachemedic.token.check import Report
+from cachemedic.token.check import CheckReport
 from cachemedic.token.costs import CostModel, costs_of
 from cachemedic.token.damage_kinds import NUMBER
 from cachemedic.token.dense import check_can_recompute
@@ -60,7 +60,7 @@ class Policy:
             )
         return tuple(way for way in ("recompute", "estimate", "restore", "erase") if way not in self.why_not)
 
-    def choose(self, report: Report, record: TokenRecord) -> Tensor:
+    def choose(self, report: CheckReport, record: TokenRecord) -> Tensor:
         """The number in `WAYS` [B, T] of what is done with each token."""
         ways = torch.zeros_like(report.kind_numbers)
         rows, slots = _by_worth(report.changed, record.positions)
@@ -120,7 +120,7 @@ def _by_worth(changed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     return rows[order], slots[order]
 
 
-def _without_time(report: Report, rows: Tensor, slots: Tensor) -> Tensor:
+def _without_time(report: CheckReport, rows: Tensor, slots: Tensor) -> Tensor:
     """What is done with tokens [n] that there is no time for: the mildly damaged are left, all others erased."""
     damaged = report.parts[rows, slots].flatten(1).float().mean(1)
     finite = report.kind_numbers[rows, slots] != NUMBER["not finite"]

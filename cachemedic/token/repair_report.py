@@ -8,7 +8,7 @@ from html import escape
 
 from torch import Tensor
 
-from cachemedic.token.check import Report, ranges
+from cachemedic.token.check import CheckReport, ranges
 from cachemedic.token.policy import WAYS
 
 SAID = {
@@ -28,7 +28,7 @@ class RepairReport:
     without a budget; not_recomputed: why no token of this cache can be computed again, None if it can.
     """
 
-    found: Report
+    found: CheckReport
     way_numbers: Tensor
     verified: int
     expected_kl: float | None

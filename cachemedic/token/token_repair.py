@@ -21,7 +21,7 @@ from cachemedic.token.joint import SINKS
 from cachemedic.token.kept import Kept
 from cachemedic.token.vectors import TokenVectors
 
-WAYS = ("restore", "estimate")
+OPERATOR_WAYS = ("restore", "estimate")
 
 
 class TokenOperator(RepairOperator):
@@ -83,7 +83,7 @@ class TokenOperator(RepairOperator):
         kept: Any = None,
         way: str = "estimate",
     ) -> Sides:
-        """Keys and values [B, L, G, T, d] of all layers, those of protected layers repaired; `way` is one of `WAYS`."""
+        """Keys and values [B, L, G, T, d] of all layers, those protected are repaired, by one of `OPERATOR_WAYS`."""
         prior = self.prior(model, ids, positions)
         return self.repair_with_prior(TokenVectors(model, self.layers), keys, values, prior, positions, kept, way)
 
@@ -119,8 +119,8 @@ class TokenRepair(Defense):
     def __init__(
         self, model: PreTrainedModel, operator: RepairOperator, way: str = "estimate", lossy: bool = False
     ) -> None:
-        if way not in WAYS:
-            raise nearest_valid("way of repair", way, WAYS)
+        if way not in OPERATOR_WAYS:
+            raise nearest_valid("way of repair", way, OPERATOR_WAYS)
         if not isinstance(operator, TokenOperator):
             raise wrong_family(operator)
         operator.check_model(model.config)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cachemedic.token.check import Report
+from cachemedic.token.check import CheckReport
 from cachemedic.token.hashes import believed
 from cachemedic.token.joint import SINKS
 from cachemedic.token.policy import WAY, Policy
@@ -21,7 +21,7 @@ PIECE = 512  # tokens whose vectors are held at once
 
 
 @torch.inference_mode()
-def carry_out(cache: RecordedCache, report: Report, policy: Policy) -> RepairReport:
+def carry_out(cache: RecordedCache, report: CheckReport, policy: Policy) -> RepairReport:
     """Repairs the damage of a report in place. Exact tokens are computed last, behind those that were restored."""
     start = time.perf_counter()
     record = cache.kept

@@ -6,7 +6,7 @@ from small_models import CONFIGS, VOCABULARY, model_of
 
 from cachemedic.models.load import Base
 from cachemedic.studies.bench import whole_tokens
-from cachemedic.studies.bench.whole_tokens import DAMAGED, WAYS, repair_cost
+from cachemedic.studies.bench.whole_tokens import DAMAGED, MEASURED_WAYS, repair_cost
 
 
 class Tokenizer:
@@ -22,7 +22,7 @@ def test_every_operation_has_its_row_and_its_bytes(monkeypatch, share):
     operator = operator_of("llama", share)
     base = Base(model_of("llama"), Tokenizer(), "tiny")
     frame = repair_cost(base, operator, lengths=(24, 48, 1024), rounds=2)
-    ways = [way for way in WAYS for _ in DAMAGED]
+    ways = [way for way in MEASURED_WAYS for _ in DAMAGED]
     assert frame["operation"].tolist() == 2 * ["write", "check", *ways, "decoding step"]
     assert frame["positions"].tolist() == 12 * [24] + 12 * [48]
     assert CONFIGS["llama"]().max_position_embeddings == 64  # where 1,024 tokens do not fit

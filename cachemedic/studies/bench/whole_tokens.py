@@ -18,7 +18,7 @@ from cachemedic.token.joint_operator import JointOperator
 BASES = {"embedded-gpt2": ("D", "E"), "embedded-llama": ("D", "E"), "smollm2-135m": ("E",)}  # and families
 LENGTHS = (448, 1024, 4096)  # the first is for bases of a short context
 DAMAGED = (0.01, 0.1, 1.0)  # shares of the tokens
-WAYS = ("restore", "estimate", "recompute")
+MEASURED_WAYS = ("restore", "estimate", "recompute")
 ROUNDS = 7
 STEPS = 16  # decoding steps a round: one of them in a page of 16 writes the codes of the page
 NOISE = 0.5  # of the damage, over the size of the numbers
@@ -68,7 +68,7 @@ def _at_length(
         "prefill that writes": timed(lambda: prefill(SketchCache(model, operator))),
         "check": _after_damage(kept, plain, 0.0, kept.check, generator),
     }
-    named = {(way, share): f"{way}, {share:.0%}" for way in WAYS for share in DAMAGED}
+    named = {(way, share): f"{way}, {share:.0%}" for way in MEASURED_WAYS for share in DAMAGED}
     for (way, share), name in named.items():
         contenders[name] = _after_damage(kept, plain, share, lambda way=way: kept.repair(way), generator)  # type: ignore[misc]
     times = interleave(contenders, rounds, f"repair of {length} tokens")
