@@ -1,11 +1,12 @@
 """The training mixture and the severity axis, over a stand-in for the calibrated map."""
 
 from collections import Counter
-from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
 import torch
 
+from cachemedic.core.severity_map import SeverityMap
 from cachemedic.corruption import apply, spec
 from cachemedic.corruption.apply import MIXTURE_WEIGHTS, Mixture, corrupt
 from cachemedic.corruption.spec import CorruptionSpec, draw_event
@@ -29,7 +30,9 @@ def calls(monkeypatch):
         assert by_share == (name == "quant_noise")
         return (1, severity) if by_share else (AT_FULL_SEVERITY[name] * severity, 1.0)
 
-    stand_in = SimpleNamespace(resolve=resolve, reach=lambda name, base, shape: REACH.get(name, 1.0))
+    stand_in = create_autospec(SeverityMap, instance=True)
+    stand_in.resolve.side_effect = resolve
+    stand_in.reach.side_effect = lambda name, base, shape: REACH.get(name, 1.0)
     for module in (spec, apply):
         monkeypatch.setattr(module, "shipped_map", lambda: stand_in)
     return asked
