@@ -1,7 +1,6 @@
 """The training mixture and the severity axis, over a stand-in for the calibrated map."""
 
 from collections import Counter
-from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -30,9 +29,8 @@ def calls(monkeypatch):
         assert by_share == (name == "quant_noise")
         return (1, severity) if by_share else (AT_FULL_SEVERITY[name] * severity, 1.0)
 
-    stand_in = create_autospec(SeverityMap, instance=True)
-    stand_in.resolve.side_effect = resolve
-    stand_in.reach.side_effect = lambda name, base, shape: REACH.get(name, 1.0)
+    stand_in = object.__new__(SeverityMap)
+    stand_in.resolve, stand_in.reach = resolve, lambda name, base, shape: REACH.get(name, 1.0)
     for module in (spec, apply):
         monkeypatch.setattr(module, "shipped_map", lambda: stand_in)
     return asked
