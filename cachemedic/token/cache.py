@@ -184,7 +184,7 @@ class SketchCache(RecordedCache):
         """Checks the cache and repairs the tokens that are not what was written, in place.
 
         Args:
-            method: "recompute" (from the ids, exact), "restore" (from the code), "estimate" (from the code and what is
+            method: "recompute" (from the ids, exact), "restore" (from code and ids), "estimate" (from these and what is
                 left of the token), "erase" (attention does not read the token any more), or "auto": for each token the
                 way of least expected KL that the budget allows.
             budget: the time that may be taken, as a share of a prefill of the cached text; None: any.

@@ -75,7 +75,9 @@ def load_cache(cache: RecordedCache, folder: Path) -> None:
         if expected["operator"] is None:
             raise ValueError("this cache was written without an operator: load it without one")
         given = "and none is given" if cache.operator is None else "and the one given has another content"
-        raise ValueError(f"this cache was written with an operator, {given}: load it with that")
+        raise ValueError(
+            f"this cache was written with an operator, {given}: load it with the operator that it was written with"
+        )
     cache.seed = expected["seed"]
     record = TokenRecord.from_tensors(safetensors.torch.load(kept))
     _fill(cache, record, folder / NUMBERS, expected["dtype"])

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachemedic.core.files import write_atomically
+from cachemedic.core.threads import one_thread
 from cachemedic.models.shape import ModelShape
 from cachemedic.token.lowest_layer import lowest_layer
 
@@ -227,21 +228,29 @@ class JointModel:
     def without_ids(self) -> JointModel:
         """The same tokens for those who do not know the ids: the features are unknown as well.
 
-        Its axes are the principal ones of the normal distribution that features, coordinates and rest make.
+        Its axes are the principal ones of what features and coordinates make together; what they leave joins the rest.
         """
         spread = torch.cat([self.variance, self.prior_variance]).sqrt()
         known = torch.cat([self.axes, self.prior_out]).double() * spread[:, None]
-        variance, turn = torch.linalg.eigh(known @ known.T)
-        variance, turn = (x.flip(-1)[..., : len(self.axes)] for x in (variance, turn))
-        axes = F.normalize(turn.T @ known, dim=-1)
+        rows = principal_rows(known.cpu()).to(self.axes.device)  # of falling length
+        kept, left = rows[: len(self.axes)], rows[len(self.axes) :]
         return replace(
             self,
-            axes=axes.to(self.axes.dtype),
-            variance=variance.clamp_min(0).float(),
+            axes=F.normalize(kept, dim=-1).to(self.axes.dtype),
+            variance=kept.square().sum(-1).float(),
+            rest=(self.rest + left.square().sum(0)).float(),
             prior_in=self.prior_in[:, :0],
             prior_out=self.prior_out[:0],
             prior_variance=self.prior_variance[:0],
         )
+
+
+@one_thread()  # whose sums are the same whatever the number of threads
+def principal_rows(rows: Tensor) -> Tensor:
+    """Orthogonal rows [n, D] of falling length that have the sum of outer products of rows [n, D]."""
+    turn = torch.linalg.eigh(rows @ rows.T).eigenvectors.flip(-1)
+    found = turn.T @ rows
+    return found * found.gather(1, found.abs().argmax(1, keepdim=True)).sign()  # a row has no direction of its own
 
 
 def recent(z: Tensor) -> Tensor:

@@ -234,7 +234,7 @@ class JointOperator(EstimatingOperator):
         return other
 
     def _held(self) -> object:
-        return self.joint and self.joint.digest
+        return self.joint and self.calibrated.digest
 
     def _apply(self, fn: Any, recurse: bool = True) -> JointOperator:
         super()._apply(fn, recurse)

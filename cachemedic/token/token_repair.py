@@ -109,9 +109,9 @@ def wrong_family(operator: object) -> TypeError:
 class TokenRepair(Defense):
     """A calibrated operator of family D or E, or of another `TokenOperator`, at work on the caches of one model.
 
-    way: "estimate", from the code and from what is left of a damaged token, or "restore", from the code alone. With the
-    hashes that E keeps, tokens that are as they were written keep every bit. lossy: the cache is stored in few bits on
-    purpose, E keeps nothing of it but the code, and all of it is repaired.
+    way: "estimate", from the code and from what is left of a damaged token, or "restore", from code and ids alone.
+    With the hashes that E keeps, tokens that are as they were written keep every bit. lossy: the cache is stored in few
+    bits on purpose, E keeps nothing of it but the code, and all of it is repaired.
     Raises `TypeError` for an operator of another kind, `ValueError` for an unknown way, for an operator that is not
     calibrated or of another model, and for a model of a number format that `load_base` does not serve.
     """
