@@ -20,6 +20,7 @@ from cachemedic.core.hub import why_out_of_reach
 from cachemedic.core.severity_map import SeverityMap
 from cachemedic.models import smollm2
 from cachemedic.models.base_files import check_base_files
+from cachemedic.models.shape import decoder_depth
 
 WEIGHTS = Path(__file__).parent / "weights"
 EMBEDDED = ("embedded-gpt2", "embedded-llama", "embedded-wikipedia")
@@ -121,7 +122,7 @@ def check_format(dtype: torch.dtype) -> None:
 
 def decoder_layers(model: PreTrainedModel) -> tuple[torch.nn.Module, str]:
     """The module that holds the list of decoder layers, and the name of that list (`layers`, `h`, ...)."""
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    depth = decoder_depth(model.config)
     for part in (model.get_decoder(), model):  # some models call another module their decoder
         for place, module in part.named_modules():
             if "vision" in place:  # an image encoder may be as deep

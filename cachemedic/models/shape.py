@@ -54,11 +54,17 @@ class ModelShape:
             )
         return cls(
             model_type=config.model_type,
-            num_layers=getattr(config, "decoder_layers", None) or config.num_hidden_layers,  # those of BART's encoder
+            num_layers=decoder_depth(config),
             num_heads=heads,
             num_kv_heads=_kv_heads(config),
             head_dim=head_dim,
         )
+
+
+def decoder_depth(config: PreTrainedConfig) -> int:
+    """The number of decoder layers of a model with this configuration; `num_hidden_layers` of BART is its encoder's."""
+    config = config.get_text_config(decoder=True)
+    return getattr(config, "decoder_layers", None) or config.num_hidden_layers
 
 
 def _kv_heads(config: PreTrainedConfig) -> int:

@@ -31,7 +31,6 @@ from cachemedic.repair.shipped import CONFIG, operator_folder
 from cachemedic.repair.trainable import Trainable
 
 WEIGHTS, STATISTICS = "operator.safetensors", "statistics.json"
-UNNAMED = "unnamed"  # statistics of folders that were written before their `config.json` named them
 
 
 class RepairOperator(nn.Module, Trainable, ABC):
@@ -236,7 +235,7 @@ class RepairOperator(nn.Module, Trainable, ABC):
                 raise FileNotFoundError(f"{folder} is no saved operator: it has no file {name}")
         record = read_sealed(folder / CONFIG)
         try:
-            expected, statistics = record.pop("sha256"), record.pop("statistics", UNNAMED)
+            expected, statistics = record.pop("sha256"), record.pop("statistics", None)
             config = OperatorConfig.from_json(record)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / CONFIG} is damaged: {error!r}") from error
@@ -266,4 +265,4 @@ class RepairOperator(nn.Module, Trainable, ABC):
         return {}
 
     def _read_beside(self, folder: Path, named: str | None) -> None:
-        """The inverse hook. `named`: sha256 of `statistics.json`, None if the operator has none, or `UNNAMED`."""
+        """The inverse hook. `named`: sha256 of `statistics.json`, None if the operator has none."""

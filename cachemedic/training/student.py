@@ -15,6 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from cachemedic.models.attention import attention_modules
 from cachemedic.models.load import decoder_layers
+from cachemedic.models.shape import decoder_depth
 
 SHARED_PREFIX = "cachemedic_shared_prefix"
 
@@ -76,7 +77,7 @@ def shared_prefix(
 ) -> Iterator[None]:
     """Within, `model` attends to the prefix `keys`, `values` [S, B, L', G, T, d] of the layers `first_layer` and up."""
     AttentionInterface.register(SHARED_PREFIX, attend_shared_prefix)
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    depth = decoder_depth(model.config)
     attention = attention_modules(model, range(first_layer, depth))
     before = model.config._attn_implementation
     model.config._attn_implementation = SHARED_PREFIX

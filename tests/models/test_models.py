@@ -5,6 +5,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from small_models import model_of
 from tiny import tiny_model, tiny_tokenizer
 from transformers import (
     BloomConfig,
@@ -206,6 +207,8 @@ def test_the_list_of_layers_is_found():
     assert decoder_layers(gpt2) == (gpt2.transformer, "h")
     assert decoder_layers(llama) == (llama.model, "layers")
     assert decoder_layers(opt) == (opt.model.decoder, "layers")
+    bart = model_of("bart")  # three layers; its configuration tells of an encoder with two
+    assert decoder_layers(bart) == (bart.model.decoder, "layers")
     opt.config.num_hidden_layers = 5
     with pytest.raises(ValueError, match="no list of 5 decoder layers"):
         decoder_layers(opt)
