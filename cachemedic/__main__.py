@@ -223,7 +223,7 @@ def main(arguments: Sequence[str]) -> int:
     """Runs a command; returns the exit status."""
     try:
         status = app(list(arguments) or ["--help"], prog_name="python -m cachemedic", standalone_mode=False) or 0
-    except (typer.TyperException, ValueError, TypeError, OSError) as error:
+    except (typer.TyperException, ValueError, TypeError, OSError, ImportError) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         print("error:", " ".join(message.split()), file=sys.stderr)
         return WRONG

@@ -1,6 +1,6 @@
-"""Evaluation tasks: language-model perplexity, prompted sentiment, needle retrieval.
+"""Evaluation tasks: language-model perplexity, prompted sentiment, continued mood, needle retrieval.
 
-All three are one thing: a prefix that is prefilled clean and then corrupted in the cache, and a continuation that is
+All four are one thing: a prefix that is prefilled clean and then corrupted in the cache, and a continuation that is
 decoded, teacher forced, on the corrupted cache. What is asked of the model (the question, the `Sentiment:` prompt) is
 in the continuation: the clean prefill knows nothing of it and cannot have stored the answer where no fault falls.
 """

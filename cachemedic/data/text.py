@@ -42,7 +42,7 @@ CACHE_DIR = cache_folder()
 def _not_installed(package: str) -> ModuleNotFoundError:
     return ModuleNotFoundError(
         f"package {package!r} is part of the documentation corpus but is not installed: install what requirements.txt "
-        "lists, or give text of your own (calibrate: windows= or source=)"
+        "lists, or give text of your own (calibrate: texts=, on the command line --texts)"
     )
 
 

@@ -10,6 +10,6 @@ evaluate              scores of all readers under one condition
 answers               what a model answers behind a damaged cache
 severity_calibration  measures the severity map
 experiments           grids of conditions that resume where they were
-repair_quality        contraction ratio and detection of a trained operator
+repair_quality        the error that a defense leaves in the cache, and its contraction ratio
 stability             logit sensitivity and amplification maps
 """

@@ -23,6 +23,7 @@ from cachemedic.defenses.registry import Calibration
 from cachemedic.evaluation.decoding import CleanBank, clean_pass
 from cachemedic.evaluation.evaluate import evaluate
 from cachemedic.models.load import Base
+from cachemedic.models.shape import ModelShape
 
 TYPES = tuple(MIXTURE_WEIGHTS)
 EXAMPLES = {"perplexity": 20, "sentiment": 24, "needle": 10}  # per seed, in the paper profile
@@ -72,11 +73,11 @@ def run_grid(
     kl, accuracy (NaN where not graded) and n_examples. Finished conditions are kept under `folder`, from where an
     interrupted grid goes on (None: not kept).
     """
-    shape, calibrated = (base.config.num_hidden_layers, _kv_heads(base), 0), base.severity_map or shipped_map()
+    shape, calibrated = ModelShape.of(base.config), base.severity_map or shipped_map()
     conditions = [(name, CorruptionSpec(NONE)) for name in tasks]
     for name in tasks:
         for corruption in types:
-            limit = calibrated.reach(corruption, base.name, shape)
+            limit = calibrated.reach(corruption, base.name, (shape.num_layers, shape.num_kv_heads, 0))
             for severity in sorted({min(s, limit) for s in severities}):
                 spec = CorruptionSpec(corruption, severity, layers=layers, base=base.name, severity_map=calibrated)
                 conditions.append((name, spec))
@@ -103,11 +104,6 @@ def kept_frame(path: Path | None, compute: Callable[[], pd.DataFrame]) -> pd.Dat
     if path is not None:
         write_hashed(path, frame.to_csv(index=False).encode())
     return frame
-
-
-def _kv_heads(base: Base) -> int:
-    config = base.config
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def per_seed(scores: pd.DataFrame, task: str, spec: CorruptionSpec) -> pd.DataFrame:

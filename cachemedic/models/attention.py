@@ -23,7 +23,7 @@ def attention_modules(model: PreTrainedModel, layers: Iterable[int]) -> list[Any
     for number in layers:
         inside = getattr(parent, name)[number].named_modules()
         found = [module for place, module in inside if _attends_to_itself(place, module)]
-        if len(found) == 1:
+        if len(found) == 1 and found[0].layer_idx == number:  # it says to the cache, and to repair, which layer it is
             modules += found
         else:
             without.append(number)

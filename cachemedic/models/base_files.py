@@ -1,4 +1,4 @@
-"""The files that define a base model, and the shown by which its folder is checked when it is read."""
+"""The files that define a base model, and the hashes by which its folder is checked when it is read."""
 
 from __future__ import annotations
 

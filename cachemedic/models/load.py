@@ -68,8 +68,8 @@ def load_base(
     base and of SmolLM2 are checked against the sha256 that the card beside them lists. All parameters are frozen.
     `severity_map`: see `Base`.
     No code that comes with a model is run, and weights are read from safetensors only.
-    Raises `ValueError` for a name that is none of these and for a number format that is not in `FORMATS`, `OSError` for
-    damaged files or if SmolLM2 cannot be fetched.
+    Raises `TypeError` for an argument of another type; `ValueError` for a name that is none of these, an unknown device
+    and a number format that is not in `FORMATS`; `OSError` for damaged files or if SmolLM2 cannot be fetched.
     """
     check_format(dtype)
     check_given("device", device, (str, torch.device))
@@ -112,7 +112,7 @@ def check_base(name: str) -> None:
 
 
 def check_format(dtype: torch.dtype) -> None:
-    """Raise `ValueError` for a number format of a model that repair does not serve: its own numbers are float32."""
+    """Raise `ValueError` for a number format of a model that repair does not serve, `TypeError` for what is none."""
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"a number format must be a torch.dtype, not a {type(dtype).__name__}")
     if dtype not in FORMATS:

@@ -29,6 +29,7 @@ from cachemedic.evaluation.experiments import standard_tasks
 from cachemedic.evaluation.statistics import Interval, paired_interval, t_interval
 from cachemedic.models.base_files import CARD
 from cachemedic.models.load import EMBEDDED, WEIGHTS, Base
+from cachemedic.models.shape import ModelShape
 
 DIGITS = 16  # of a hash, for people to compare
 BATCH = 16  # windows per forward pass
@@ -88,16 +89,16 @@ def measure(base: Base, seeds: Sequence[int], effort: Effort, source: TextSource
 
 def facts(base: Base) -> dict[str, Any]:
     """Shape, size and origin of a base; what only a model card tells is None for a base without one."""
-    config = base.model.config
+    config, shape = base.model.config, ModelShape.of(base.model.config)
     folder = WEIGHTS / base.name if base.name in EMBEDDED else Path(base.name)
     card = read_sealed(folder / CARD) if (folder / CARD).exists() else {}
     weights = folder / "model.safetensors"
     return {
         "architecture": config.model_type,
-        "layers": config.num_hidden_layers,
+        "layers": shape.num_layers,
         "width": config.hidden_size,
-        "query heads": config.num_attention_heads,
-        "key/value heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "query heads": shape.num_heads,
+        "key/value heads": shape.num_kv_heads,
         "vocabulary": config.vocab_size,
         "context": base.context,
         "parameters": base.model.num_parameters(),

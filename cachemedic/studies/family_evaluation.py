@@ -1,4 +1,4 @@
-"""The defenses that notebooks 08 and 14 compare, and what they are compared by."""
+"""The defenses that the studies of families compare, and what they are compared by."""
 
 from __future__ import annotations
 

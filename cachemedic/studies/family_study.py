@@ -1,4 +1,4 @@
-"""What is trained to compare the operator families, by name: notebooks 03, 08, 13, 14 and 15 share these conditions.
+"""What is trained to compare the operator families, by name; several studies share these conditions.
 
 D and E begin with a trust network that was fitted to known faults, then train alike: few steps at a high learning rate
 that falls to nothing, mild faults drawn more often than severe ones, which dominate the loss, and a contraction term

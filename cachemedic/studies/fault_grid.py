@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cachemedic.core.files import read_hashed, write_hashed
 from cachemedic.core.progress import tqdm
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.corruption.types import NONE
@@ -20,6 +18,7 @@ from cachemedic.defenses.defense import Around, CachedTokens, Defense
 from cachemedic.evaluation import statistics as stats
 from cachemedic.evaluation.decoding import CleanBank, clean_pass, decode_logits, tokens_of
 from cachemedic.evaluation.evaluate import evaluate
+from cachemedic.evaluation.experiments import kept_frame
 from cachemedic.models.load import Base
 
 
@@ -54,17 +53,18 @@ def run_faults(
     bank: CleanBank | None = None
     frames = []
     for spec in tqdm(specs, desc=f"faults on {base.name}"):
-        path = folder / f"{Path(base.name).name}-{spec.type}-{spec.parameter}.csv"
-        if not path.exists():
+
+        def scores(spec: CorruptionSpec = spec) -> pd.DataFrame:
+            nonlocal bank
             bank = stored_bank(base, task) if bank is None else bank
             rows = evaluate(base.model, task, bank, spec, readers)
             rows["failed"] = ~np.isfinite(rows["nll"])
             rows.loc[rows["failed"], ["nll", "kl"]] = np.nan
             means = rows.groupby(["reader", "seed"], sort=False)[["nll", "nll_clean", "kl", "failed"]].mean()
             means["n_examples"] = rows.groupby(["reader", "seed"], sort=False).size()
-            means = means.reset_index().assign(type=spec.type, parameter=spec.parameter or 0.0)
-            write_hashed(path, means.to_csv(index=False).encode())
-        frames.append(pd.read_csv(io.BytesIO(read_hashed(path))))
+            return means.reset_index().assign(type=spec.type, parameter=spec.parameter or 0.0)
+
+        frames.append(kept_frame(folder / f"{Path(base.name).name}-{spec.type}-{spec.parameter}.csv", scores))
     return pd.concat(frames, ignore_index=True)
 
 

@@ -22,8 +22,6 @@ from cachemedic.models.cache import unstack_cache
 from cachemedic.training.valence.head import Valence
 from cachemedic.training.valence.rollouts import observing, roll_out
 
-HORIZON = 20  # simulated steps
-
 
 @torch.inference_mode()
 def measure_valence(
@@ -33,8 +31,7 @@ def measure_valence(
     spec: CorruptionSpec,
     defenses: Mapping[str, Defense],
     valence: Valence,
-    horizon: int = HORIZON,
-    draw: int = 0,
+    horizon: int,
 ) -> pd.DataFrame:
     """Valence under every defense, on the same damaged caches (those of `evaluate`): a row per defense and example.
 
@@ -54,7 +51,7 @@ def measure_valence(
     frames: dict[str, list[pd.DataFrame]] = {name: [] for name in defenses}
     for rows in batches(model, task, common_runs(defenses.values())):
         part, index = task.select(rows), np.arange(len(task))[rows]
-        k, v, _ = corrupt_examples(clean, task, spec, index, draw)
+        k, v, _ = corrupt_examples(clean, task, spec, index)
         written, damaged = clean.tokens(task, rows), tokens_of(part, k, v)
         teacher = _futures(model, part, written, written, Defense(), valence, horizon)
         for name, defense in defenses.items():

@@ -1,4 +1,4 @@
-"""A pretrained model at the centre: the operators, readers and texts of notebooks 17 and 18.
+"""A pretrained model at the centre: the base, operators, readers and texts of its notebooks.
 
 A condition of the main result is a type and a severity. Each example meets every second type, at one of the severities
 in turn: a full grid would take eight times as long for as many texts.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cachemedic.core.cache_folder import cache_folder
 from cachemedic.core.progress import tqdm
-from cachemedic.core.severity_map import GRID
+from cachemedic.core.severity_map import GRID, SeverityMap
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.corruption.types import NONE
 from cachemedic.data.task_data import TaskData
@@ -28,9 +28,10 @@ from cachemedic.defenses.defense import Defense
 from cachemedic.evaluation.decoding import CleanBank, clean_pass
 from cachemedic.evaluation.evaluate import evaluate
 from cachemedic.evaluation.experiments import SPLIT_OFFSET, TYPES, kept_frame, per_seed
-from cachemedic.models.load import Base
+from cachemedic.models.load import Base, load_base
 from cachemedic.models.shape import ModelShape
 from cachemedic.repair.operator import RepairOperator
+from cachemedic.studies.run import Run
 from cachemedic.token.calibration_text import dialogues, source_texts
 from cachemedic.token.coder import joint_operator
 from cachemedic.token.joint_calibrate import calibrate
@@ -39,6 +40,12 @@ from cachemedic.token.token_repair import TokenRepair
 
 PREFIX, SCORED = 128, 16  # tokens
 CALIBRATES = Path(__file__).parents[1] / "token"  # the code that operators come from
+
+
+def base_of(run: Run) -> Base:
+    """The base that the run names, with the severities that notebook 17 calibrated."""
+    calibrated = SeverityMap(run.read_csv("pretrained_severities"))
+    return load_base(run.parameters["base"], device=run.parameters["device"], severity_map=calibrated)
 
 
 def operators(base: Base, source: TextSource) -> dict[str, JointOperator]:

@@ -19,7 +19,6 @@ from cachemedic.models.load import EMBEDDED, Base
 from cachemedic.studies.main_study import best_blind
 from cachemedic.studies.run import Run
 from cachemedic.studies.sweeps import standard_config
-from cachemedic.training.bank import BankConfig
 from cachemedic.training.config import TrainConfig
 
 MAIN_EXAMPLES = {"perplexity": 10, "sentiment": 16, "needle": 5}  # per seed
@@ -48,10 +47,10 @@ def main_tasks(base: Base, source: TextSource, split: str, seeds: Sequence[int],
     return standard_tasks(base, split, seeds, known, source)
 
 
-def blind_readers(base: Base, source: TextSource, seeds: Sequence[int], run: Run, smoke: bool) -> dict[str, Defense]:
+def blind_readers(base: Base, source: TextSource, seeds: Sequence[int], run: Run) -> dict[str, Defense]:
     """No defence ("none"), and the blind heuristic of the highest mean AUC on the validation split, by its own name."""
-    blind = blind_defenses(calibration_of(base, 8 if smoke else CALIBRATION, source))
-    validation = main_tasks(base, source, "validation", seeds[:2], smoke)
+    blind = blind_defenses(calibration_of(base, 8 if run.smoke else CALIBRATION, source))
+    validation = main_tasks(base, source, "validation", seeds[:2], run.smoke)
     best = best_blind(base, blind, validation, run.partial / "validation")
     return {"none": blind["none"], best: blind[best]}
 
@@ -64,8 +63,3 @@ def on_text(config: TrainConfig, source: TextSource) -> TrainConfig:
 def main_configs(base: Base, source: TextSource, seeds: Sequence[int], smoke: bool) -> dict[str, TrainConfig]:
     """How A, D and E (at 1/128 of the bytes of a bf16 cache) are trained: as in notebooks 03 and 08."""
     return {family: on_text(standard_config(base, family, seeds, smoke), source) for family in ("A", "D", "E")}
-
-
-def unseen_bank(source: TextSource, seeds: Sequence[int], smoke: bool) -> BankConfig:
-    """The texts on which contraction is measured."""
-    return BankConfig(split="test", samples=(2 if smoke else 8) * len(seeds), source=source)

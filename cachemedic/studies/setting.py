@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
 from cachemedic.core.severity_map import GRID, SeverityMap
 from cachemedic.corruption.spec import Axis
+from cachemedic.data.text_source import EMBEDDED_TEXT, TextSource
 from cachemedic.defenses.defense import Defense
 from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.evaluation.experiments import TYPES, run_grid, standard_tasks
@@ -37,7 +39,7 @@ def standard_of(run: Run, base: Base, steps: int = 300) -> TrainConfig:
     return standard_config(base, given["family"], given["seeds"], run.smoke, steps, given.get("objective", "canonical"))
 
 
-def train(run: Run, base: Base, conditions: Mapping[str, TrainConfig]) -> dict[str, RepairOperator]:
+def train(run: Run, base: Base, conditions: Mapping[Any, TrainConfig]) -> dict[Any, RepairOperator]:
     """The operators of every condition: those that ship, or newly trained ones in the smoke profile."""
     return train_sweep(base, conditions, run, retrain=run.smoke)
 
@@ -55,9 +57,9 @@ def severities_of(run: Run) -> tuple[float, ...]:
     return (0.5,) if run.smoke else GRID
 
 
-def unseen_bank(run: Run, samples: int) -> BankConfig:
+def unseen_bank(run: Run, samples: int, source: TextSource = EMBEDDED_TEXT) -> BankConfig:
     """Texts of the test split, `samples` a seed, on which contraction is measured."""
-    return BankConfig(split="test", samples=samples * len(run.parameters["seeds"]))
+    return BankConfig(split="test", samples=samples * len(run.parameters["seeds"]), source=source)
 
 
 def text_grid(

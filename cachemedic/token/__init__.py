@@ -18,7 +18,7 @@ trust              the network that says how much of a damaged token to believe
 first_token        the very first token, which the joint model leaves out
 kept               what family E keeps of the tokens of a cache
 token_repair, token_recompute  operators that repair stored tokens, recomputation from ids or kept states: as defenses
-trust_fit          its first training, and what that asks of a family
+trust_fit          the first training of the trust network, and what that asks of a family
 joint_operator     the families D and E
 joint_calibrate    makes an operator of D or E useful (`calibrate`)
 plausible          whether tokens follow from their ids (`check_cache`)

@@ -27,6 +27,7 @@ from cachemedic.token.recorded_cache import RecordedCache
 from cachemedic.token.repair_report import RepairReport
 from cachemedic.token.ways import carry_out
 
+ID_BYTES, POSITION_BYTES, ERASED_BYTES = 8, 8, 1  # of a token in the record
 PAGE = 16  # tokens that are coded at once: a step of one token would read all of the transform for it
 
 
@@ -68,9 +69,9 @@ class SketchCache(RecordedCache):
 
     @property
     def bytes_per_token(self) -> float:
-        """What is kept beside a token: id, position, hash and code; the first positions apart."""
-        hashes = HASH_BYTES + PART_BYTES * self.shape.num_layers
-        return 17 + hashes + (0 if self.coder is None else self.coder.bytes_per_token)
+        """What is kept beside a token: id, position, whether it is erased, hash and code; the first positions apart."""
+        kept = ID_BYTES + POSITION_BYTES + ERASED_BYTES + HASH_BYTES + PART_BYTES * self.shape.num_layers
+        return kept + (0 if self.coder is None else self.coder.bytes_per_token)
 
     @property
     def is_compileable(self) -> bool:

@@ -26,7 +26,7 @@ ROUNDS = 3  # of which the median counts
 class CostModel:
     """Seconds of a pass: fixed + tokens (a_token + a_pair keys), keys being what each token attends to in the mean.
 
-    restore, estimate: (fixed, a token) seconds of those ways, where there is an operator.
+    by_way: (fixed, a token) seconds of restore and estimate, where there is an operator.
     """
 
     fixed: float

@@ -87,7 +87,7 @@ def _held(layer: Any) -> int:
     return seen
 
 
-def check_can_recompute(model: PreTrainedModel, cache: Cache, length: int) -> None:
+def check_can_recompute(model: PreTrainedModel, length: int) -> None:
     """Raises `ValueError` if tokens of a cache of `length` tokens cannot be computed again from their ids."""
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)

@@ -51,7 +51,7 @@ class Policy:
         """The ways that can be taken."""
         self.why_not: dict[str, str] = {}
         try:
-            check_can_recompute(cache.model, cache, self.length)
+            check_can_recompute(cache.model, self.length)
         except ValueError as error:
             self.why_not["recompute"] = str(error)
         if cache.coder is None:

@@ -54,7 +54,7 @@ def recompute(
     """
     check_given("damaged", damaged, Tensor)
     length = check_cache_of(model, cache)
-    check_can_recompute(model, cache, length)
+    check_can_recompute(model, length)
     layers: list[Any] = cache.layers
     ids, valid, positions = tokens_given(model, cache, ids, attention_mask, position_ids)
     if damaged.dtype != torch.bool:

@@ -37,22 +37,16 @@ def distortion(bits: int) -> float:
     return lloyd_max(bits)[2]
 
 
-def allot_bits(variances: Tensor, budget: int, max_bits: int = MAX_BITS, fixed: int | None = None) -> Tensor:
+def allot_bits(variances: Tensor, budget: int) -> Tensor:
     """Whole bits for coordinates of these variances (any shape), `budget` in all at most: the largest gain first.
 
-    With `fixed`, the coordinates of the largest variance get so many each, the others none.
     Raises `ValueError` for a negative budget.
     """
     if budget < 0:
         raise ValueError(f"a budget of {budget} bits is out of range: 0 or more")
     flat = variances.flatten().tolist()
     bits = [0] * len(flat)
-    if fixed is not None:
-        count = min(budget // fixed, sum(variance > 0 for variance in flat))
-        for i in sorted(range(len(flat)), key=lambda i: -flat[i])[:count]:
-            bits[i] = fixed
-        return torch.tensor(bits).view(variances.shape)
-    gain = [distortion(b) - distortion(b + 1) for b in range(max_bits)]
+    gain = [distortion(b) - distortion(b + 1) for b in range(MAX_BITS)]
     queue = [(-variance * gain[0], i) for i, variance in enumerate(flat) if variance > 0]
     heapq.heapify(queue)
     for _ in range(budget):
@@ -60,7 +54,7 @@ def allot_bits(variances: Tensor, budget: int, max_bits: int = MAX_BITS, fixed: 
             break
         _, i = heapq.heappop(queue)
         bits[i] += 1
-        if bits[i] < max_bits:
+        if bits[i] < MAX_BITS:
             heapq.heappush(queue, (-flat[i] * gain[bits[i]], i))
     return torch.tensor(bits).view(variances.shape)
 

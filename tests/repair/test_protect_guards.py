@@ -41,6 +41,13 @@ def test_layers_without_attention_are_refused_and_the_others_are_repaired(name):
             pass
 
 
+def test_attention_that_is_not_told_its_layer_is_refused():
+    model = model_of("gpt2")  # as in Zamba, whose layers share attention modules
+    model.transformer.h[2].attn.layer_idx = -1
+    with pytest.raises(ValueError, match=r"layers \[2\] .*no self-attention"), protect(model, operator_for(model)):
+        pass
+
+
 def test_attention_across_to_an_image_is_not_taken_for_self_attention():
     text = {**GROUPED, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "cross_attention_layers": [1]}
     model = hf.MllamaForCausalLM(hf.MllamaTextConfig(**text)).eval().requires_grad_(False)

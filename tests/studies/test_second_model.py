@@ -61,7 +61,7 @@ def test_the_blind_reader_is_the_best_of_the_validation_split(monkeypatch):
     base = replace(base, severity_map=SeverityMap(linear_map(base.name)))
     scored = pd.DataFrame({"reader": ["reset", "masking", "smoothing"], "auc": [0.1, 0.3, 0.2]})
     monkeypatch.setattr(main_study, "robustness", lambda grid: scored[scored["reader"].isin(grid["reader"])])
-    readers = second_model.blind_readers(base, EMBEDDED_TEXT, [0, 1], Run("smoke"), smoke=True)
+    readers = second_model.blind_readers(base, EMBEDDED_TEXT, [0, 1], Run("smoke"))
     assert list(readers) == ["none", "masking"]
 
 

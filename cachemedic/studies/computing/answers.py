@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import pandas as pd
 
-from cachemedic.core.severity_map import SeverityMap
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.data.chats import chat_task
 from cachemedic.data.text_source import TextSource
@@ -18,7 +16,7 @@ from cachemedic.defenses.shadows import GroupQuantisedShadow
 from cachemedic.evaluation.answers import CLEAN, measure_answers
 from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.evaluation.experiments import TYPES, calibration_of, kept_frame
-from cachemedic.models.load import Base, load_base
+from cachemedic.models.load import Base
 from cachemedic.models.shape import ModelShape
 from cachemedic.studies import pretrained
 from cachemedic.studies.family_evaluation import bytes_per_token
@@ -68,8 +66,7 @@ def shares(rows: pd.DataFrame) -> pd.DataFrame:
 
 def results(run: Run, source: TextSource) -> dict[str, pd.DataFrame]:
     """`source`: the text of calibration; what the parameters record of it are names and a digest."""
-    base = load_base(run.parameters["base"], device=run.parameters["device"])
-    base = replace(base, severity_map=SeverityMap(run.read_csv("pretrained_severities")))
+    base = pretrained.base_of(run)
     readers = readers_of(base, source, run.smoke)
     rows = conversations(run, base, readers)
     names = [CLEAN, *readers]

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from cachemedic.core.progress import tqdm
 from cachemedic.core.seeds import generator
-from cachemedic.core.severity_map import SeverityMap
 from cachemedic.corruption.apply import corrupt
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.corruption.types import NONE, ROTATION_SEED_TEST
@@ -27,7 +26,7 @@ from cachemedic.evaluation.evaluate import divergence, evaluate
 from cachemedic.evaluation.experiments import SPLIT_OFFSET, TYPES, calibration_of, kept_frame
 from cachemedic.evaluation.statistics import ratio_interval
 from cachemedic.models.cache import unstack_cache
-from cachemedic.models.load import Base, load_base
+from cachemedic.models.load import Base
 from cachemedic.studies import pretrained
 from cachemedic.studies.base_report import proportion
 from cachemedic.studies.computing.frontier import InCache
@@ -267,8 +266,7 @@ def transferred(rows: pd.DataFrame) -> pd.DataFrame:
 
 def results(run: Run, source: TextSource) -> dict[str, pd.DataFrame]:
     """`source`: the text; what the parameters record of it are names and a digest."""
-    base = load_base(run.parameters["base"], device=run.parameters["device"])
-    base = replace(base, severity_map=SeverityMap(run.read_csv("pretrained_severities")))
+    base = pretrained.base_of(run)
     readers = readers_of(run, base, source)
     texts = continuations(run, base, source, readers)
     facts = fact_answers(run, base, source, readers)

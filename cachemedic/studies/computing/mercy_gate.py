@@ -13,8 +13,8 @@ from cachemedic.models.load import Base
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.gate_report import agreement, checks_of, cost, outcome, projected_ratio, training_curves
 from cachemedic.studies.run import Run
-from cachemedic.studies.setting import base_of, text_grid
-from cachemedic.studies.sweeps import defenses_of, standard_config, train_sweep
+from cachemedic.studies.setting import base_of, text_grid, train
+from cachemedic.studies.sweeps import defenses_of, standard_config
 from cachemedic.training.config import TrainConfig
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.valence.gate import LEAST_PROBE, MercyGate
@@ -68,10 +68,6 @@ def chosen(rates: pd.DataFrame) -> float:
     return float(lost.index.min() if len(lost) else below.idxmax())
 
 
-def trained(run: Run, base: Base, conditions: Mapping[Any, TrainConfig]) -> dict[Any, RepairOperator]:
-    return train_sweep(base, conditions, run, retrain=run.smoke)
-
-
 def folders_of(run: Run, base: Base, conditions: Mapping[Any, TrainConfig]) -> dict[str, Path]:
     """Where operators lie beside their logs, by a name for each condition; a learning rate is one of no gate."""
     named = {f"{UNGATED}, rate {name:g}" if isinstance(name, float) else name: c for name, c in conditions.items()}
@@ -89,13 +85,13 @@ def results(run: Run) -> dict[str, pd.DataFrame]:
     rates = pd.concat(
         [
             held_out(by_rate[rate], operator, "validation").assign(learning_rate=rate)
-            for rate, operator in trained(run, base, by_rate).items()
+            for rate, operator in train(run, base, by_rate).items()
         ],
         ignore_index=True,
     )
     rate = chosen(rates)
     conditions = gated(run, base, rate)
-    operators = trained(run, base, conditions)
+    operators = train(run, base, conditions)
     final = {name: held_out(conditions[name], operator, "test") for name, operator in operators.items()}
     final = {"none": held_out(by_rate[rate], None, "test"), **final}
     ratios = pd.concat([rows.assign(reader=name) for name, rows in final.items()], ignore_index=True)

@@ -13,14 +13,13 @@ from functools import partial
 import pandas as pd
 
 from cachemedic.core.progress import tqdm
-from cachemedic.core.severity_map import SeverityMap
 from cachemedic.corruption.types import NONE
 from cachemedic.data.task_data import TaskData
 from cachemedic.data.text_source import TextSource
 from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.evaluation import statistics as stats
 from cachemedic.evaluation.experiments import TYPES, kept_frame, run_grid
-from cachemedic.models.load import Base, load_base
+from cachemedic.models.load import Base
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies import pretrained
 from cachemedic.studies.family_study import token_aware_config, untrained
@@ -142,8 +141,7 @@ def transfer(rows: pd.DataFrame, held: pd.DataFrame) -> pd.DataFrame:
 
 def results(run: Run, source: TextSource) -> dict[str, pd.DataFrame]:
     """`source`: the text; what the parameters record of it are names and a digest."""
-    base = load_base(run.parameters["base"], device=run.parameters["device"])
-    base = replace(base, severity_map=SeverityMap(run.read_csv("pretrained_severities")))
+    base = pretrained.base_of(run)
     made, types = pretrained.operators(base, source), TYPES[:2] if run.smoke else TYPES
     grids, found = [], []
     for family, terms in TERMS.items():

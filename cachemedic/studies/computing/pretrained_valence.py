@@ -11,7 +11,6 @@ import torch
 
 from cachemedic.core.progress import tqdm
 from cachemedic.core.seeds import generator
-from cachemedic.core.severity_map import SeverityMap
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.corruption.types import NONE
 from cachemedic.data.task_data import TaskData
@@ -24,7 +23,7 @@ from cachemedic.evaluation import statistics as stats
 from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.evaluation.evaluate import evaluate
 from cachemedic.evaluation.experiments import TYPES, calibration_of, kept_frame, per_seed, standard_tasks
-from cachemedic.models.load import Base, load_base
+from cachemedic.models.load import Base
 from cachemedic.studies import pretrained, valence_report
 from cachemedic.studies.computing.valence_probe import probe
 from cachemedic.studies.family_evaluation import bytes_per_token
@@ -139,8 +138,7 @@ def summary(measured: pd.DataFrame) -> pd.DataFrame:
 
 def results(run: Run, source: TextSource) -> dict[str, pd.DataFrame]:
     """`source`: text and reviews; what the parameters record of them are names and a digest."""
-    base = load_base(run.parameters["base"], device=run.parameters["device"])
-    base = replace(base, severity_map=SeverityMap(run.read_csv("pretrained_severities")))
+    base = pretrained.base_of(run)
     readers = readers_of(run, base, source)
     head, scored = probe(base, source, (120, 40, 60) if run.smoke else PROBED, run.partial)
     measured = grid(run, base, source, readers, head)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import pandas as pd
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from cachemedic.core.progress import tqdm
 from cachemedic.core.seeds import generator
-from cachemedic.core.severity_map import SeverityMap
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.corruption.storage_faults import BIT_ERROR_RATES, bernoulli_indices
 from cachemedic.corruption.types import CORRUPTIONS
@@ -28,7 +27,7 @@ from cachemedic.defenses.shadows import GroupQuantisedShadow
 from cachemedic.evaluation.decoding import CleanBank, clean_pass
 from cachemedic.evaluation.evaluate import evaluate
 from cachemedic.evaluation.experiments import calibration_of, kept_frame
-from cachemedic.models.load import Base, load_base
+from cachemedic.models.load import Base
 from cachemedic.models.shape import ModelShape
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies import pretrained
@@ -230,8 +229,7 @@ def beside_reference(grid: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
 
 def results(run: Run, source: TextSource) -> dict[str, pd.DataFrame]:
     """`source`: the text; what the parameters record of it are names and a digest."""
-    base = load_base(run.parameters["base"], device=run.parameters["device"])
-    base = replace(base, severity_map=SeverityMap(run.read_csv("pretrained_severities")))
+    base = pretrained.base_of(run)
     readers, best = readers_of(run, base, source)
     grid = beside_reference(main_grid(run, base, source, readers), ["type", "severity", "seed", "example"])
     conditions = grid.groupby(["type", "severity", "reader", "seed"], sort=False)[MEASURES].mean().reset_index()

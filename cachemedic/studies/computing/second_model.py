@@ -17,7 +17,7 @@ from cachemedic.studies.computing import contraction
 from cachemedic.studies.contraction import measure_contraction
 from cachemedic.studies.family_evaluation import bytes_per_token
 from cachemedic.studies.run import Run
-from cachemedic.studies.setting import severities_of, train
+from cachemedic.studies.setting import severities_of, train, unseen_bank
 from cachemedic.studies.summaries import advantage, in_order, means_over_seeds, recovery_by_type, summary
 from cachemedic.studies.sweeps import contraction_sweep, defenses_of, standard_config
 from cachemedic.training.bank import open_bank
@@ -51,7 +51,7 @@ def swept(run: Run, base: Base, source: TextSource, undefended: Defense) -> tupl
     task = standard_tasks(base, "test", seeds, {"perplexity": 2 if run.smoke else 8}, source)
     readers: dict[str, Defense] = {"none": undefended, **defenses_of(base, operators)}
     grid = run_grid(base, task, readers, run.partial / "contraction", severities=severities_of(run))
-    bank = open_bank(base, second_model.unseen_bank(source, seeds, run.smoke))
+    bank = open_bank(base, unseen_bank(run, 2 if run.smoke else 8, source))
     rho = measure_contraction(base, configs[contraction.DEFAULT], operators, bank, severities=(0.5,))
     means = means_over_seeds(rho, ["condition"], BOUNDS).rename(columns={"condition": "reader"})
     gains = advantage(grid, contraction.WITHOUT).drop(columns=["task", "n_seeds"])
@@ -64,7 +64,7 @@ def results(run: Run, source: TextSource) -> dict[str, pd.DataFrame]:
     """`source`: the text; what the parameters record of it are names and a digest."""
     base, seeds = load_base(run.parameters["base"], device=run.parameters["device"]), run.parameters["seeds"]
     base = replace(base, severity_map=SeverityMap(second_model.severity_map(base, source, run.smoke)))
-    blind = second_model.blind_readers(base, source, seeds, run, run.smoke)
+    blind = second_model.blind_readers(base, source, seeds, run)
     best = list(blind)[-1]
     operators = train(run, base, second_model.main_configs(base, source, seeds, run.smoke))
     compared: dict[str, Defense] = {**blind, **defenses_of(base, operators)}

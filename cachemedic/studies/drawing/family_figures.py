@@ -1,4 +1,4 @@
-"""The figures of notebooks 08 and 14."""
+"""The figures of operator families and of real faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of notebooks 08, 14 and 15, from the frames that these write as CSVs."""
+"""The tables of operator families, real faults and the code, from the frames that studies write as CSVs."""
 
 from __future__ import annotations
 

@@ -73,8 +73,6 @@ SYNONYMS = {
     "clip renormalise": "clip_renormalise",
     "range restriction": "range_restriction",
     "A, no contraction term": "A, no contraction",
-    "D, nothing stored": "D",
-    "E, sketch": "E",
     "E, restore": "E, code alone",
     "E, estimate": "E",
 }  # of some studies

@@ -33,6 +33,7 @@ from cachemedic.core.tensors import flattened, read_tensors, tensor_bytes, unfla
 from cachemedic.data import text
 from cachemedic.models.base_files import CARD as CARD_FILE
 from cachemedic.models.base_files import defining_digests
+from cachemedic.models.load import WEIGHTS
 from cachemedic.studies.pretraining.corpus import FINISHING, RowSampler, Stage
 from cachemedic.studies.pretraining.initialisation import add_induction_circuit
 from cachemedic.studies.pretraining.recipes import RECIPES, Recipe, TrainingText, recipe, training_text
@@ -230,7 +231,7 @@ def main() -> None:
         "--text", type=Path, metavar="FOLDER", help="holds the outside text that the base is trained on"
     )
     parser.add_argument("--build", type=Path, default=Path("build/base"), help="checkpoints and log (resumes here)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights")
+    parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile (it needs a C++ compiler)")

@@ -27,7 +27,7 @@ def project(students: Students, gate: MercyGate) -> Projection:
     A student continues behind its corrupted and repaired cache, the teacher behind the clean one.
     """
     config, bank, model = students.config, students.bank, students.base.model
-    draw = draw_step(replace(config, batch=gate.probe), bank, students.first, PROBE_STEP)
+    draw = draw_step(replace(config, batch=gate.probe), bank, students.first, PROBE_STEP, students.base.severity_map)
     first = bank.ids[draw.rows, bank.prefix].to(model.device)  # [S, B]
     noise = [torch.rand(gate.probe, gate.horizon, generator=generator("probe", seed)) for seed in config.seeds]
     own = torch.stack(noise).to(model.device)

@@ -28,9 +28,9 @@ class Read:
     first: int
 
     @classmethod
-    def clean(cls, bank: Bank, rows: torch.Tensor, device: torch.device, conditions: int = 1) -> Read:
+    def clean(cls, bank: Bank, rows: torch.Tensor, device: torch.device) -> Read:
         """The sound caches of the bank's `rows` [S, B]."""
-        return cls(bank.keys[rows].to(device), bank.values[rows].to(device), conditions, first=0)
+        return cls(bank.keys[rows].to(device), bank.values[rows].to(device), conditions=1, first=0)
 
 
 @dataclass
