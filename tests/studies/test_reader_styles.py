@@ -15,8 +15,8 @@ def test_no_two_readers_look_alike() -> None:
 
 
 def test_a_reader_looks_the_same_under_each_of_its_names() -> None:
-    looks = reader_styles(["E", "operator E", "E, sketch", "none", "no defence"])
-    assert looks["E"] == looks["operator E"] == looks["E, sketch"] != looks["none"]
+    looks = reader_styles(["E", "operator E", "E, estimate", "none", "no defence"])
+    assert looks["E"] == looks["operator E"] == looks["E, estimate"] != looks["none"]
     assert looks["none"] == looks["no defence"]
     assert reader_label("shadow_2bit") == "2-bit copy"
 
