@@ -16,15 +16,15 @@ from cachemedic.token.vectors import TokenVectors
 
 
 @cache
-def joint_of(name: str) -> JointModel:
+def joint_of(name: str, layers: tuple[int, ...] | None = None) -> JointModel:
     """Principal axes of all tokens but the first ones, and a prior by ridge regression."""
     model = model_of(name)
     ids = torch.randint(1, VOCABULARY, (40, 60), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(60).expand(40, -1)
     clean = DynamicCache()
     model(ids, past_key_values=clean)
-    vectors = TokenVectors(model)
-    keys, values = ([getattr(layer, side) for layer in clean.layers] for side in ("keys", "values"))
+    vectors = TokenVectors(model, layers)
+    keys, values = ([getattr(clean.layers[n], side) for n in vectors.layers] for side in ("keys", "values"))
     x = vectors.of(keys, values, positions)[:, SINKS:].flatten(0, 1)
     mean, scale = x.mean(0), 1 / x.std(0).clamp_min(1e-3)
     z = (x - mean) * scale

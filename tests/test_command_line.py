@@ -79,6 +79,7 @@ def test_the_demonstration_shows_a_damaged_answer_repaired(capsys: pytest.Captur
         (["check", "{tmp}", "--base", "embedded-llama", "--dtype", "int8"], "'int8' is not one of"),
         (["calibrate", "embedded-llama", "--to", "{tmp}", "--share", "2"], "share '2' is out of range"),
         (["calibrate", "embedded-llama", "--to", "{tmp}", "--share", "1/0"], "share '1/0' is out of range"),
+        (["calibrate", "embedded-llama", "--to", "{tmp}/bytes/x"], "{tmp}/bytes"),
         (["calibrate", "embedded-llama", "--to", "{tmp}", "--texts", "{tmp}/bytes"], "{tmp}/bytes is no text in UTF-8"),
         (["calibrate", "embedded-llama", "--to", "{tmp}", "--family", "A"], "'A' is not one of 'D', 'E'"),
         (["calibrate", "embedded-llama", "--to", "{tmp}", "--family", "D", "--share", "0.1"], "unknown option"),

@@ -29,4 +29,6 @@ def check_given(name: str, value: object, kind: type | tuple[type, ...]) -> None
     """Raises `TypeError` unless an argument is of the kind that it is said to be."""
     if not isinstance(value, kind):
         kinds = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
-        raise TypeError(f"{name} must be a {kinds}, not a {type(value).__name__}")
+        found = type(value)
+        other = found.__name__ if found.__name__ not in kinds else f"{found.__module__}.{found.__name__}"
+        raise TypeError(f"{name} must be a {kinds}, not a {other}")

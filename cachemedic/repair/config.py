@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
 from typing import Any
 
 from cachemedic.core.errors import nearest_valid
@@ -30,14 +31,11 @@ class OperatorConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # NumPy's integers would be refused by JSON
+        # numbers of NumPy, and fractions, would be refused by JSON
         object.__setattr__(self, "layers", whole_numbers("layers", self.layers))
         object.__setattr__(self, "rank", whole_number("rank", self.rank))
         object.__setattr__(self, "runs", whole_number("runs", self.runs, 1, LONGEST))
-        plain = {
-            name: value.item() if getattr(value, "ndim", None) == 0 else value for name, value in self.options.items()
-        }
-        object.__setattr__(self, "options", plain)
+        object.__setattr__(self, "options", {name: _plain(value) for name, value in self.options.items()})
         if self.apply_to not in APPLY_TO:
             raise nearest_valid("apply_to", self.apply_to, APPLY_TO)
         if not self.layers or len(set(self.layers)) != len(self.layers):
@@ -69,3 +67,9 @@ class OperatorConfig:
             raise ValueError(f"an operator's configuration lacks {', '.join(sorted(missing))}")
         model = ModelShape(**record["model"])
         return cls(**{**record, "layers": tuple(record["layers"]), "model": model})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Fraction):
+        return float(value)
+    return value.item() if getattr(value, "ndim", None) == 0 else value

@@ -19,7 +19,7 @@ from cachemedic.token.cache_files import load_cache, save_cache
 from cachemedic.token.check import CheckReport, check
 from cachemedic.token.forward_hook import ForwardHooks
 from cachemedic.token.hashes import HASH_BYTES, PART_BYTES
-from cachemedic.token.joint import SINKS
+from cachemedic.token.joint import RECENT, SINKS
 from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.policy import Policy
 from cachemedic.token.record import TokenRecord, sinks_of
@@ -75,8 +75,11 @@ class SketchCache(RecordedCache):
 
     @property
     def is_compileable(self) -> bool:
-        """Never: it does more than to store, also with preallocated layers."""
-        return False
+        """Whether masks have to tell which places of preallocated layers are empty: during a forward pass.
+
+        Before that `generate` asks whether it may compile the model: not with a cache that does more than to store.
+        """
+        return self._new is not None and self.preallocated
 
     @property
     def preallocated(self) -> bool:
@@ -152,15 +155,21 @@ class SketchCache(RecordedCache):
             sinks = keys[0].new_zeros(len(ids), 0)
         new = TokenRecord.of(ids, positions, self.hasher.of(keys, values), sinks, size)
         self.record = new if self.record is None else self.record.then(new)
-        self._encode()
+        self._encode(ids.shape[1])
 
-    def _encode(self) -> None:
-        """Codes the pages that are complete."""
+    def _encode(self, new: int) -> None:
+        """Codes the pages that are complete, the last `new` tokens among them; damage in older ones puts it off."""
         record = self.kept
         start = record.codes.shape[1]
         if self.coder is None or not self.coder.bytes_per_token or (count := (len(record) - start) // PAGE) == 0:
             return
-        codes = self.coder.encode(*self.numbers(), record.positions, slice(start, start + count * PAGE))
+        older = slice(max(0, start - (RECENT - 1)), len(record) - new)
+        keys, values = self.numbers()
+        if older.start < older.stop:
+            now = self.hasher.of([x[:, :, older] for x in keys], [x[:, :, older] for x in values])
+            if ((now.whole != record.hashes.whole[:, older]) & record.valid[:, older]).any():
+                return
+        codes = self.coder.encode(keys, values, record, slice(start, start + count * PAGE))
         self.record = replace(record, codes=torch.cat([record.codes, codes], 1))
 
     @torch.inference_mode()
@@ -198,6 +207,7 @@ class SketchCache(RecordedCache):
 
     def save(self, folder: str | Path) -> None:
         """Writes the numbers, and apart from them ids, hashes and codes, as safetensors. See `load`."""
+        check_given("folder", folder, (str, Path))
         save_cache(self, Path(folder))
 
     @classmethod
@@ -216,7 +226,7 @@ class SketchCache(RecordedCache):
     def reset(self) -> None:
         """See `Cache.reset`."""
         super().reset()
-        self.record = self.report = self._new = None
+        self.record = self.report = self._new = self._hasher = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """See `Cache.crop`. Raises `ValueError` for preallocated storage."""

@@ -108,13 +108,18 @@ def _held(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
 
 
-_digests: weakref.WeakKeyDictionary[Any, tuple[int, str]] = weakref.WeakKeyDictionary()
+_digests: weakref.WeakKeyDictionary[Any, tuple[list[Any], str]] = weakref.WeakKeyDictionary()
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """sha256 of all parameters and buffers of a model; known from before if none was changed in place."""
+    """sha256 of all parameters and buffers of a model; known from before if none was changed or exchanged.
+
+    A change through `.data` is not seen by PyTorch either.
+    """
     state = model.state_dict()
-    version = sum(x._version for x in state.values() if not x.is_inference())
+    version = [
+        (name, x.data_ptr(), x.dtype, x.shape, None if x.is_inference() else x._version) for name, x in state.items()
+    ]
     known = _digests.get(model)
     if known is not None and known[0] == version:
         return known[1]

@@ -21,7 +21,8 @@ SHOWN = 8  # ranges of tokens that a report spells out
 class CheckReport:
     """What a check found in B rows of T cached tokens.
 
-    read: tokens that were checked, without padding; changed [B, T]: those that are not what was written; parts
+    read: tokens that attention reads; changed [B, T]: those that are not what was written, and tokens that it does not
+    read, of padding or erased, if they are not finite, as it multiplies them by zero; parts
     [B, T, L, 2]: where, by layer, keys and values; kind_numbers [B, T]: of `KINDS`; origin [B, T, 2]: row and slot of
     the token of this cache that was found in its place, -1 where there is none.
     """
@@ -107,11 +108,13 @@ def check(
 ) -> CheckReport:
     """Compares the keys and values [B, G, T, d] of all layers with the hashes that were `written`.
 
-    valid [B, T]: tokens that are no padding; others: hashes of other caches whose tokens may have come here.
+    valid [B, T]: tokens that attention reads; others: hashes of other caches whose tokens may have come here.
     """
     sums = hasher.sums(keys, values)
     now = hasher.finish(sums)
-    changed = (now.whole != written.whole) & valid
+    changed = now.whole != written.whole
+    if (unread := changed & ~valid).any():
+        changed &= valid | ~_finite(keys, values, unread)
     parts = (now.parts != written.parts) & changed[..., None, None]
     unplaced = changed & ~parts.flatten(2).any(2)  # the short hashes of a changed layer agree by chance
     parts |= unplaced[..., None, None]
@@ -122,6 +125,15 @@ def check(
         _find_layouts(hasher, (keys, values), written, parts, changed, kinds)
         _find_tokens(now, written, changed, others, kinds, origin)
     return CheckReport(int(valid.sum()), changed, parts, kinds, origin)
+
+
+def _finite(keys: list[Tensor], values: list[Tensor], tokens: Tensor) -> Tensor:
+    """Whether all numbers of each of `tokens`, bool [B, T], are finite; true for the others."""
+    rows, slots = tokens.nonzero(as_tuple=True)
+    found = torch.ones_like(tokens)
+    for side in (*keys, *values):
+        found[rows, slots] &= side[rows, :, slots].isfinite().all(2).all(1)
+    return found
 
 
 def _find_layouts(

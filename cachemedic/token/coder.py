@@ -59,20 +59,28 @@ class Coder:
         """Those that it tells of."""
         return self.vectors.layers
 
+    def covered(self, way: str) -> Tensor:
+        """Which parts [L, 2], keys and values by layer, it repairs by restore or estimate."""
+        found = torch.zeros(self.operator.config.model.num_layers, 2, dtype=torch.bool)
+        sides = self.operator.config.apply_to if way == "estimate" else "KV"
+        found[list(self.layers)] = torch.tensor(["K" in sides, "V" in sides])
+        return found
+
     @property
     def bytes_per_token(self) -> int:
         """Of a code; 0 without."""
         return 0 if self.code is None else self.code.bytes_per_token
 
-    def encode(self, keys: list[Tensor], values: list[Tensor], positions: Tensor, tokens: slice) -> Tensor:
+    def encode(self, keys: list[Tensor], values: list[Tensor], record: TokenRecord, tokens: slice) -> Tensor:
         """The codes uint8 [B, n, bytes] of n `tokens` of clean keys and values [B, G, T, d] of all layers."""
         assert self.code is not None  # it has bytes a token
         starts = range(tokens.start, tokens.stop, CODED)
         parts = [slice(start, min(start + CODED, tokens.stop)) for start in starts]
-        return torch.cat([self._encode(keys, values, positions, part) for part in parts], 1)
+        return torch.cat([self._encode(keys, values, record, part) for part in parts], 1)
 
-    def _encode(self, keys: list[Tensor], values: list[Tensor], positions: Tensor, tokens: slice) -> Tensor:
+    def _encode(self, keys: list[Tensor], values: list[Tensor], record: TokenRecord, tokens: slice) -> Tensor:
         assert self.code is not None
+        positions = record.positions
         x = self.vectors.of(
             [keys[layer][:, :, tokens] for layer in self.layers],
             [values[layer][:, :, tokens] for layer in self.layers],
@@ -83,7 +91,10 @@ class Coder:
             return self.code.encode_standardised(z)
         start = max(0, tokens.start - (RECENT - 1))
         near = slice(start, tokens.stop)
-        lowest = self.lowest.of([keys[0][:, :, near]], [values[0][:, :, near]], positions[:, near])
+        if record.erased[:, near].any():  # their numbers are gone: what is read back follows from the ids
+            lowest = self._lowest_of_ids(record, start, tokens.stop)
+        else:
+            lowest = self.lowest.of([keys[0][:, :, near]], [values[0][:, :, near]], positions[:, near])
         prior = self.joint.prior_of(lowest).tokens(slice(tokens.start - start, None))
         return self.code.encode_standardised(z, prior)
 
@@ -119,10 +130,14 @@ class Coder:
         return Prediction(c, prior, coded[None])
 
     def _prior(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> Prior:
-        first = max(0, int(slots.min()) - (RECENT - 1)) if takes_positions(self.model) else 0
-        end = int(slots.max()) + 1
-        positions = record.positions[:, first:end]
-        keys, values = stored_in_lowest_layer(self.model, record.ids[:, first:end], positions)
-        lowest = self.lowest.of([keys], [values], positions)
+        first = max(0, int(slots.min()) - (RECENT - 1))
+        lowest = self._lowest_of_ids(record, first, int(slots.max()) + 1)
         near = self.joint.recent(lowest)[rows, slots - first][None]
         return Prior(self.joint.features(near), lowest[rows, slots - first][None])
+
+    def _lowest_of_ids(self, record: TokenRecord, start: int, stop: int) -> Tensor:
+        """The vectors of the lowest layer of tokens from `start` to `stop`, which follow from ids and positions."""
+        first = start if takes_positions(self.model) else 0  # such a model counts from the first token that it is given
+        positions = record.positions[:, first:stop]
+        keys, values = stored_in_lowest_layer(self.model, record.ids[:, first:stop], positions)
+        return self.lowest.of([keys], [values], positions)[:, start - first :]

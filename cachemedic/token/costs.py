@@ -62,8 +62,8 @@ def costs_of(model: PreTrainedModel, coder: Coder | None, ways: tuple[str, ...])
 
 @torch.inference_mode()
 def _measure(model: PreTrainedModel, coder: Coder | None, ways: tuple[str, ...]) -> CostModel:
-    context = model.config.get_text_config(decoder=True).max_position_embeddings
-    lengths = [min(length, context) for length in LENGTHS]
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    lengths = [min(length, context or length) for length in LENGTHS]
     ids = torch.arange(max(lengths), device=model.device)[None] % model.config.get_text_config(decoder=True).vocab_size
     seconds = [_time(partial(_prefill, model, ids[:, :n])) for n in lengths]
     system = torch.tensor([[1.0, n, n * n / 2] for n in lengths], dtype=torch.double)
@@ -94,7 +94,7 @@ def _repair(coder: Coder, ids: Tensor, way: str) -> None:
         slots[None],
         Hashes(nothing, nothing),
         slots[None] < 0,
-        torch.zeros(1, count, coder.bytes_per_token, dtype=torch.uint8, device=ids.device),
+        torch.zeros(1, count if coder.code else 0, coder.bytes_per_token, dtype=torch.uint8, device=ids.device),
         nothing,
     )
     if way == "restore":

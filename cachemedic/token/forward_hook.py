@@ -89,6 +89,8 @@ def _announce(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any
         return None
     if (ids := given.get("input_ids")) is None:
         raise ValueError(f"a {type(cache).__name__} keeps token ids: pass input_ids in place of inputs_embeds")
+    if ids.dim() != 2:
+        raise ValueError(f"a {type(cache).__name__} takes input_ids [B, M], not {list(ids.shape)}")
     past = int(cache.get_seq_length())
     if given.get("position_ids") is None and _numbers_by_padding(module):
         raise ValueError(f"{type(module).__name__} numbers tokens from its padding index on: pass position_ids")
@@ -116,7 +118,7 @@ def _positions(cache: HookedCache, given: dict[str, Any], past: int, ids: Tensor
     name = type(cache).__name__
     if mask is not None:
         shape = getattr(mask, "shape", None)
-        if shape is None or len(shape) != 2 or shape[1] < end:
+        if shape is None or len(shape) != 2 or shape[0] != len(ids) or shape[1] < end:
             found = f"a mask {list(shape)}" if shape is not None else f"a {type(mask).__name__}"
             raise ValueError(f"a {name} tells padding by an attention mask [{len(ids)}, {end}], not {found}")
         valid = mask[:, past:end].bool()
@@ -125,6 +127,6 @@ def _positions(cache: HookedCache, given: dict[str, Any], past: int, ids: Tensor
         if padded or not valid.all():
             raise ValueError("with padding, models number tokens in different ways: pass position_ids")
         positions = torch.arange(past, end, device=ids.device)[None]
-    if positions.dim() != 2:
-        raise ValueError(f"a {name} takes position_ids [B, M], not {list(positions.shape)}")
+    if positions.dim() != 2 or len(positions) not in (1, len(ids)) or positions.shape[1] != ids.shape[1]:
+        raise ValueError(f"a {name} takes position_ids {list(ids.shape)}, not {list(positions.shape)}")
     return torch.where(valid, positions.expand(len(ids), -1), -1)

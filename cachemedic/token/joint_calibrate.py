@@ -71,6 +71,7 @@ def calibrate(
             stacklevel=2,
         )
     measured_on, unseen = held_out(default_texts(base, seed) if texts is None else texts)
+    _checked_on(base, unseen, seed)  # too little text is refused before the long work
     joint = fit_joint_model(base, measured_on, operator.layers, seed=seed) if joint is None else joint
     operator.set_joint(joint)
     fit_trust(operator, base.model, windows(base, measured_on, FITTED, PREFIX, seed + 3), seed=seed)
@@ -115,9 +116,12 @@ def expected_kl(operator: JointOperator, base: Base, texts: Texts, seed: int = 0
 
 def alarms(operator: JointOperator, base: Base, texts: Texts, seed: int = 0) -> dict[str, list[float]]:
     """The thresholds of `check_cache`, from clean caches of windows of `texts`."""
-    ids = windows(base, texts, CHECKED, min(2 * PREFIX, base.context), seed + 4)
-    found = [statistics(base.model, operator, *stack_cache(cache), rows)[0] for rows, cache in clean_caches(base, ids)]
-    return thresholds(torch.cat(found))
+    clean = clean_caches(base, _checked_on(base, texts, seed))
+    return thresholds(torch.cat([statistics(base.model, operator, *stack_cache(c), rows)[0] for rows, c in clean]))
+
+
+def _checked_on(base: Base, texts: Texts, seed: int) -> Tensor:
+    return windows(base, texts, CHECKED, min(2 * PREFIX, base.context), seed + 4)
 
 
 def _print_shares(

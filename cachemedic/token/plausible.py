@@ -66,8 +66,10 @@ def check_cache(
     """
     length = check_cache_of(model, cache)
     check_operator(model, operator)
-    if rate not in RATES or not operator.alarms:
-        raise ValueError(f"the rate of false alarms must be one of {RATES} on a calibrated operator, not {rate!r}")
+    if rate not in RATES:
+        raise ValueError(f"the rate of false alarms must be one of {RATES}, not {rate!r}")
+    if not operator.alarms:
+        raise ValueError("this operator knows no thresholds of clean tokens: make it with `calibrate`")
     ids, _, _ = tokens_given(model, cache, ids, None, None)
     keys, values = (x[:, :, :, :length] for x in stack_cache(cache))
     found, by_layer = statistics(model, operator, keys, values, ids)

@@ -40,6 +40,7 @@ class Policy:
         check_mode(cache.model)  # it may have changed since the cache was made
         self.method, self.budget = method, budget
         self.length = len(cache.kept)
+        self.tokens = int((cache.kept.positions >= 0).sum())  # of all rows
         self.ways = self._open_to(cache)
         if method != "auto" and method not in self.ways:
             raise ValueError(self.why_not[method])
@@ -63,7 +64,8 @@ class Policy:
     def choose(self, report: CheckReport, record: TokenRecord) -> Tensor:
         """The number in `WAYS` [B, T] of what is done with each token."""
         ways = torch.zeros_like(report.kind_numbers)
-        rows, slots = _by_worth(report.changed, record.positions)
+        ways[report.changed & ~record.valid] = WAY["erase"]
+        rows, slots = _by_worth(report.changed & record.valid, record.positions)
         count = len(rows)
         if count == 0:
             return ways
@@ -109,7 +111,7 @@ class Policy:
         """Expected time of repairing so many tokens each way, as a share of a prefill; needs a budget."""
         assert self.costs is not None  # measured for a budget
         taken = sum(self.costs.seconds(way, count, self.length) for way, count in tokens.items())
-        return taken / self.costs.prefill(self.length, self.length)
+        return taken / self.costs.prefill(self.tokens, self.length)
 
 
 def _by_worth(changed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,7 @@ def recompute_tokens(
 ) -> None:
     """What `recompute` does, of arguments [B, T] that are known to be right; `valid`: tokens that attention reads."""
     length, device = ids.shape[1], model.device
-    _clear(layers, damaged & ~valid)
+    clear(layers, damaged & ~valid)
     damaged = damaged & valid
     if not damaged.any():
         return
@@ -83,7 +83,7 @@ def recompute_tokens(
         return
     # the damaged slots of each row first and in order; rows with fewer of them repeat others, which are not written
     if count > PIECE:
-        _clear(layers, damaged)  # a kernel multiplies what lies ahead by zero: it has to be finite
+        clear(layers, damaged)  # a kernel multiplies what lies ahead by zero: it has to be finite
     slots = damaged[rows].logical_not().byte().argsort(dim=1, stable=True)[:, :count]
     for piece in slots.split(PIECE, dim=1):
         _pass_over(model, layers, ids, positions, valid, rows, piece, damaged[rows].gather(1, piece))
@@ -116,7 +116,7 @@ def _pass_over(
         )
 
 
-def _clear(layers: list[Any], tokens: Tensor) -> None:
+def clear(layers: list[Any], tokens: Tensor) -> None:
     """Sets `tokens`, bool [B, T], to zero."""
     rows, slots = tokens.nonzero(as_tuple=True)
     if len(rows):

@@ -23,14 +23,17 @@ SAID = {
 @dataclass(frozen=True, eq=False)
 class RepairReport:
     """found: the damage; way_numbers [B, T]: of `WAYS`, what was done with each token; verified: recomputed tokens that
-    are bit for bit what was written; expected_kl: in nats, in proportion to the tokens repaired each way, None where a
-    way was not measured in calibration; seconds: that the repair took; budget and expected_share: of a prefill, None
-    without a budget; not_recomputed: why no token of this cache can be computed again, None if it can.
+    are bit for bit what was written; not_covered: tokens with damage where the operator does not reach, which a check
+    goes on to name; expected_kl: in nats, in proportion to the tokens repaired each way and to all that are erased,
+    None where a way was not measured in calibration or damage is not covered; seconds: that the repair took; budget and
+    expected_share: of a prefill, None without a budget; not_recomputed: why no token of this cache can be computed
+    again, None if it can.
     """
 
     found: CheckReport
     way_numbers: Tensor
     verified: int
+    not_covered: int
     expected_kl: float | None
     seconds: float
     budget: float | None
@@ -65,6 +68,8 @@ class RepairReport:
             yield way, f"{self.ways[way]} tokens {SAID[way]}{exact}"
             for row in tokens.any(1).nonzero().squeeze(1).tolist():
                 yield f"{way}, row {row}", ranges(tokens[row].nonzero().squeeze(1).tolist())
+        if self.not_covered:
+            yield "left", f"{self.not_covered} tokens have damage in layers or numbers that the operator does not cover"
         if self.not_recomputed is not None:
             yield "recompute", f"not possible: {self.not_recomputed}"
         if self.budget == 0:

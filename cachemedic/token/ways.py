@@ -13,7 +13,7 @@ from cachemedic.token.check import CheckReport
 from cachemedic.token.hashes import believed
 from cachemedic.token.joint import SINKS
 from cachemedic.token.policy import WAY, Policy
-from cachemedic.token.recompute import recompute_tokens
+from cachemedic.token.recompute import clear, recompute_tokens
 from cachemedic.token.recorded_cache import RecordedCache
 from cachemedic.token.repair_report import RepairReport
 
@@ -29,10 +29,13 @@ def carry_out(cache: RecordedCache, report: CheckReport, policy: Policy) -> Repa
     for way in ("restore", "estimate"):
         for rows, slots in _pieces(ways == WAY[way]):
             _rewrite(cache, way, rows, slots, report.parts)
-    cache.record = record = replace(record, erased=record.erased | (ways == WAY["erase"]))
+    erased = ways == WAY["erase"]
+    clear(_layers(cache), erased)  # attention multiplies them by zero, and what is not finite would be left
+    cache.record = record = replace(record, erased=record.erased | erased)
     if (damaged := ways == WAY["recompute"]).any():
         recompute_tokens(cache.model, _layers(cache), record.ids, damaged, record.valid, record.positions.clamp_min(0))
-    changed = (ways != WAY["sound"]) & (ways != WAY["leave"]) & (ways != WAY["erase"])
+    partly = _partly_covered(cache, ways, report.parts)
+    changed = (ways != WAY["sound"]) & (ways != WAY["leave"]) & ~partly
     verified = 0
     if changed.any():
         now = cache.hasher.of(*cache.numbers())
@@ -43,12 +46,23 @@ def carry_out(cache: RecordedCache, report: CheckReport, policy: Policy) -> Repa
         found=report,
         way_numbers=ways,
         verified=verified,
-        expected_kl=_expected_kl(cache, taken),
+        not_covered=int(partly.sum()),
+        expected_kl=None if partly.any() else _expected_kl(cache, taken),
         seconds=time.perf_counter() - start,
         budget=policy.budget,
         expected_share=None if policy.costs is None else policy.share(taken),
         not_recomputed=policy.why_not.get("recompute"),
     )
+
+
+def _partly_covered(cache: RecordedCache, ways: Tensor, parts: Tensor) -> Tensor:
+    """Tokens [B, T] that the operator repairs, with damaged `parts` [B, T, L, 2] that it does not cover."""
+    found = torch.zeros_like(ways, dtype=torch.bool)
+    for way in ("restore", "estimate"):
+        if (taken := ways == WAY[way]).any():
+            assert cache.coder is not None  # the policy saw to it
+            found |= taken & (parts & ~cache.coder.covered(way).to(parts.device)).flatten(2).any(2)
+    return found
 
 
 def _pieces(tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -106,9 +120,11 @@ def _layers(cache: RecordedCache) -> list[Any]:
 
 
 def _expected_kl(cache: RecordedCache, taken: dict[str, int]) -> float | None:
-    """Nats, in proportion to the tokens of each way; None where a way was not measured."""
+    """Nats, in proportion to the tokens of each way and to all that are erased; None where a way was not measured."""
+    record = cache.kept
+    taken = taken | {"erase": int((record.erased & (record.positions >= 0)).sum())}
     known = {"recompute": 0.0} | ({} if cache.operator is None else cache.operator.expected_kl)
     if any(count and way not in known for way, count in taken.items()):
         return None
-    total = int((cache.kept.positions >= 0).sum())
+    total = int((record.positions >= 0).sum())
     return sum(known[way] * count for way, count in taken.items() if count) / total

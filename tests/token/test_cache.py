@@ -187,6 +187,61 @@ def test_erased_tokens_of_a_text_without_mask():
     torch.testing.assert_close(found, expected.logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_what_is_not_a_number_is_read_no_more_once_it_is_erased(name):
+    model, cache, ids, mask = filled(name, length=10)
+    clean = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).past_key_values
+    cache.layers[1].values[0, :, 4, 0] = torch.nan
+    cache.layers[0].keys[0, :, 4] = torch.inf
+    assert cache.repair("erase").ways == {"erase": 1}
+    assert not cache.check()
+    cache.layers[2].keys[0, :, 4, 1] = torch.nan  # erased tokens are looked after as well
+    padding = int((mask[1] == 0).nonzero()[0])
+    cache.layers[1].values[1, :, padding] = torch.nan  # attention multiplies what it does not read by zero
+    found = cache.check()
+    assert found.tokens == [(0, 4), (1, padding)]
+    assert set(found.kinds) == {"not finite"}
+    shift(cache, 1, [8], by=5.0)
+    assert cache.repair("recompute").ways == {"recompute": 1, "erase": 2}
+    assert not cache.check()
+    new, seen = torch.full((3, 1), 5), torch.cat([mask, torch.ones(3, 1).long()], 1)
+    position_ids = mask.sum(1, keepdim=True)
+    logits = model(new, attention_mask=seen, position_ids=position_ids, past_key_values=cache).logits
+    seen[0, 4] = 0
+    expected = model(new, attention_mask=seen, position_ids=position_ids, past_key_values=clean).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_static_storage_begins_with_one_token(name):
+    model = model_of(name)
+    ids, how = torch.tensor([[5], [7]]), {"max_new_tokens": 6, "do_sample": False}
+    cache = SketchCache(model, storage=StaticCache(model.config, max_cache_len=20))
+    assert torch.equal(model.generate(ids, past_key_values=cache, **how), model.generate(ids, **how))
+
+
+def test_a_cache_that_was_reset_takes_another_number_format():
+    model, cache, ids, mask = filled()
+    cache.reset()
+    model.to(torch.bfloat16)
+    write(model, cache, ids, mask, [12])
+    assert not cache.check()
+
+
+def test_ids_masks_and_positions_of_wrong_shapes_are_refused():
+    model = model_of("llama")
+    ids, mask = padded_batch(length=6)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    for given, words in [
+        ({"input_ids": ids[0]}, r"input_ids \[B, M\], not \[6\]"),
+        ({"input_ids": ids, "attention_mask": mask[:2], "position_ids": positions}, r"\[3, 6\], not a mask \[2, 6\]"),
+        ({"input_ids": ids, "attention_mask": mask, "position_ids": positions[:2]}, r"\[3, 6\], not \[2, 6\]"),
+        ({"input_ids": ids, "attention_mask": mask, "position_ids": positions[:, :4]}, r"\[3, 6\], not \[3, 4\]"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            model(**given, past_key_values=SketchCache(model))
+
+
 def test_the_hooks_go_with_the_last_cache():
     model = model_of("llama")
     hooks = [module._forward_pre_hooks for module in (model, model.base_model)]

@@ -73,6 +73,21 @@ def test_other_weights_of_the_same_shape_are_refused(tmp_path):
     with pytest.raises(ValueError, match="of other weights"):
         SketchCache.load(tmp_path, same)
     assert model_digest(same) != model_digest(model)
+    before = model_digest(same)
+    same.load_state_dict({name: x + 1 for name, x in same.state_dict().items()}, assign=True)
+    assert model_digest(same) != before
+
+
+def test_a_model_is_known_again_in_each_number_format(tmp_path):
+    model, cache, ids, mask = filled()
+    cache.save(tmp_path / "float32")
+    model.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="another number format"):
+        SketchCache.load(tmp_path / "float32", model)
+    cache = SketchCache(model)
+    write(model, cache, ids, mask, [12])
+    cache.save(tmp_path / "bfloat16")
+    SketchCache.load(tmp_path / "bfloat16", model_of("llama").to(torch.bfloat16))
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):

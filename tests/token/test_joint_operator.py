@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from cachemedic.models.cache import stack_cache, unstack_cache
 from cachemedic.models.load import Base
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.operator import RepairOperator
+from cachemedic.token import joint_calibrate
 from cachemedic.token.joint_calibration import fit_joint_model
 from cachemedic.token.joint_operator import SketchAssisted, TokenAware
 from cachemedic.token.plausible import check_cache, statistics, thresholds
@@ -140,6 +142,19 @@ def test_what_is_refused():
         operator(share=3.0)
     with pytest.raises(ValueError, match="all"):
         RepairOperator.create("A", CONFIGS["llama"](), layers="most")
+
+
+def test_a_share_may_be_a_fraction(tmp_path):
+    made = RepairOperator.create("E", CONFIGS["llama"](), layers="all", share=Fraction(1, 4))
+    made.save_pretrained(tmp_path)
+    assert RepairOperator.from_pretrained(tmp_path).config.options["share"] == 0.25
+
+
+def test_too_little_text_is_refused_before_the_long_work(monkeypatch):
+    base = Base(tiny_model("llama"), tiny_tokenizer(), "tiny")
+    monkeypatch.setattr(joint_calibrate, "fit_joint_model", lambda *_, **__: pytest.fail("the long work began"))
+    with pytest.raises(ValueError, match="give more text"):
+        joint_calibrate.calibrate(RepairOperator.create("E", base.config, layers="all"), base, ["too short"] * 24)
 
 
 def test_tokens_that_do_not_follow_from_their_ids(clean):

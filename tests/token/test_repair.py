@@ -1,10 +1,13 @@
 """Repair by operator and by budget: what is done with each token, and how much of it comes back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from checked_caches import filled, numbers, shift, write
-from joint_operators import operator_of
+from joint_operators import joint_of, operator_of
 from small_models import VOCABULARY, model_of, operator_for, padded_batch
+from transformers import AutoModelForCausalLM, BloomConfig
 
 from cachemedic.defenses.defense import CachedTokens
 from cachemedic.token import policy
@@ -12,6 +15,7 @@ from cachemedic.token.cache import PAGE, SketchCache
 from cachemedic.token.costs import CostModel, costs_of
 from cachemedic.token.hashes import TokenHash
 from cachemedic.token.joint import SINKS
+from cachemedic.token.joint_operator import SketchAssisted
 from cachemedic.token.token_repair import TokenRepair
 
 LENGTH = 40
@@ -151,16 +155,43 @@ def fixed_costs(cache, **by_way):
 def test_auto_takes_the_best_way_that_there_is_time_for(monkeypatch, budget, ways):
     model, cache, before = damaged(restore=0.1, erase=2.0)
     monkeypatch.setattr(policy, "costs_of", fixed_costs(cache, restore=0.1, estimate=9.0))
-    report = cache.repair(budget=budget)
-    assert report.ways == ways
-    assert report.expected_share <= budget
     total = int((cache.record.positions >= 0).sum())
+    report = cache.repair(budget=budget * LENGTH / total)
+    assert report.ways == ways
+    assert report.expected_share <= budget * LENGTH / total
     expected = (ways.get("restore", 0) * 0.1 + ways.get("erase", 0) * 2.0) / total
     assert report.expected_kl == pytest.approx(expected)
     assert report.way(0, 1) == next(iter(ways))  # a first position comes before all others
     assert not cache.check()
     if budget == 0:
         assert "budget: 0: there was no time to repair anything" in str(report)
+
+
+@pytest.mark.parametrize("method", ["auto", "recompute"])
+def test_a_budget_serves_an_operator_without_codes(method):
+    model, cache, before = damaged(share=None)
+    report = cache.repair(method, budget=1.0)
+    assert sum(report.ways.values()) == len(SLOTS)
+    assert report.expected_share <= 1
+
+
+def test_a_budget_serves_a_model_without_a_longest_context():
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=2)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    cache = SketchCache(model)
+    model(torch.arange(1, 9)[None], past_key_values=cache)
+    shift(cache, 0, [3], layers=[0, 1])
+    assert cache.repair(budget=0.5).ways == {"erase": 1}  # its bias by distance forbids recomputing
+
+
+def test_a_budget_is_a_share_of_a_prefill_of_all_rows(monkeypatch):
+    model, cache, _, mask = filled(length=LENGTH)
+    for row in range(len(mask)):
+        shift(cache, row, mask[row].nonzero().squeeze(1).tolist(), by=3.0)
+    monkeypatch.setattr(policy, "costs_of", lambda *_: CostModel(0.0, 1.0, 0.0))
+    report = cache.repair(budget=1.0)
+    assert report.ways == {"recompute": int(mask.sum())}
+    assert report.expected_share == pytest.approx(1)
 
 
 def test_budget_0_leaves_what_is_hardly_damaged_and_says_so():
@@ -190,6 +221,67 @@ def test_mildly_damaged_tokens_are_left(monkeypatch):
     assert "left as they are" in str(report)
     assert cache.check().tokens == [(0, 20)]  # still said
     assert cache.repair().ways == {"recompute": 1}
+
+
+@pytest.mark.parametrize("method", ["restore", "estimate"])
+@pytest.mark.parametrize("kind", ["noise", "not finite"])
+def test_codes_are_written_of_sound_tokens_only(method, kind):
+    operator, (ids, mask) = operator_of("llama", 0.4), padded_batch(length=LENGTH)
+    model = model_of("llama")
+    cache, clean = SketchCache(model, operator), SketchCache(model, operator)
+    write(model, cache, ids, mask, [2 * PAGE - 2])
+    write(model, clean, ids, mask, [2 * PAGE - 2, 2 * PAGE - 1, 2 * PAGE])
+    if kind == "noise":
+        shift(cache, 0, [20, 24], by=3.0)
+    else:
+        cache.layers[1].keys[0, :, [20, 24], 0] = torch.nan
+    write(model, cache, ids, mask, [2 * PAGE - 1, 2 * PAGE])
+    assert cache.record.codes.shape[1] == PAGE  # a code of the second page would be one of the damage
+    cache.repair("recompute")
+    write(model, cache, ids, mask, [2 * PAGE + 1])
+    assert torch.equal(cache.record.codes[0, :20], clean.record.codes[0, :20])
+    assert (cache.record.codes[0] == clean.record.codes[0]).float().mean() > 0.9  # later ones had read the damage
+
+
+def test_codes_beside_an_erased_token_are_read_by_what_they_were_written_with():
+    operator, (ids, mask) = operator_of("llama", 0.4), padded_batch(length=LENGTH)
+    model = model_of("llama")
+    cache = SketchCache(model, operator)
+    write(model, cache, ids, mask, [2 * PAGE - 6])
+    shift(cache, 0, [20], by=3.0)
+    cache.repair("erase")
+    write(model, cache, ids, mask, [2 * PAGE])
+    before = numbers(cache)
+    shift(cache, 0, [21, 22, 23, 25], by=3.0)
+    cache.repair("restore")
+    assert left(cache, before, [21, 22, 23, 25]) < 0.02
+
+
+@pytest.mark.parametrize("method", ["restore", "estimate"])
+def test_what_the_operator_does_not_cover_is_not_taken_for_repaired(method):
+    covers = replace(operator_of("llama", 0.4).config, layers=(0, 1))
+    parameters = SketchAssisted.initial_parameters(covers, torch.Generator().manual_seed(0))
+    partly = SketchAssisted(covers, {name: p[None] for name, p in parameters.items()})
+    partly.set_joint(joint_of("llama", (0, 1)), {"restore": 0.1, "estimate": 0.1}, {})
+    model, cache, _, _ = filled("llama", length=LENGTH, operator=partly)
+    shift(cache, 0, [9], layers=[0, 1], by=3.0)
+    shift(cache, 0, [20], layers=[0, 1, 2], by=3.0)
+    report = cache.repair(method)
+    assert report.ways == {method: 2}
+    assert report.expected_kl is None
+    assert report.not_covered == 1
+    assert "1 tokens have damage in layers or numbers that the operator does not cover" in str(report)
+    assert cache.check().tokens == [(0, 20)]
+    assert cache.repair("recompute").not_covered == 0
+    assert not cache.check()
+
+
+def test_behind_an_erased_token_nothing_is_known_to_be_exact():
+    model, cache, _, _ = filled(length=LENGTH)
+    shift(cache, 0, [9], by=3.0)
+    cache.repair("erase")
+    shift(cache, 0, [20], by=3.0)
+    assert cache.repair("recompute").expected_kl is None
 
 
 def test_costs_are_measured_once_and_make_sense():
