@@ -142,20 +142,16 @@ def kivi_quant(stored: Stored, group: int) -> torch.Tensor:
 # --- the types --------------------------------------------------------------------------------------------------------
 
 
-def _register_bit_flips(name: str, storage: str, field: str) -> str:
+def _register_bit_flips(name: str, storage: str, field: str) -> None:
     @register_corruption(name, "the probability p per bit", high=0.5)
     def flip(stored: Stored) -> torch.Tensor:
         return bit_flips(stored, storage, field)
 
-    return name
 
-
-def _register_kivi_quantisation(name: str, group: int) -> str:
+def _register_kivi_quantisation(name: str, group: int) -> None:
     @register_corruption(name, "the number of bits", low=1.0, high=8.0, whole=True)
     def quantise(stored: Stored) -> torch.Tensor:
         return kivi_quant(stored, group)
-
-    return name
 
 
 @register_corruption("page_swap", "the share of pages", high=1.0, needs_donor=True, paged=True)
@@ -164,19 +160,11 @@ def page_swap(stored: Stored) -> torch.Tensor:
     return contiguous_overwrite(stored)
 
 
-FAULT_TYPES = (  # `bitflip_bf16` flips any bit, `bitflip_bf16_sign` sign bits only, and so on
-    *(
-        _register_bit_flips(f"bitflip_{storage}" if field == "all" else f"bitflip_{storage}_{field}", storage, field)
-        for storage, form in FORMATS.items()
-        for field in form.fields
-    ),
-    "page_swap",
-    "stale_page",
-    *(
-        _register_kivi_quantisation("kivi_quant" if group == KIVI_GROUPS[0] else f"kivi_quant_{group}", group)
-        for group in KIVI_GROUPS
-    ),
-)
+for _storage, _form in FORMATS.items():  # `bitflip_bf16` flips any bit, `bitflip_bf16_sign` sign bits only, and so on
+    for _field in _form.fields:
+        _register_bit_flips(f"bitflip_{_storage}" + ("" if _field == "all" else f"_{_field}"), _storage, _field)
+for _group in KIVI_GROUPS:
+    _register_kivi_quantisation("kivi_quant" + ("" if _group == KIVI_GROUPS[0] else f"_{_group}"), _group)
 
 BIT_ERROR_RATES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 PAGE_SHARES = (0.125, 0.25, 0.5, 1.0)
@@ -187,4 +175,3 @@ FAULT_GRID: dict[str, tuple[float, ...]] = {  # the faults of the experiments an
     "stale_page": PAGE_SHARES,
     "kivi_quant": (8, 4, 3, 2),
 }
-FAULTS = tuple(FAULT_GRID)

@@ -9,7 +9,8 @@ from tiny import DOCUMENTS, tiny_model, tiny_tokenizer
 
 from cachemedic.corruption.apply import Mixture, corrupt, corrupt_cache
 from cachemedic.corruption.spec import CorruptionSpec, draw_event
-from cachemedic.corruption.storage_faults import FAULT_GRID, FAULT_TYPES, FAULTS, KIVI_GROUPS, PAGE
+from cachemedic.corruption.storage_faults import FAULT_GRID, KIVI_GROUPS, PAGE
+from cachemedic.corruption.types import CORRUPTIONS
 from cachemedic.data.task_data import score
 from cachemedic.data.tasks import perplexity_task
 from cachemedic.defenses.heuristics import NoDefense
@@ -20,6 +21,7 @@ from cachemedic.models.cache import stack_cache, unstack_cache
 B, L, G, T, D = 3, 2, 2, 40, 8  # two whole pages and a short one
 SHAPE = (L, G, T)
 INTEGERS = {2: torch.int16, 4: torch.int32}
+FAULT_TYPES = [name for name, known in CORRUPTIONS.items() if not known.calibration]
 STRONG = {name: 0.01 if name.startswith("bitflip") else 0.5 for name in FAULT_TYPES} | {
     name: 2 for name in FAULT_TYPES if name.startswith("kivi")
 }
@@ -187,7 +189,7 @@ def test_only_masked_entries_change_and_the_same_seed_gives_the_same_bits(name, 
         assert all(map(same_bits, corrupt(k, v, [event] * B, seeded()), (k, v)))
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", FAULT_GRID)
 def test_the_default_grids_are_allowed_and_caches_of_models_take_every_fault(name):
     specs = [CorruptionSpec(name, parameter=parameter) for parameter in FAULT_GRID[name]]
     cache, donor = unstack_cache(*stored()), unstack_cache(*stored(1))
