@@ -19,7 +19,7 @@ from transformers.cache_utils import BaseQuantizedLayer, DynamicLayer
 
 from cachemedic.core.errors import check_given
 from cachemedic.core.integers import seed_number
-from cachemedic.core.severity_map import SeverityMap, Shape
+from cachemedic.core.severity_map import GRID, SeverityMap, Shape
 from cachemedic.corruption.severity import shipped_map
 from cachemedic.corruption.spec import CorruptionEvent, CorruptionSpec, draw_event
 from cachemedic.corruption.types import CORRUPTIONS, ROTATION_SEED_TEST, ROTATION_SEED_TRAIN, Stored, check_type
@@ -172,7 +172,7 @@ class Mixture:
 
     weights: Mapping[str, float] = field(default_factory=MIXTURE_WEIGHTS.copy)
     clean_share: float = CLEAN_SHARE
-    severities: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
+    severities: tuple[float, ...] = GRID
     base: str | None = None
 
     def __post_init__(self) -> None:

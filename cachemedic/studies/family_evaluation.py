@@ -45,11 +45,9 @@ def comparison_defenses(base: Base, examples: int = 64) -> tuple[dict[str, Defen
     return {name: heuristics[name] for name in HEURISTICS}, keeping
 
 
-def token_repairs(
-    base: Base, configs: Mapping[Name, TrainConfig], run: Run, retrain: bool = False
-) -> dict[Name, TokenRepair]:
+def token_repairs(base: Base, configs: Mapping[Name, TrainConfig], run: Run) -> dict[Name, TokenRepair]:
     """What reads a damaged cache with each of the `trained` operators of families D and E."""
-    operators = trained(base, configs, run, retrain).items()
+    operators = trained(base, configs, run, run.smoke).items()
     return {name: TokenRepair(base.model, operator) for name, operator in operators}
 
 
@@ -67,10 +65,10 @@ def without_trust(repair: TokenRepair) -> TokenRepair:
     return TokenRepair(repair.model, operator)
 
 
-def linear_operators(base: Base, seeds: Sequence[int], run: Run, smoke: bool) -> dict[str, RepairOperator]:
+def linear_operators(base: Base, seeds: Sequence[int], run: Run) -> dict[str, RepairOperator]:
     """A, B and C under the canonical objective, and without its contraction term."""
-    configs = folded(base, seeds, smoke)
-    stacks = trained(base, configs, run, smoke)
+    configs = folded(base, seeds, run.smoke)
+    stacks = trained(base, configs, run, run.smoke)
     conditions = ("", ", no contraction")
     return {
         f"{family}{condition}": RepairOperator.stack([stack.select(i) for i in configs[family].runs_of(place)])

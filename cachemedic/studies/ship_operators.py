@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from cachemedic.core.errors import nearest_valid
 from cachemedic.models import smollm2
@@ -19,19 +18,19 @@ from cachemedic.models.load import WEIGHTS, Base, load_base
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.repair.shipped import FOLDER, made_folder
 from cachemedic.studies.family_study import folded
+from cachemedic.studies.run import ROOT
 from cachemedic.token.joint_calibrate import calibrate
 from cachemedic.token.joint_files import joint_name, shipped_joint
 from cachemedic.token.joint_operator import JointOperator
 
 BASES = ("embedded-gpt2", "embedded-llama")
 SEEDS = (0, 1, 2, 3, 4)  # of the paper profile
-TRAINED = Path(__file__).parents[2] / "trained"
 
 
 def trained_operators(base: Base) -> Iterator[RepairOperator]:
     """A, B and C under the canonical objective: the run of the first seed."""
     for config in folded(base, SEEDS).values():
-        yield RepairOperator.from_pretrained(TRAINED / config.key(base)).select(0)
+        yield RepairOperator.from_pretrained(ROOT / "trained" / config.key(base)).select(0)
 
 
 def calibrated_operators(base: Base) -> Iterator[JointOperator]:

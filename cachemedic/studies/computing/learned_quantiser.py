@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from cachemedic.corruption.apply import Mixture
+from cachemedic.corruption.storage_faults import KIVI_GROUPS
 from cachemedic.evaluation import statistics as stats
 from cachemedic.evaluation.decoding import clean_pass
 from cachemedic.evaluation.experiments import calibration_of, standard_tasks
@@ -35,7 +36,7 @@ from cachemedic.training.kept_operators import load_or_train
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.valence.head import shipped_valence
 from cachemedic.training.valence.objective import ValenceObjective
-from cachemedic.training.valence.quantiser import BITS, GROUPS, KVQuantiser, QuantiserConfig
+from cachemedic.training.valence.quantiser import BITS, KVQuantiser, QuantiserConfig
 
 STEPS = {"steps": 50, "repair": 30, "both": 30}
 BATCH = {"steps": 4, "repair": 2, "both": 2}  # an estimate by E takes longer
@@ -107,7 +108,7 @@ def untrained(run: Run, base: Base) -> dict[str, Storage]:
     found = {"16 bits": full(base)}
     for bits in bits_of(run):
         found[f"{NEAREST}, {bits} bits"] = fixed_ranges(NEAREST, bits, clean.k)
-        for config in (QuantiserConfig(bits, group) for group in GROUPS):
+        for config in (QuantiserConfig(bits, group) for group in KIVI_GROUPS):
             quantiser = KVQuantiser.calibrated(config, clean.k[:1], clean.v[:1]).to(base.model.device)
             found[named(KIVI, config)] = quantised(KIVI, quantiser)
     _, trained = next(conditions(run, base))

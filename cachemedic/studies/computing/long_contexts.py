@@ -14,6 +14,7 @@ from cachemedic.core.progress import tqdm
 from cachemedic.core.seeds import generator
 from cachemedic.corruption.apply import corrupt
 from cachemedic.corruption.spec import CorruptionSpec
+from cachemedic.corruption.storage_faults import KIVI_GROUPS
 from cachemedic.corruption.types import NONE, ROTATION_SEED_TEST
 from cachemedic.data.task_data import Row, TaskData, assemble, score
 from cachemedic.data.tasks import perplexity_task
@@ -46,7 +47,6 @@ SCORED = 32  # tokens of a continuation
 SHARE = 0.25  # of the tokens, or of the pages, that a fault hits
 SEVERITY = 1.0  # of the noise, at 128 tokens if it hits all
 TRANSFERRED = 0.5  # the severity whose parameters are tried at other lengths
-GROUPS = (32, 64, 128)  # values that share a scale
 BITS = 2
 REFERENCE = "E"  # of paired differences
 KEY = ["length", "type", "reader"]
@@ -78,7 +78,7 @@ def readers_of(run: Run, base: Base, source: TextSource) -> dict[str, Defense]:
 
     kl = kept_frame(run.partial / "heuristics.csv", tried).groupby("reader")["kl"].mean()
     best = str(kl.drop("none").idxmin())
-    copies = {f"shadow_{BITS}bit" if g == GROUPS[0] else f"{BITS}-bit copy, groups of {g}": g for g in GROUPS}
+    copies = {f"shadow_{BITS}bit" if g == KIVI_GROUPS[0] else f"{BITS}-bit copy, groups of {g}": g for g in KIVI_GROUPS}
     found = pretrained.operators(base, source)
     return {
         "none": blind["none"],

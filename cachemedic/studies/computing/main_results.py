@@ -49,7 +49,7 @@ def results(run: Run) -> dict[str, pd.DataFrame]:
     operators = {name: trained(base, linear(run, base), run, run.smoke) for name, base in bases.items()}
     measured = {}
     for name, base in bases.items():
-        found = token_repairs(base, token_aware(run, base), run, run.smoke)
+        found = token_repairs(base, token_aware(run, base), run)
         baselines = {"operator E, code alone": code_alone(found["operator E"]), "recompute": TokenRecompute(base.model)}
         measured[name] = main_study.measure(base, operators[name], found | baselines, seeds, run.partial, run.smoke)
     grid = pd.concat([m.grid.assign(base=name) for name, m in measured.items()], ignore_index=True)

@@ -42,9 +42,9 @@ def readers_on(run: Run, base: Base) -> dict[str, Defense]:
     seeds = run.parameters["seeds"]
     heuristics, storage = comparison_defenses(base, 8 if run.smoke else 64)
     configs = {**headline(base, seeds, run.smoke), **before_training(base, seeds, run.smoke)}
-    found = token_repairs(base, configs, run, run.smoke)
+    found = token_repairs(base, configs, run)
     storage = {name: defense for name, defense in storage.items() if name not in ELSEWHERE}
-    linear = linear_operators(base, seeds, run, run.smoke)
+    linear = linear_operators(base, seeds, run)
     return {**heuristics, **linear, "E, code alone": code_alone(found["E"]), **found, **storage}
 
 

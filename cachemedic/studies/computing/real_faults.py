@@ -32,7 +32,7 @@ STORAGE_DEFENSES = (
 def readers_on(run: Run, base: Base) -> dict[str, Defense]:
     """Every reader of a base, by name."""
     heuristics, storage = comparison_defenses(base, 8 if run.smoke else 64)
-    found = token_repairs(base, headline(base, run.parameters["seeds"], run.smoke), run, run.smoke)
+    found = token_repairs(base, headline(base, run.parameters["seeds"], run.smoke), run)
     blind: dict[str, Defense] = {"none": NoDefense(), "guard": Guarded(NoDefense())}
     blind["range_restriction"] = Guarded(heuristics["range_restriction"])
     storage = {name: storage[name] for name in STORAGE_DEFENSES}

@@ -13,7 +13,7 @@ from torch import Tensor
 from cachemedic.core.progress import tqdm
 from cachemedic.core.seeds import generator
 from cachemedic.corruption.spec import CorruptionSpec
-from cachemedic.corruption.storage_faults import BIT_ERROR_RATES, bernoulli_indices
+from cachemedic.corruption.storage_faults import BIT_ERROR_RATES, KIVI_GROUPS, bernoulli_indices
 from cachemedic.corruption.types import CORRUPTIONS
 from cachemedic.data.task_data import TaskData
 from cachemedic.data.text_source import TextSource
@@ -46,7 +46,7 @@ from cachemedic.token.trust_fit import fit_trust
 SEVERITIES = (0.25, 0.5, 1.0)
 EXAMPLES, FLIPPED = 6, 2  # texts a seed; and of raw bit flips
 LONGER = (1 / 64, 1 / 32)  # shares of codes beside the usual one of 1/128
-COPY_BITS, COPY_GROUPS = (1, 2, 4), (32, 64, 128)
+COPY_BITS = (1, 2, 4)
 CALIBRATION = 16  # windows whose ranges clip
 RIVALS = (
     "checksum_erase", "secded_ecc", "secded_ecc_in_page", "golay_ecc", "golay_ecc_in_page", "hidden_states",
@@ -131,7 +131,7 @@ def copies(shape: ModelShape) -> dict[str, Defense]:
     return {
         f"shadow_{bits}bit, group {group}": GroupQuantisedShadow(shape, bits, group)
         for bits in COPY_BITS
-        for group in COPY_GROUPS
+        for group in KIVI_GROUPS
     }
 
 

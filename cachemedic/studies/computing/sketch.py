@@ -48,7 +48,7 @@ def few(run: Run) -> list[int]:
 def bytes_of(run: Run, base: Base) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Recovery by length of the code, and the rate-distortion curves of a base."""
     usual = {"E, 1/128": before_training(base, few(run), run.smoke)["E, untrained"]}
-    found = token_repairs(base, {**usual, **shares(base, few(run), run.smoke)}, run, run.smoke)
+    found = token_repairs(base, {**usual, **shares(base, few(run), run.smoke)}, run)
     alone = {f"{name}, code alone": code_alone(repair) for name, repair in found.items()}
     task = standard_tasks(base, "test", few(run), examples(run))
     own: dict[str, Defense] = {"none": NoDefense(), **found, **alone}
@@ -61,7 +61,7 @@ def bytes_of(run: Run, base: Base) -> tuple[pd.DataFrame, pd.DataFrame]:
 def ablation(run: Run, base: Base) -> pd.DataFrame:
     """E with one thing changed, one side of it, and what was kept of another request."""
     conditions = {ABLATED: shares(base, few(run), run.smoke)[ABLATED], **ablations(base, few(run), run.smoke)}
-    changed = token_repairs(base, conditions, run, run.smoke)
+    changed = token_repairs(base, conditions, run)
     whole = changed[ABLATED]
     own: dict[str, Defense] = {
         "none": NoDefense(),
@@ -100,7 +100,7 @@ def results(run: Run) -> dict[str, pd.DataFrame]:
     points = pd.concat([whole[whole.task == "perplexity"], *(points for points, _ in measured)], ignore_index=True)
     parts = []
     for base in bases.values():
-        found = token_repairs(base, headline(base, seeds, run.smoke), run, run.smoke)
+        found = token_repairs(base, headline(base, seeds, run.smoke), run)
         parts.append(quality(run, base, {**found, "E, code alone": code_alone(found["E"])}))
     left = pd.concat(parts, ignore_index=True)
     return {

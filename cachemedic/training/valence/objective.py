@@ -15,7 +15,6 @@ import torch
 
 from cachemedic.core.errors import nearest_valid
 from cachemedic.training.step_data import StepOutputs, ValenceStep
-from cachemedic.training.valence.gate import MercyGate
 from cachemedic.training.valence.saliency import ALPHA, saliency
 from cachemedic.training.valence.terms import (
     contrastive,
@@ -27,8 +26,6 @@ from cachemedic.training.valence.terms import (
     weight_decay,
 )
 from cachemedic.training.valence.weights import valence_weights
-
-__all__ = ["MercyGate", "ValenceObjective", "saliency", "valence_weights"]
 
 # Ranges of the typical values; 0 leaves a term, or the weights, out.
 RANGES = {

@@ -20,10 +20,10 @@ from cachemedic.core.errors import nearest_valid
 from cachemedic.core.files import digest, read_sealed, replace_together, seal
 from cachemedic.core.integers import whole_number
 from cachemedic.core.quantise import Span, cache_bits, extremes, quantise_cache
+from cachemedic.corruption.storage_faults import KIVI_GROUPS
 
 WEIGHTS, CONFIG = "quantiser.safetensors", "quantiser.json"
 BITS = (4, 3, 2)
-GROUPS = (32, 64, 128)  # KIVI's default and the larger ones of its ablation
 TRAINED = ("both", "steps", "repair")
 
 
@@ -36,7 +36,7 @@ class QuantiserConfig:
     """
 
     bits: int
-    group: int = GROUPS[0]
+    group: int = KIVI_GROUPS[0]
     trained: str = "both"
 
     def __post_init__(self) -> None:

@@ -18,8 +18,8 @@ from cachemedic.training.kept_operators import load_or_train
 from cachemedic.training.log import gate_checks, ship_log
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.trainer import Trainer
-from cachemedic.training.valence.gate import MercyGateError
-from cachemedic.training.valence.objective import MercyGate, ValenceObjective
+from cachemedic.training.valence.gate import MercyGate, MercyGateError
+from cachemedic.training.valence.objective import ValenceObjective
 from cachemedic.training.valence.projection import PROBE_STEP, project, proxy
 
 SCHEMAS = Path(cachemedic.__file__).parent / "schemas"

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from cachemedic.training.run_adam import RunAdam
-from cachemedic.training.valence.gate import GateKeeper, MercyGateError, SmallProbeWarning
-from cachemedic.training.valence.objective import MercyGate
+from cachemedic.training.valence.gate import GateKeeper, MercyGate, MercyGateError, SmallProbeWarning
 
 RUNS = 3
 

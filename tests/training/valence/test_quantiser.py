@@ -9,6 +9,7 @@ from tiny_training import CONFIG, log_lines
 
 from cachemedic.corruption.apply import Mixture, corrupt
 from cachemedic.corruption.spec import CorruptionSpec, draw_event
+from cachemedic.corruption.storage_faults import KIVI_GROUPS
 from cachemedic.defenses.defense import CachedTokens
 from cachemedic.defenses.shadows import GroupQuantisedShadow
 from cachemedic.models.shape import ModelShape
@@ -16,7 +17,7 @@ from cachemedic.training.forward import read_cache
 from cachemedic.training.kept_operators import load_or_train
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.trainer import Trainer
-from cachemedic.training.valence.quantiser import BITS, GROUPS, KVQuantiser, QuantiserConfig
+from cachemedic.training.valence.quantiser import BITS, KVQuantiser, QuantiserConfig
 
 SHAPE = (3, 2, 2, 5, 8)  # B, L, G, T, d
 MODEL = ModelShape(num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, model_type="gpt2")
@@ -41,7 +42,7 @@ def test_untrained_it_is_kivi_bit_for_bit(bits, length):
     assert quantiser.bits_per_token() == shadow.copy_bits()
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", KIVI_GROUPS)
 def test_untrained_it_is_what_the_fault_of_that_name_does(group):
     """That one keeps ranges unrounded, and groups values within a head."""
     keys, values = cache(length=160)

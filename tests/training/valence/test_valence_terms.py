@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 
-from cachemedic.training.valence.objective import saliency
-from cachemedic.training.valence.saliency import saliency_parts
+from cachemedic.training.valence.saliency import saliency, saliency_parts
 from cachemedic.training.valence.terms import (
     contrastive,
     cross_entropy,

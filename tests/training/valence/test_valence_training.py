@@ -20,9 +20,11 @@ from cachemedic.repair.attach import protect
 from cachemedic.training.config import TrainConfig
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.trainer import Trainer
-from cachemedic.training.valence.objective import MercyGate, ValenceObjective, valence_weights
+from cachemedic.training.valence.gate import MercyGate
+from cachemedic.training.valence.objective import ValenceObjective
 from cachemedic.training.valence.quantiser import QuantiserConfig
 from cachemedic.training.valence.saliency import saliency
+from cachemedic.training.valence.weights import valence_weights
 
 SCHEMAS = Path(cachemedic.__file__).parent / "schemas"
 SCHEMA = json.loads((SCHEMAS / "log_record.schema.json").read_text())

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachemedic.training.valence.objective import valence_weights
+from cachemedic.training.valence.weights import valence_weights
 
 batches = st.lists(st.floats(-1e3, 1e3, allow_subnormal=False), min_size=2, max_size=24)
 
