@@ -2,7 +2,8 @@
 
 python tools/torture.py [ROUNDS]
 
-Round i damages one file of every kind and gives one odd value to every public function; it draws them with the seed i.
+Round i damages one file of every kind and gives one odd value to every public function
+but `calibrate`, which takes minutes; it draws them with the seed i.
 """
 
 from __future__ import annotations
