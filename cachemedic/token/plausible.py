@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from cachemedic.core.errors import check_given
 from cachemedic.models.cache import stack_cache
 from cachemedic.token.coder import check_operator
 from cachemedic.token.dense import check_cache_of
@@ -66,6 +67,7 @@ def check_cache(
     """
     length = check_cache_of(model, cache)
     check_operator(model, operator)
+    check_given("rate", rate, float)
     if rate not in RATES:
         raise ValueError(f"the rate of false alarms must be one of {RATES}, not {rate!r}")
     if not operator.alarms:

@@ -7,7 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from cachemedic.core.errors import nearest_valid
+from cachemedic.core.errors import nearest_valid, shown
 from cachemedic.models.usable import check_mode
 from cachemedic.token.check import CheckReport
 from cachemedic.token.costs import CostModel, costs_of
@@ -34,7 +34,7 @@ class Policy:
         if method not in METHODS:
             raise nearest_valid("method of repair", method, METHODS)
         if budget is not None and (not isinstance(budget, Real) or isinstance(budget, bool)):
-            raise TypeError(f"the budget must be a number, a share of a prefill, not {budget!r}")
+            raise TypeError(f"the budget must be a number, a share of a prefill, not {shown(budget)}")
         if budget is not None and not budget >= 0:
             raise ValueError(f"the budget must be a share of a prefill, 0 or more, not {budget}")
         check_mode(cache.model)  # it may have changed since the cache was made

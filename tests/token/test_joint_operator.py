@@ -181,6 +181,9 @@ def test_tokens_that_do_not_follow_from_their_ids(clean):
         assert not found.score.isnan().any()
     with pytest.raises(ValueError, match="rate"):
         check_cache(model, op, unstack_cache(keys, values), ids, rate=0.2)
+    for other in (torch.zeros(2, 2), torch.tensor([]), 1):
+        with pytest.raises(TypeError, match="rate must be a float"):
+            check_cache(model, op, unstack_cache(keys, values), ids, rate=other)
     with pytest.raises(ValueError, match="ids"):
         check_cache(model, op, unstack_cache(keys, values), ids[:, 1:])
 

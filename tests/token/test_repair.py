@@ -316,6 +316,13 @@ def test_reports_read_well():
     assert str(cache.repair()).startswith("all 114 tokens are as they were last written or repaired")
 
 
+def test_a_budget_of_another_kind_is_refused_in_one_line():
+    _, cache, _ = damaged()
+    with pytest.raises(TypeError, match=r"a share of a prefill, not tensor\(\[\[0\.") as refused:
+        cache.repair(budget=torch.zeros(2, 2))
+    assert "\n" not in str(refused.value)
+
+
 def test_what_cannot_be_done_is_refused_before_any_work():
     model, cache, before = damaged()
     with pytest.raises(ValueError, match="did you mean 'restore'"):
