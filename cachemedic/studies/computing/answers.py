@@ -78,4 +78,5 @@ def results(run: Run, source: TextSource) -> dict[str, pd.DataFrame]:
         "answers": rows,
         "answers_results": in_order(overall, "reader", names),
         "answers_by_type": in_order(by_group(rows, KIND, shares), "reader", names),
+        "answers_by_question": in_order(by_group(rows, ["question"], shares), "reader", names),
     }

@@ -13,8 +13,13 @@ from cachemedic.studies.drawing.style import TEXT_WIDTH, errors
 from cachemedic.studies.drawing.tables import brackets
 
 SHOWN = {"clean": "sound cache", "none": "damaged", "D": "repaired by D", "E": "repaired by E"}
+COMPARED = ("none", "shadow_2bit", "D", "E, code alone", "E")  # question by question
 TYPE, SEVERITY = "gaussian", 0.5  # of the conversations that are shown
 EXAMPLES_CAPTION = "Greedy answers behind a cache under noise of severity 0.5: the first conversation of each kind."
+QUESTIONS_CAPTION = (
+    "Answers behind damaged caches, by question: the share that names the fact, over all types and severities; 95\\% "
+    "intervals over seeds."
+)
 MARK = "\N{HORIZONTAL ELLIPSIS}"
 
 
@@ -51,6 +56,12 @@ def caption(rows: pd.DataFrame, seeds: int) -> str:
         f"clean answer; {count} conversations of {seeds} seeds under {rows['type'].nunique()} types of damage "
         f"at severities {', '.join(f'{s:g}' for s in sorted(rows['severity'].unique()))}; 95\\% intervals over seeds."
     )
+
+
+def question_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """The share of answers that name the fact, a row for each question: `answers_by_question`."""
+    cells = rows.assign(named=brackets(rows, "named", 2)).pivot(index="question", columns="reader", values="named")
+    return cells[list(COMPARED)].rename(columns=numbered_label).reset_index()
 
 
 def by_type(rows: pd.DataFrame) -> Figure:
