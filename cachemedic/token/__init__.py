@@ -26,5 +26,5 @@ record             what a cache remembers of its tokens
 damage_kinds, check, repair_report  the reports
 recorded_cache     a cache with a record of its tokens
 coder, costs, policy, ways  how damaged tokens are repaired, and by which way
-forward_hook, cache, cache_files, given, look_after  `SketchCache`, its files, and caches from elsewhere
+forward_hook, storage, cache, cache_files, given, look_after  `SketchCache`, its files, and caches from elsewhere
 """

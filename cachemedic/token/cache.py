@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import StaticLayer
 
 from cachemedic.core.errors import check_given
 from cachemedic.models.usable import check_mode
@@ -25,6 +25,7 @@ from cachemedic.token.policy import Policy
 from cachemedic.token.record import TokenRecord, sinks_of
 from cachemedic.token.recorded_cache import RecordedCache
 from cachemedic.token.repair_report import RepairReport
+from cachemedic.token.storage import empty_storage, without_window
 from cachemedic.token.ways import carry_out
 
 ID_BYTES, POSITION_BYTES, ERASED_BYTES = 8, 8, 1  # of a token in the record
@@ -61,7 +62,7 @@ class SketchCache(RecordedCache):
         self, model: PreTrainedModel, operator: JointOperator | None = None, storage: Cache | None = None, seed: int = 0
     ) -> None:
         self.bind(model, operator, seed)
-        self._store_in(DynamicCache() if storage is None else _empty(storage))
+        self._store_in(DynamicCache() if storage is None else empty_storage(storage))
         self.report: CheckReport | None = None  # of the last check
         self._hooks = ForwardHooks.of(model)
         self._new: tuple[Tensor, Tensor] | None = None  # ids and positions, during a forward pass
@@ -110,7 +111,7 @@ class SketchCache(RecordedCache):
         layer, which goes on to hold every token.
         """
         self._store_in(cache)
-        self.layers = [_without_window(layer) for layer in self.layers]
+        self.layers = [without_window(layer) for layer in self.layers]
         layers: list[Any] = self.layers
         sides = [[getattr(layer, side)[:, :, : ids.shape[1]] for layer in layers] for side in ("keys", "values")]
         self._remember(sides[0], sides[1], ids, positions)
@@ -278,29 +279,3 @@ class SketchCache(RecordedCache):
 
     def __reduce__(self) -> Any:
         raise TypeError("a SketchCache is not pickled: use `cache.save(folder)` and `SketchCache.load`")
-
-
-def _without_window(layer: Any) -> Any:
-    """A layer that holds the same tensors and drops no token."""
-    if type(layer) is not DynamicSlidingWindowLayer:
-        return layer
-    plain: Any = DynamicLayer()
-    plain.lazy_initialization(layer.keys, layer.values)
-    plain.keys, plain.values = layer.keys, layer.values
-    return plain
-
-
-def _empty(cache: Cache) -> Cache:
-    """The cache, if a SketchCache can take over its storage."""
-    check_given("storage", cache, Cache)
-    if not isinstance(getattr(cache, "layers", None), list):
-        raise TypeError(f"the storage must be a DynamicCache or StaticCache, not a {type(cache).__name__}")
-    if cache.get_seq_length() > 0:
-        raise ValueError(f"the storage holds {int(cache.get_seq_length())} tokens already: give an empty cache")
-    for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, StaticLayer):
-            raise ValueError(
-                "a SketchCache stores in layers of a DynamicCache or StaticCache without sliding windows, not in a "
-                f"{type(layer).__name__}"
-            )
-    return cache
