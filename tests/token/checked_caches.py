@@ -1,11 +1,14 @@
 """Caches that know what was written, of small models, and ways to damage them."""
 
 import torch
+from joint_operators import operator_of
 from small_models import model_of, padded_batch
 
 from cachemedic.token.cache import SketchCache
 
 NEW = 7  # generated tokens
+LENGTH = 40
+SLOTS = [1, 3, 9, 20, 31, 35]  # of row 0: two sinks, three tokens with a code, one without (row 0 has no padding)
 
 
 def write(model, cache, ids, mask, ends):
@@ -41,3 +44,12 @@ def shift(cache, row, slots, layers=(0, 1, 2), by=0.7):
 def numbers(cache):
     """A copy of all that the cache stores."""
     return [getattr(layer, side).clone() for layer in cache.layers for side in ("keys", "values")]
+
+
+def damaged(name="llama", share=0.4, slots=SLOTS, length=LENGTH, with_ids=True, **expected_kl):
+    """A model, a damaged cache with an operator, and what it stored before."""
+    operator = operator_of(name, share, with_ids, **expected_kl)
+    model, cache, ids, mask = filled(name, length=length, operator=operator)
+    before = numbers(cache)
+    shift(cache, 0, slots, by=3.0)
+    return model, cache, before

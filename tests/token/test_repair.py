@@ -4,31 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checked_caches import filled, numbers, shift, write
+from checked_caches import LENGTH, SLOTS, damaged, filled, numbers, shift, write
 from joint_operators import joint_of, operator_of
 from small_models import VOCABULARY, model_of, operator_for, padded_batch
-from transformers import AutoModelForCausalLM, BloomConfig
 
 from cachemedic.defenses.defense import CachedTokens
-from cachemedic.token import policy
 from cachemedic.token.cache import PAGE, SketchCache
-from cachemedic.token.costs import CostModel, costs_of
 from cachemedic.token.hashes import TokenHash
 from cachemedic.token.joint import SINKS
 from cachemedic.token.joint_operator import SketchAssisted
 from cachemedic.token.token_repair import TokenRepair
-
-LENGTH = 40
-SLOTS = [1, 3, 9, 20, 31, 35]  # of row 0: two sinks, three tokens with a code, one without (row 0 has no padding)
-
-
-def damaged(name="llama", share=0.4, slots=SLOTS, length=LENGTH, with_ids=True, **expected_kl):
-    """A model, a damaged cache with an operator, and what it stored before."""
-    operator = operator_of(name, share, with_ids, **expected_kl)
-    model, cache, ids, mask = filled(name, length=length, operator=operator)
-    before = numbers(cache)
-    shift(cache, 0, slots, by=3.0)
-    return model, cache, before
 
 
 def left(cache, before, slots):
@@ -135,94 +120,6 @@ def test_an_operator_without_a_code_restores_from_the_ids():
     assert left(cache, before, SLOTS) < 0.6 * worst
 
 
-def fixed_costs(cache, **by_way):
-    """A token computed again takes 1, a prefill as many as there are tokens."""
-    seconds = {way: (0.0, a_token) for way, a_token in by_way.items()}
-    return lambda model, coder, ways: CostModel(0.0, 1.0, 0.0, seconds)
-
-
-@pytest.mark.parametrize(
-    ("budget", "ways"),
-    [
-        (1.0, {"recompute": 6}),
-        (6 / 40, {"recompute": 6}),
-        (3.9 / 40, {"recompute": 3, "restore": 3}),
-        (0.7 / 40, {"restore": 6}),
-        (0.35 / 40, {"restore": 3, "erase": 3}),
-        (0.0, {"erase": 6}),
-    ],
-)
-def test_auto_takes_the_best_way_that_there_is_time_for(monkeypatch, budget, ways):
-    model, cache, before = damaged(restore=0.1, erase=2.0)
-    monkeypatch.setattr(policy, "costs_of", fixed_costs(cache, restore=0.1, estimate=9.0))
-    total = int((cache.record.positions >= 0).sum())
-    report = cache.repair(budget=budget * LENGTH / total)
-    assert report.ways == ways
-    assert report.expected_share <= budget * LENGTH / total
-    expected = (ways.get("restore", 0) * 0.1 + ways.get("erase", 0) * 2.0) / total
-    assert report.expected_kl == pytest.approx(expected)
-    assert report.way(0, 1) == next(iter(ways))  # a first position comes before all others
-    assert not cache.check()
-    if budget == 0:
-        assert "budget: 0: there was no time to repair anything" in str(report)
-
-
-@pytest.mark.parametrize("method", ["auto", "recompute"])
-def test_a_budget_serves_an_operator_without_codes(method):
-    model, cache, before = damaged(share=None)
-    report = cache.repair(method, budget=1.0)
-    assert sum(report.ways.values()) == len(SLOTS)
-    assert report.expected_share <= 1
-
-
-def test_a_budget_serves_a_model_without_a_longest_context():
-    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=2)
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    cache = SketchCache(model)
-    model(torch.arange(1, 9)[None], past_key_values=cache)
-    shift(cache, 0, [3], layers=[0, 1])
-    assert cache.repair(budget=0.5).ways == {"erase": 1}  # its bias by distance forbids recomputing
-
-
-def test_a_budget_is_a_share_of_a_prefill_of_all_rows(monkeypatch):
-    model, cache, _, mask = filled(length=LENGTH)
-    for row in range(len(mask)):
-        shift(cache, row, mask[row].nonzero().squeeze(1).tolist(), by=3.0)
-    monkeypatch.setattr(policy, "costs_of", lambda *_: CostModel(0.0, 1.0, 0.0))
-    report = cache.repair(budget=1.0)
-    assert report.ways == {"recompute": int(mask.sum())}
-    assert report.expected_share == pytest.approx(1)
-
-
-def test_budget_0_leaves_what_is_hardly_damaged_and_says_so():
-    model, cache, _, _ = filled(length=LENGTH)
-    cache.layers[1].keys[0, 0, 20, 3] += 0.1
-    cache.layers[1].keys[0, 0, 21, 3] = torch.nan
-    shift(cache, 0, [30])
-    for stored in (cache.layers[0].keys, cache.layers[2].values):
-        stored[0, 0, 20, 3] += 0.0
-    cache_parts = cache.check().parts[0, 20]
-    assert cache_parts.sum() == 1
-    report = cache.repair(budget=0)
-    # one of six keys and values is more than an eighth of this small model's token
-    assert report.ways == {"erase": 3}
-    monkey = policy.MILD
-    assert monkey < 1 / 6
-
-
-def test_mildly_damaged_tokens_are_left(monkeypatch):
-    monkeypatch.setattr(policy, "MILD", 0.2)
-    model, cache, _, _ = filled(length=LENGTH)
-    cache.layers[1].keys[0, 0, 20, 3] += 0.1
-    cache.layers[1].keys[0, 0, 21, 3] = torch.nan
-    report = cache.repair(budget=0)
-    assert report.ways == {"erase": 1, "leave": 1}
-    assert report.way(0, 20) == "leave"
-    assert "left as they are" in str(report)
-    assert cache.check().tokens == [(0, 20)]  # still said
-    assert cache.repair().ways == {"recompute": 1}
-
-
 @pytest.mark.parametrize("method", ["restore", "estimate"])
 @pytest.mark.parametrize("kind", ["noise", "not finite"])
 def test_codes_are_written_of_sound_tokens_only(method, kind):
@@ -284,17 +181,6 @@ def test_behind_an_erased_token_nothing_is_known_to_be_exact():
     assert cache.repair("recompute").expected_kl is None
 
 
-def test_costs_are_measured_once_and_make_sense():
-    model, cache, before = damaged()
-    costs = costs_of(model, cache.coder, ("recompute", "restore"))
-    assert costs_of(model, cache.coder, ("recompute", "restore")) is costs
-    assert costs.prefill(64, 64) > 0
-    assert costs.seconds("recompute", 10, 64) > 0
-    assert costs.seconds("restore", 10, 64) >= 0
-    assert costs.seconds("erase", 10, 64) == costs.seconds("recompute", 0, 64) == 0
-    assert cache.repair(budget=100.0).ways == {"recompute": len(SLOTS)}
-
-
 def test_a_model_that_counts_tokens_by_itself_is_given_all_of_them():
     model, operator = model_of("bart"), operator_of("bart")
     ids = torch.randint(1, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -314,13 +200,6 @@ def test_reports_read_well():
         assert "1, 3, 9, 20, 31, 35" in text
     assert "expected KL: 0.00526 nats" in str(report)
     assert str(cache.repair()).startswith("all 114 tokens are as they were last written or repaired")
-
-
-def test_a_budget_of_another_kind_is_refused_in_one_line():
-    _, cache, _ = damaged()
-    with pytest.raises(TypeError, match=r"a share of a prefill, not tensor\(\[\[0\.") as refused:
-        cache.repair(budget=torch.zeros(2, 2))
-    assert "\n" not in str(refused.value)
 
 
 def test_what_cannot_be_done_is_refused_before_any_work():
