@@ -13,7 +13,7 @@ from cachemedic.models.load import load_base
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.token import joint_calibration
 from cachemedic.token.calibration_text import default_texts, windows
-from cachemedic.token.joint_calibration import fit_joint_model
+from cachemedic.token.joint_calibration import fit_joint_model, take_prior_of_others
 from cachemedic.token.token_repair import TokenRepair
 
 KINDS = {"prose": DOCUMENTS, "reviews": [f"Review: a film, number {i}.\nSentiment: positive" for i in range(90)]}
@@ -69,3 +69,11 @@ def test_the_code_reaches_what_reviews_hold():
     for stored, found in ((clean.k, told.k), (clean.v, told.v)):
         wanted, error = (x.movedim(3, 1)[valid] for x in (stored, found - stored))
         assert error.square().mean() < 0.15 * (wanted - wanted.mean(0)).square().mean()
+
+
+def test_what_ids_leave_is_measured_on_windows_that_the_prior_has_not_seen():
+    generator = torch.Generator().manual_seed(0)
+    z, regressors = (torch.randn(96, n, generator=generator) for n in (12, 40))  # nothing is told, but much is fitted
+    left = z.clone()
+    take_prior_of_others(left, regressors, 12)
+    assert left.square().mean() > z.square().mean()
