@@ -19,7 +19,18 @@ def tensor_bytes(tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any])
     # copies, because parameters that are tied share their memory
     plain = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
     text = json.dumps(record)
-    return safetensors.torch.save(plain, metadata={RECORD: text, CHECKSUM: _digest(plain, text)})
+    return safetensors_bytes(plain, {RECORD: text, CHECKSUM: _digest(plain, text)})
+
+
+def safetensors_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file whose metadata stand in the order of their names: the library leaves their order to chance."""
+    data = safetensors.torch.save(dict(tensors), metadata=dict(metadata))
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # tensors begin at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -16,13 +16,13 @@ from functools import cached_property
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachemedic.core.files import write_atomically
+from cachemedic.core.tensors import safetensors_bytes
 from cachemedic.core.threads import one_thread
 from cachemedic.models.shape import ModelShape
 from cachemedic.token.lowest_layer import lowest_layer
@@ -135,7 +135,7 @@ class JointModel:
         """The model as one safetensors file that names its own sha256."""
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.tensors.items()}
         header = {"format": FORMAT, "model": self._header(), "sha256": self.digest}
-        return safetensors.torch.save(tensors, metadata=header)
+        return safetensors_bytes(tensors, header)
 
     def save(self, path: str | Path) -> None:
         """Writes the model to a file, whole or not at all."""

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from cachemedic.core.files import (
     write_atomically,
     write_hashed,
 )
-from cachemedic.core.tensors import flattened, read_tensors, tensor_bytes, unflattened
+from cachemedic.core.tensors import flattened, read_tensors, safetensors_bytes, tensor_bytes, unflattened
 
 QUICK = settings(max_examples=60)
 VALUES = st.recursive(
@@ -170,3 +171,13 @@ def test_records_are_plain_json(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text())["b"] == 1
     with pytest.raises(FileNotFoundError):
         read_sealed(tmp_path / "none.json")
+
+
+def test_the_same_tensors_are_the_same_bytes(tmp_path):
+    tensors = {"a": torch.arange(3), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
+    metadata = {"one": "é\n", "two": "2", "three": "3"}
+    (data,) = {safetensors_bytes(tensors, metadata) for _ in range(8)}
+    (path := tmp_path / "file").write_bytes(data)
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        assert file.metadata() == metadata
+        assert all(torch.equal(file.get_tensor(name), x) for name, x in tensors.items())
