@@ -78,7 +78,8 @@ def readers_of(run: Run, base: Base, source: TextSource) -> dict[str, Defense]:
 
     kl = kept_frame(run.partial / "heuristics.csv", tried).groupby("reader")["kl"].mean()
     best = str(kl.drop("none").idxmin())
-    copies = {f"shadow_{BITS}bit" if g == KIVI_GROUPS[0] else f"{BITS}-bit copy, groups of {g}": g for g in KIVI_GROUPS}
+    usual, *wider = KIVI_GROUPS
+    copies = {f"shadow_{BITS}bit": usual} | {f"shadow_{BITS}bit, group {group}": group for group in wider}
     found = pretrained.operators(base, source)
     return {
         "none": blind["none"],
@@ -160,7 +161,7 @@ def fact_answers(run: Run, base: Base, source: TextSource, readers: Mapping[str,
     Of the validation split there are the sound caches and those without a defence; the first of its texts is what
     overwrites those of the test. Of the copies one is asked.
     """
-    readers = {name: reader for name, reader in readers.items() if "groups of" not in name}
+    readers = {name: reader for name, reader in readers.items() if ", group " not in name}
     frames = []
     for length in SMOKE_FACT_LENGTHS if run.smoke else FACT_LENGTHS:
 

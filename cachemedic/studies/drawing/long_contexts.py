@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cachemedic.studies.drawing.readers import reader_label, reader_styles
+from cachemedic.studies.drawing.readers import numbered_label, reader_styles
 from cachemedic.studies.drawing.style import TEXT_WIDTH, errors, line_styles
 from cachemedic.studies.drawing.tables import brackets
 
@@ -16,7 +16,7 @@ SHOWN = ("none", "shadow_2bit", "D, hashes", "E, code alone", "E", "recompute")
 
 
 def _label(reader: str) -> str:
-    return "sound cache" if reader == "clean" else reader_label(reader)
+    return "sound cache" if reader == "clean" else numbered_label(reader)
 
 
 def _beside(ax: Axes, rows: pd.DataFrame, place: float, name: str, style: dict) -> None:
