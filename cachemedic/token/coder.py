@@ -114,7 +114,8 @@ class Coder:
         """
         read_keys, read_values = (side.permute(1, 2, 0, 3)[None] for side in (keys, values))
         prediction, positions = self._predict(record, rows, slots), record.positions[rows, slots][None]
-        found = self.operator.estimate(self.vectors, read_keys, read_values, prediction, positions, sound[None])
+        here = read_keys, read_values, prediction, positions, sound[None]
+        found = self.operator.estimate(self.vectors, *here, in_use=True)
         for layer_keys, layer_values in zip(found[0][0], found[1][0], strict=True):
             yield layer_keys.transpose(0, 1), layer_values.transpose(0, 1)
 

@@ -38,8 +38,9 @@ class PartStatistics:
     deviation_power: mean squared deviation from the prediction, over what is expected of sound parts; residual_power:
     the same from what c says; lost: the share of numbers that say nothing; regression: the coefficient of what was read
     on what is predicted; power: of what was read, over that of what is predicted; exact: parts that are predicted
-    exactly; noise and variance: as the algebra has them now, of a number; residual [B, T, P, d]: what c leaves of the
-    deviation; present [B, T, P, d]: 1 for numbers that are not lost, else 0.
+    exactly; sound: parts known to be as they were written; noise and variance: as the algebra has them now, of a
+    number; residual [B, T, P, d]: what c leaves of the deviation; present [B, T, P, d]: 1 for numbers that are not
+    lost, else 0.
     """
 
     deviation_power: Tensor
@@ -48,6 +49,7 @@ class PartStatistics:
     regression: Tensor
     power: Tensor
     exact: Tensor
+    sound: Tensor
     noise: Tensor
     variance: Tensor
     residual: Tensor
@@ -128,6 +130,7 @@ def estimate(
                     regression=1 + along,
                     power=1 + 2 * along + (from_prediction * count - TINY) / power,
                     exact=exact.expand_as(noise),
+                    sound=sound.expand_as(noise),
                     noise=noise + FAINT * expected,
                     variance=variance,
                     residual=d,

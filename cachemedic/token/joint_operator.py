@@ -33,7 +33,8 @@ from cachemedic.token.joint_files import file_of, find_joint, shipped_joint
 from cachemedic.token.kept import Kept, Prediction, hashes_of, kept_sinks, with_sinks
 from cachemedic.token.parts import DeviationModel
 from cachemedic.token.scratch import Scratch
-from cachemedic.token.trust import initial_trust, noise_correction
+from cachemedic.token.shared_rotation import undo_shared_rotation
+from cachemedic.token.trust import initial_trust, noise_correction, unless_another
 from cachemedic.token.trust_fit import EstimatingOperator, fit_trust
 from cachemedic.token.vectors import TokenVectors
 
@@ -151,11 +152,14 @@ class JointOperator(EstimatingOperator):
         positions: Tensor,
         sound: Tensor | None = None,
         trust: Trust | None = None,
+        in_use: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Keys and values [B, L', G, T, d] of the protected layers, repaired, from those that were read.
 
         positions [B, T]; sound [B, T, L', 2] bool: keys and values known to be as they were written. With R runs B is
-        R rows of samples, run-major. trust: corrects the noise instead of the operator's own network.
+        R rows of samples, run-major. trust: corrects the noise instead of the operator's own network. in_use: whether a
+        rotation that tokens share is undone first, and tokens of another text are told; training sees faults as they
+        are.
         """
         joint, deviations = self.calibrated, self.deviations
         assert deviations is not None  # as there is a joint model
@@ -164,6 +168,9 @@ class JointOperator(EstimatingOperator):
         angles = vectors.rotation.angles(positions.to(x.device), torch.float32)
         read = parts.stack(keys, values)
         by_part = None if sound is None else sound[..., None].expand(*sound.shape, parts.heads).flatten(2)
+        if in_use:
+            stored = parts.rotate_(x.float().clone(), angles, 1)
+            read = undo_shared_rotation(read, stored, parts, positions, by_part)
         kind = prediction.coded.long() * FROM_CODE
         own = partial(noise_correction, {name: p.float() for name, p in self.named_parameters()})
         rounds, trust = self.config.options["rounds"], trust or own
@@ -172,7 +179,8 @@ class JointOperator(EstimatingOperator):
             turned = None if angles is None else (angles[0][:, piece], angles[1][:, piece])
             known_sound = None if by_part is None else by_part[:, piece]
             of_piece = kind[:, piece], x[:, piece], read[:, piece], turned
-            found = estimate(deviations, *of_piece, rounds, trust, known_sound, scratch)
+            judge = partial(unless_another, trust, kind[:, piece]) if in_use else trust
+            found = estimate(deviations, *of_piece, rounds, judge, known_sound, scratch)
             pieces.append(found.to(keys.dtype))
         found = with_first(joint, torch.cat(pieces, 1), read, prediction.prior, positions)
         sides = zip("kv", parts.unstack(found), (keys, values), strict=True)
@@ -197,6 +205,20 @@ class JointOperator(EstimatingOperator):
         """See `TokenOperator`; None for an operator that does not use ids."""
         return self.calibrated.prior(model, ids, positions) if self.config.options["with_ids"] else None
 
+    def repair(
+        self,
+        model: PreTrainedModel,
+        keys: Tensor,
+        values: Tensor,
+        ids: Tensor,
+        positions: Tensor,
+        kept: Kept | None = None,
+        way: str = "estimate",
+    ) -> tuple[Tensor, Tensor]:
+        """See `TokenOperator`. An estimate first undoes a rotation that tokens share, which training does not."""
+        prior, vectors = self.prior(model, ids, positions), TokenVectors(model, self.layers)
+        return self.repair_with_prior(vectors, keys, values, prior, positions, kept, way, in_use=True)
+
     def repair_with_prior(
         self,
         vectors: TokenVectors,
@@ -206,8 +228,9 @@ class JointOperator(EstimatingOperator):
         positions: Tensor,
         kept: Kept | None = None,
         way: str = "estimate",
+        in_use: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """See `TokenOperator`. With what E kept, all that is as it was written keeps every bit."""
+        """See `TokenOperator`; in_use: see `estimate`. With what E kept, all that is as written keeps every bit."""
         layers = list(self.layers)
         here = keys[:, layers], values[:, layers]
         prediction = self.predict(prior, None if kept is None else kept.codes, like=keys[:, 0, 0, :, :1])
@@ -215,7 +238,7 @@ class JointOperator(EstimatingOperator):
         if way == "restore":
             new = vectors.back(self.calibrated.reconstruct(prediction.c, prediction.prior), positions)
         else:
-            new = self.estimate(vectors, *here, prediction, positions, sound)
+            new = self.estimate(vectors, *here, prediction, positions, sound, in_use=in_use)
         repaired = []
         for number, (whole, side, old) in enumerate(zip((keys, values), new, here, strict=True)):
             whole, side = whole.clone(), side.to(whole.dtype)
