@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checked_caches import filled, numbers
 from joint_operators import operator_of
 from small_models import VOCABULARY, model_of
 from transformers import DynamicCache
@@ -120,3 +121,19 @@ def test_of_another_text_nothing_is_believed(cached):
     restored, estimated = (operator.repair(model, *bad, ids, positions, kept, way) for way in ("restore", "estimate"))
     for new, old in zip(estimated, restored, strict=True):
         torch.testing.assert_close(new[..., FIRST:, :], old[..., FIRST:, :], atol=1e-2, rtol=0.0)
+
+
+def test_a_cache_heals_from_a_rotation():
+    model, cache, _, _ = filled(length=LENGTH, operator=operator_of("llama", 0.4))
+    before = [x[:, :, FIRST:].clone() for x in numbers(cache)]
+    for layer in cache.layers:
+        turn = rotation(11, layer.keys.shape[-1], 0.8).float()
+        layer.keys.copy_(layer.keys @ turn)
+        layer.values.copy_(layer.values @ turn)
+    rotated = [x[:, :, FIRST:] for x in numbers(cache)]
+    cache.repair("estimate")
+    healed = [x[:, :, FIRST:] for x in numbers(cache)]
+    error, damage = (
+        sum((x - old).square().sum() for x, old in zip(side, before, strict=True)) for side in (healed, rotated)
+    )
+    assert error < 0.1 * damage
