@@ -1,11 +1,18 @@
-"""How many threads compute what is kept: always one, so that it does not depend on the machine or on the caller."""
+"""How many threads compute what is kept: one for each sum, so that it does not depend on the machine or the caller."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+WORKERS = 4  # at most: each holds what its task works on
 
 
 @contextmanager
@@ -17,3 +24,28 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads for tasks side by side, each of which computes on one: what a task gives is the same however many.
+
+    So is the whole, if its parts do not depend on their number either. A task must not wait for another.
+    """
+    count = min(os.cpu_count() or 1, WORKERS)
+    with one_thread(), ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield pool
+
+
+def add_up(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of parts in their order, each of which is given up for it."""
+    total = torch.zeros(())
+    for part in parts:
+        total = part.add_(total)
+    return total
+
+
+def give_back() -> None:
+    """Returns memory that is free again to the system: on Linux each thread keeps its own, up to a gigabyte of it."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
+        trim(0)

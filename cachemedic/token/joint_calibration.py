@@ -8,6 +8,7 @@ iteration (Halko, Martinsson and Tropp 2011) with a seeded start; variances from
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 import torch
@@ -15,15 +16,17 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from cachemedic.core.progress import tqdm
-from cachemedic.core.threads import one_thread
+from cachemedic.core.threads import add_up, give_back, workers
 from cachemedic.data.text_source import TextSource
 from cachemedic.models.cache import unstack_cache
 from cachemedic.models.load import Base
 from cachemedic.models.shape import ModelShape
 from cachemedic.token.calibration_text import Texts, default_texts, source_texts, windows
-from cachemedic.token.joint import SINKS, JointModel, recent
+from cachemedic.token.joint import RECENT, SINKS, JointModel
 from cachemedic.token.joint_files import shipped_joint
 from cachemedic.token.lowest_layer import lowest_layer
+from cachemedic.token.principal_axes import principal_axes
+from cachemedic.token.prior_fit import BLOCK, COLUMNS, PART, reduced_rank, take_prior, take_prior_of_others
 from cachemedic.token.vectors import TokenVectors
 
 COORDINATES, LARGEST_PART = 2000, 4  # m at most; and a part of the numbers of a token
@@ -31,10 +34,6 @@ MEMORY = 1 << 30  # bytes of clean vectors, in bf16
 WINDOWS = 96  # at most
 LENGTH, BATCH = 544, 4  # tokens of a window, windows at once
 HELD_OUT = 8  # one window in so many measures variances
-OVERSAMPLED, ITERATIONS, BLOCK = 48, 2, 4096  # of the subspace iteration; rows at once
-RIDGE = 0.001  # of the prior, over the mean power of what it is linear in
-FOLDS = 4  # of the windows: what ids leave of one is what a prior of the others leaves
-PRIOR_RANK = 256  # of what the ids tell: each costs a restored token as much as a coordinate
 SENSITIVITY_WINDOWS, SENSITIVITY_PREFIX, SENSITIVITY_DECODED = 32, 128, 32
 LEAST_POWER, LEAST_WEIGHT = 1e-6, 1e-8  # over the mean of all: what a dead or unread head counts
 
@@ -47,7 +46,6 @@ def joint_of(base: Base, layers: tuple[int, ...], source: TextSource) -> JointMo
     return fit_joint_model(base, source_texts(base, source), layers)
 
 
-@one_thread()
 def fit_joint_model(
     base: Base,
     texts: Texts | None = None,
@@ -59,7 +57,7 @@ def fit_joint_model(
 
     texts: strings, or lists of them by kind, which then count alike (None: `default_texts`). coordinates: m at most; no
     more than the text has tokens, or a quarter of the numbers of a token. The result depends on `seed` and, in the last
-    digits, on the processor, but not on the number of threads: it computes on one.
+    digits, on the processor, but not on the number of threads: see `workers`.
     Raises `ValueError` for a base whose keys cannot be unrotated, and for too little text.
     """
     vectors = TokenVectors(base.model, layers)
@@ -70,25 +68,29 @@ def fit_joint_model(
     ids = windows(base, texts, count, length, seed)
     if len(ids) < 2:
         raise ValueError(f"the texts make {len(ids)} window of {length} tokens; calibration takes 2 or more")
-    sensitivity = fisher_diagonal(base, vectors, texts, seed)
-    z, lowest, first = _clean(base, vectors, ids)
-    mean, scale = _standardise(z, sensitivity, vectors.head_dim)
-    held_out = torch.arange(len(ids)) % min(HELD_OUT, len(ids)) == 0
-    tokens = z.view(len(ids), length - SINKS, -1)
-    seen, unseen = (tokens[rows].flatten(0, 1) for rows in (~held_out, held_out))
-    del z, tokens
-    lowest_mean = lowest.flatten(0, 1).mean(0)
-    lowest_scale = (lowest - lowest_mean).flatten(0, 1).std(0).clamp_min(LEAST_WEIGHT).reciprocal()
-    regressors = recent((lowest - lowest_mean) * lowest_scale)[:, SINKS:]
-    seen_in, unseen_in = (regressors[rows].flatten(0, 1) for rows in (~held_out, held_out))
-    prior_in, prior_out = (x.bfloat16() for x in _reduced_rank(seen_in, seen))
-    _take_prior(unseen, unseen_in @ prior_in.float(), prior_out)
-    take_prior_of_others(seen, seen_in, length - SINKS)
-    axes = principal_axes(seen, min(coordinates, len(seen), max(1, vectors.dim // LARGEST_PART)), seed)
-    c = _project(unseen, axes)
-    rest = torch.zeros(vectors.dim)
-    for rows in torch.arange(len(unseen)).split(BLOCK):
-        rest += (unseen[rows].float() - c[rows] @ axes.float()).square().sum(0)
+    with workers() as pool:
+        sensitivity = pool.submit(fisher_diagonal, base, vectors, texts, seed)
+        z, lowest, first = _clean(pool, base, vectors, ids)
+        mean, scale = _standardise(pool, z, sensitivity.result(), vectors.head_dim)
+        lowest_mean = lowest.flatten(0, 1).mean(0)
+        lowest_scale = (lowest - lowest_mean).flatten(0, 1).std(0).clamp_min(LEAST_WEIGHT).reciprocal()
+        lowest.sub_(lowest_mean).mul_(lowest_scale)
+
+        def regressors(rows: Tensor) -> Tensor:  # what `recent` gives of them
+            places = rows + (rows // (length - SINKS) + 1) * SINKS
+            return lowest.flatten(0, 1)[places[:, None] - torch.arange(RECENT)].flatten(1)
+
+        held_out = torch.arange(len(ids)) % min(HELD_OUT, len(ids)) == 0
+        rows = torch.arange(len(z)).view(len(ids), -1)
+        seen, unseen = rows[~held_out].flatten(), rows[held_out].flatten()
+        prior = reduced_rank(pool, regressors, z, seen)
+        take_prior_of_others(pool, z, regressors, seen, length - SINKS)
+        prior_in, prior_out = (x.bfloat16() for x in prior.result())
+        told = regressors(unseen) @ prior_in.float()
+        take_prior(pool, z, unseen, told, prior_out)
+        give_back()
+        axes = principal_axes(pool, z, seen, min(coordinates, len(seen), max(1, vectors.dim // LARGEST_PART)), seed)
+        c, rest = _spread(pool, z, unseen, axes.float())
     return JointModel(
         of=ModelShape.of(base.model.config),
         layers=vectors.layers,
@@ -96,12 +98,12 @@ def fit_joint_model(
         scale=scale,
         axes=axes,
         variance=c.square().mean(0),
-        rest=rest / len(unseen),
+        rest=rest,
         lowest_mean=lowest_mean,
         lowest_scale=lowest_scale,
         prior_in=prior_in,
         prior_out=prior_out,
-        prior_variance=(unseen_in @ prior_in.float()).square().mean(0),
+        prior_variance=told.square().mean(0),
         first=first,
     )
 
@@ -135,37 +137,43 @@ def clean_caches(base: Base, ids: Tensor, batch: int = BATCH) -> Iterator[tuple[
         yield rows, cache
 
 
-def _clean(base: Base, vectors: TokenVectors, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _clean(pool: Executor, base: Base, vectors: TokenVectors, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Vectors [n (T - SINKS), D] of all tokens but the first, bf16, of the lowest layer of all [n, T, W], and [D] of
     the first token, where all windows begin with the same.
     """
     count, length = ids.shape
     x = torch.empty(count, length - SINKS, vectors.dim, dtype=torch.bfloat16)
-    lowest, first, done = list[Tensor](), None, 0
-    bar = tqdm(total=count, desc=f"clean caches of {base.name}")
-    for rows, cache in clean_caches(base, ids):
+
+    def write(batch: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        ((rows, cache),) = clean_caches(base, batch)
         positions = torch.arange(length, device=rows.device).expand(len(rows), -1)
         stored: list[Any] = [cache.layers[layer] for layer in vectors.layers]
         found = vectors.of([s.keys for s in stored], [s.values for s in stored], positions)
-        x[done : done + len(rows)] = found[:, SINKS:].cpu()
-        first = found[0, 0].float().cpu() if first is None else first
-        lowest.append(lowest_layer(base.model, rows, positions).float().cpu())
-        done += len(rows)
-        bar.update(len(rows))
+        out.copy_(found[:, SINKS:].cpu())
+        return lowest_layer(base.model, rows, positions).float().cpu(), found[0, 0].float().cpu().clone()
+
+    lowest, firsts = list[Tensor](), list[Tensor]()
+    bar = tqdm(total=count, desc=f"clean caches of {base.name}")
+    for low, first in pool.map(write, ids.split(BATCH), x.split(BATCH)):
+        lowest.append(low)
+        firsts.append(first)
+        bar.update(len(low))
+        give_back()
     bar.close()
     alike = bool((ids[:, 0] == ids[0, 0]).all())
-    return x.flatten(0, 1), torch.cat(lowest), first if alike else None
+    return x.flatten(0, 1), torch.cat(lowest), firsts[0] if alike else None
 
 
-def _standardise(x: Tensor, sensitivity: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+def _standardise(pool: Executor, x: Tensor, sensitivity: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """Makes vectors x [N, D] in place what the axes are found for; returns mean and scale [D].
 
     The scale makes each head's vectors of unit size, then weighs a head by the fourth root of what an error in it does
     to the output (Amari 1998, averaged over the head): the square root of the weight that would be exact for errors so
     small that they stay apart.
     """
-    mean = sum(rows.float().sum(0) for rows in x.split(BLOCK)) / len(x)  # type: ignore[operator]
-    power = sum((rows.float() - mean).square().sum(0) for rows in x.split(BLOCK)) / len(x)  # type: ignore[operator]
+    blocks = x.split(BLOCK)
+    mean = add_up(pool.map(lambda rows: rows.float().sum(0), blocks)) / len(x)
+    power = add_up(pool.map(lambda rows: rows.float().sub_(mean).square_().sum(0), blocks)) / len(x)
 
     def by_head(numbers: Tensor) -> Tensor:
         return numbers.unflatten(0, (-1, head_dim)).mean(-1, keepdim=True).expand(-1, head_dim).flatten()
@@ -174,8 +182,7 @@ def _standardise(x: Tensor, sensitivity: Tensor, head_dim: int) -> tuple[Tensor,
     size = power.clamp_min(LEAST_POWER * power.mean()).rsqrt()
     weight = by_head(sensitivity / size.square())
     scale = size * (weight / weight.mean()).clamp_min(LEAST_WEIGHT).pow(0.25)
-    for rows in x.split(BLOCK):
-        rows.copy_((rows.float() - mean) * scale)
+    list(pool.map(lambda rows: rows.copy_(rows.float().sub_(mean).mul_(scale)), blocks))
     return mean, scale
 
 
@@ -216,63 +223,12 @@ def fisher_diagonal(base: Base, vectors: TokenVectors, texts: Texts, seed: int =
     return total / (len(ids) * SENSITIVITY_DECODED * (prefix - SINKS))
 
 
-def principal_axes(z: Tensor, count: int, seed: int) -> Tensor:
-    """The first principal axes [count, D] of rows z [N, D], bf16, orthonormal up to rounding.
+def _spread(pool: Executor, z: Tensor, rows: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
+    """Coordinates [n, m] of some rows of z [N, D], and the mean square [D] of what they leave."""
+    c = torch.cat([*pool.map(lambda part: z[part].float() @ axes.T, rows.split(PART))])
 
-    Products run in float32: processors without instructions for bf16 take sixty times as long for them.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    width = min(count + OVERSAMPLED, *z.shape)
-    basis = torch.randn(z.shape[1], width, generator=generator)
-    for _ in tqdm(range(ITERATIONS), desc="principal axes"):
-        wide = torch.zeros_like(basis)
-        for rows in z.split(BLOCK):
-            block = rows.float()
-            wide += block.T @ (block @ basis)
-        basis = torch.linalg.qr(wide).Q
-    gram = torch.zeros(width, width)
-    for rows in z.split(BLOCK):
-        found = rows.float() @ basis
-        gram += found.T @ found
-    turn = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]
-    axes = (basis @ turn).T
-    sign = axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # an axis has no direction of its own
-    return (axes * sign).bfloat16().contiguous()
+    def rest(columns: Tensor, axes: Tensor) -> Tensor:
+        blocks = zip(rows.split(BLOCK), c.split(BLOCK), strict=True)
+        return add_up(columns[block].float().sub_(known @ axes).square_().sum(0) for block, known in blocks)
 
-
-def _project(z: Tensor, axes: Tensor) -> Tensor:
-    """Coordinates [N, m] of rows z [N, D]."""
-    return torch.cat([rows.float() @ axes.float().T for rows in z.split(BLOCK)])
-
-
-def _reduced_rank(regressors: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """The map of low rank from regressors [N, n] to rows z [N, D] of least squared error (Izenman 1975)."""
-    gram, products = regressors.T @ regressors, torch.zeros(regressors.shape[1], z.shape[1])
-    for rows in torch.arange(len(z)).split(BLOCK):
-        products += regressors[rows].T @ z[rows].float()
-    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
-    full = torch.linalg.solve(gram + ridge, products)
-    root = torch.linalg.cholesky((gram + ridge).double()).T  # |root full| is |regressors full|, but for the ridge
-    axes = torch.linalg.svd(root.float() @ full, full_matrices=False).Vh[:PRIOR_RANK]
-    return full @ axes.T, axes
-
-
-def _take_prior(z: Tensor, features: Tensor, prior_out: Tensor) -> None:
-    """Leaves of rows z [N, D], in place, what features [N, r] do not tell."""
-    for rows, told in zip(z.split(BLOCK), features.split(BLOCK), strict=True):
-        rows.copy_(rows.float() - told @ prior_out.float())
-
-
-def take_prior_of_others(z: Tensor, regressors: Tensor, length: int) -> None:
-    """The same of windows of `length` rows, each by a prior that has not seen it.
-
-    A prior tells too much of its own rows, above all of rare tokens, for which no axes would then be left.
-    """
-    fold = torch.arange(len(z)) // length % FOLDS
-    if len(fold.unique()) < 2:
-        fold = torch.arange(len(z)) % 2  # of a single window every other token
-    priors = [_reduced_rank(regressors[fold != number], z[fold != number]) for number in fold.unique()]
-    for number, (prior_in, prior_out) in zip(fold.unique(), priors, strict=True):
-        part = z[fold == number]
-        _take_prior(part, regressors[fold == number] @ prior_in, prior_out)
-        z[fold == number] = part
+    return c, torch.cat([*pool.map(rest, z.split(COLUMNS, 1), axes.split(COLUMNS, 1))]) / len(rows)

@@ -6,6 +6,7 @@ import torch
 from tiny import DOCUMENTS
 from tiny_repair import base_of
 
+from cachemedic.core.threads import workers
 from cachemedic.data.tasks import sentiment_task
 from cachemedic.defenses.defense import CachedTokens
 from cachemedic.evaluation.decoding import clean_pass
@@ -13,7 +14,8 @@ from cachemedic.models.load import load_base
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.token import joint_calibration
 from cachemedic.token.calibration_text import default_texts, windows
-from cachemedic.token.joint_calibration import fit_joint_model, take_prior_of_others
+from cachemedic.token.joint_calibration import fit_joint_model
+from cachemedic.token.prior_fit import take_prior_of_others
 from cachemedic.token.token_repair import TokenRepair
 
 KINDS = {"prose": DOCUMENTS, "reviews": [f"Review: a film, number {i}.\nSentiment: positive" for i in range(90)]}
@@ -75,5 +77,6 @@ def test_what_ids_leave_is_measured_on_windows_that_the_prior_has_not_seen():
     generator = torch.Generator().manual_seed(0)
     z, regressors = (torch.randn(96, n, generator=generator) for n in (12, 40))  # nothing is told, but much is fitted
     left = z.clone()
-    take_prior_of_others(left, regressors, 12)
+    with workers() as pool:
+        take_prior_of_others(pool, left, regressors.__getitem__, torch.arange(96), 12)
     assert left.square().mean() > z.square().mean()

@@ -1,6 +1,7 @@
 """Families D and E under a joint model: what is told, estimated, kept and saved."""
 
 import json
+import os
 from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
@@ -12,11 +13,12 @@ from small_models import CONFIGS, VOCABULARY, model_of
 from tiny import DOCUMENTS, tiny_model, tiny_tokenizer
 from transformers import DynamicCache
 
+from cachemedic.core import threads as threads_module
 from cachemedic.models.cache import stack_cache, unstack_cache
 from cachemedic.models.load import Base
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.token import joint_calibrate
+from cachemedic.token import joint_calibrate, joint_calibration, principal_axes, prior_fit
 from cachemedic.token.joint_calibration import fit_joint_model
 from cachemedic.token.joint_operator import SketchAssisted, TokenAware
 from cachemedic.token.plausible import check_cache, statistics, thresholds
@@ -199,14 +201,19 @@ def test_trust_learns_not_to_believe_another_token(clean):
     assert error(op.repair(model, *exchanged, ids, positions, kept), keys, values) < before
 
 
-def test_a_joint_model_does_not_depend_on_the_number_of_threads():
+def test_a_joint_model_does_not_depend_on_the_number_of_threads(monkeypatch):
     base, before = Base(tiny_model("llama"), tiny_tokenizer(), "tiny"), torch.get_num_threads()
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for name, number in {"BLOCK": 64, "PART": 16, "COLUMNS": 16}.items():  # of which a tiny base then has several
+        for module in (joint_calibration, prior_fit, principal_axes):
+            monkeypatch.setattr(module, name, number)
     digests = []
-    for threads in (1, 2):
+    for count, threads in ((1, 1), (1, 2), (3, 2)):
+        monkeypatch.setattr(threads_module, "WORKERS", count)
         torch.set_num_threads(threads)
         digests.append(fit_joint_model(base, 6 * DOCUMENTS).digest)
     torch.set_num_threads(before)
-    assert digests[0] == digests[1]
+    assert digests[0] == digests[1] == digests[2]
 
 
 def test_what_has_no_bits_is_what_the_ids_tell(clean):

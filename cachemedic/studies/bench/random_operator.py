@@ -9,8 +9,9 @@ from cachemedic.models.shape import ModelShape
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.token.coder import joint_operator
 from cachemedic.token.joint import RECENT, JointModel
-from cachemedic.token.joint_calibration import COORDINATES, LARGEST_PART, PRIOR_RANK
+from cachemedic.token.joint_calibration import COORDINATES, LARGEST_PART
 from cachemedic.token.joint_operator import JointOperator
+from cachemedic.token.prior_fit import PRIOR_RANK
 
 
 def random_operator(model: PreTrainedModel, family: str) -> JointOperator:
