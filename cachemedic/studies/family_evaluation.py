@@ -56,6 +56,19 @@ def code_alone(repair: TokenRepair) -> TokenRepair:
     return TokenRepair(repair.model, repair.operator, "restore")
 
 
+class TokenByToken(TokenRepair):
+    """The same operator where it judges each token by itself, as in training: no rotation that tokens share is undone,
+    and no token is told to be another one.
+    """
+
+    @torch.no_grad()
+    def read(self, damaged: CachedTokens, kept: Kept | None) -> CachedTokens:
+        vectors, positions = TokenVectors(self.model, self.operator.layers), damaged.positions
+        prior = self.operator.prior(self.model, damaged.ids, positions)
+        k, v = self.operator.repair_with_prior(vectors, damaged.k, damaged.v, prior, positions, kept)
+        return replace(damaged, k=k, v=v)
+
+
 def without_trust(repair: TokenRepair) -> TokenRepair:
     """The same operator with a trust network that says nothing: the noise is as the algebra has it."""
     operator = RepairOperator.stack([repair.operator.select(run) for run in range(repair.runs)])

@@ -31,7 +31,7 @@ from cachemedic.models.load import Base
 from cachemedic.models.shape import ModelShape
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies import pretrained
-from cachemedic.studies.family_evaluation import bytes_per_token
+from cachemedic.studies.family_evaluation import TokenByToken, bytes_per_token
 from cachemedic.studies.fault_grid import Guarded, stored_bank
 from cachemedic.studies.run import Run
 from cachemedic.studies.summaries import in_order, means_over_seeds
@@ -141,9 +141,12 @@ def readers_of(run: Run, base: Base, source: TextSource) -> tuple[dict[str, Defe
     known = run.read_csv("pretrained_results")
     best = str(known.loc[known["best_heuristic"], "reader"].iloc[0])
     usual, longer = pretrained.token_readers(base, source), codes(base, source)
-    assert isinstance(usual["D"], TokenRepair)
+    d, e = usual["D"], usual["E"]
+    assert isinstance(d, TokenRepair)
+    assert isinstance(e, TokenRepair)
     readers: dict[str, Defense] = {"none": NoDefense(), best: create_defense(best, calibration)}
-    readers |= {"D": usual["D"], "D, hashes": Hashed(usual["D"]), **_by_code(base, usual, longer)}
+    readers |= {"D": d, "D, hashes": Hashed(d), **_by_code(base, usual, longer)}
+    readers |= {f"{name}, token by token": TokenByToken(base.model, r.operator) for name, r in (("D", d), ("E", e))}
     readers |= copies(calibration.shape) | {name: create_defense(name, calibration) for name in RIVALS}
     return readers, best
 

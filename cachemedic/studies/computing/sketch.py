@@ -18,6 +18,7 @@ from cachemedic.models.load import Base
 from cachemedic.studies.family_evaluation import (
     CodeSwapped,
     OneSide,
+    TokenByToken,
     bytes_per_token,
     code_alone,
     rate_distortion,
@@ -67,6 +68,7 @@ def ablation(run: Run, base: Base) -> pd.DataFrame:
         "none": NoDefense(),
         **changed,
         "no trust network": without_trust(whole),
+        "token by token": TokenByToken(base.model, whole.operator),
         "code alone": code_alone(whole),
         "keys only": OneSide(whole, "k"),
         "values only": OneSide(whole, "v"),
