@@ -12,7 +12,7 @@ quantise    uniform quantisation: numbers as they are read back from few bits
 progress    progress bars
 registry    things by name, to which any module can add its own
 seeds       random generators that are seeded by a name
-threads     one thread for what is kept, so that it does not depend on the machine
+threads     one thread, or several of one each, for what is kept, so that it does not depend on the machine
 severity_map  a table from severities to the parameters of corruption types
 divergence  how far repaired caches and logits are from the clean ones
 """

@@ -11,9 +11,11 @@ recompute          damaged tokens computed again from their ids
 hashes             which tokens and layers of a cache changed since they were written
 scalar_codes       few-bit codes of real numbers
 joint, joint_files the joint model of a token, and its file
+prior_fit, principal_axes  what it holds of the ids, and of what they leave
 joint_calibration, calibration_text  how it is measured, and on which text
 code               the code of a token under the joint model
 parts, estimate    what damaged tokens most likely held
+shared_rotation    a rotation that many of them share, undone before
 trust              the network that says how much of a damaged token to believe
 first_token        the very first token, which the joint model leaves out
 kept               what family E keeps of the tokens of a cache

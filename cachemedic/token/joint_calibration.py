@@ -1,8 +1,8 @@
 """Calibration: the joint model of the tokens of a base, measured on clean caches of text.
 
 Two passes over text: one for the sensitivity of the output to errors (the diagonal of the Fisher information), one for
-the vectors themselves, of which at most `MEMORY` bytes are held. Principal axes come from a randomised subspace
-iteration (Halko, Martinsson and Tropp 2011) with a seeded start; variances from windows that the axes have not seen.
+the vectors themselves, of which at most `MEMORY` bytes are held and changed where they lie. Variances come from windows
+that the axes have not seen.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from concurrent.futures import Executor, Future
 import torch
 from torch import Tensor
 
+from cachemedic.core.threads import give_back
+
 BLOCK = 4096  # rows of one product
 PART, COLUMNS = 1024, 2048  # rows and columns that a task takes of it
 RIDGE = 0.001  # of the prior, over the mean power of what it is linear in
@@ -32,15 +34,15 @@ def reduced_rank(pool: Executor, regressors: Regressors, z: Tensor, rows: Tensor
         chosen = regressors(rows)
         return chosen.T @ chosen
 
-    def products(columns: Tensor) -> Tensor:
-        found = torch.zeros(1)
+    def add(columns: Tensor, total: Tensor) -> None:
         for block in rows.split(BLOCK):
-            found = (regressors(block).T @ columns[block].float()).add_(found)
-        return found
+            total += regressors(block).T @ columns[block].float()
 
     squares = pool.submit(gram)
-    found = torch.cat([*pool.map(products, z.split(COLUMNS, 1))], 1)
-    return pool.submit(_solved, squares.result(), found)
+    products = torch.zeros(regressors(rows[:1]).shape[1], z.shape[1])
+    list(pool.map(add, z.split(COLUMNS, 1), products.split(COLUMNS, 1)))
+    give_back()
+    return pool.submit(_solved, squares.result(), products)
 
 
 def _solved(gram: Tensor, products: Tensor) -> Map:
