@@ -34,7 +34,7 @@ from cachemedic.token.kept import Kept, Prediction, hashes_of, kept_sinks, with_
 from cachemedic.token.parts import DeviationModel
 from cachemedic.token.scratch import Scratch
 from cachemedic.token.shared_rotation import undo_shared_rotation
-from cachemedic.token.trust import initial_trust, noise_correction, unless_another
+from cachemedic.token.trust import BY_CODE, BY_IDS, initial_trust, noise_correction, unless_another
 from cachemedic.token.trust_fit import EstimatingOperator, fit_trust
 from cachemedic.token.vectors import TokenVectors
 
@@ -168,6 +168,8 @@ class JointOperator(EstimatingOperator):
         angles = vectors.rotation.angles(positions.to(x.device), torch.float32)
         read = parts.stack(keys, values)
         by_part = None if sound is None else sound[..., None].expand(*sound.shape, parts.heads).flatten(2)
+        in_use &= bool(prediction.prior is not None or prediction.coded.any())  # else all tokens are told the same
+        least = torch.tensor([-torch.inf if prediction.prior is None else BY_IDS, BY_CODE], device=x.device)
         if in_use:
             stored = parts.rotate_(x.float().clone(), angles, 1)
             read = undo_shared_rotation(read, stored, parts, positions, by_part)
@@ -179,7 +181,7 @@ class JointOperator(EstimatingOperator):
             turned = None if angles is None else (angles[0][:, piece], angles[1][:, piece])
             known_sound = None if by_part is None else by_part[:, piece]
             of_piece = kind[:, piece], x[:, piece], read[:, piece], turned
-            judge = partial(unless_another, trust, kind[:, piece]) if in_use else trust
+            judge = partial(unless_another, trust, least[kind[:, piece]]) if in_use else trust
             found = estimate(deviations, *of_piece, rounds, judge, known_sound, scratch)
             pieces.append(found.to(keys.dtype))
         found = with_first(joint, torch.cat(pieces, 1), read, prediction.prior, positions)

@@ -16,7 +16,7 @@ from cachemedic.token.estimate import PartStatistics, Trust
 
 FEATURES = 11
 GAIN = 8.0  # of the output: few updates take a part from believed to not believed
-ANOTHER = (0.6, 0.75)  # regression of a token on its prediction, from the ids or from a code, below which it is another
+BY_IDS, BY_CODE = 0.6, 0.75  # regression of a token on what these predict, below which it is another token
 NOTHING = 40.0  # what to add to the logarithm of the noise where nothing is believed
 SMALLEST, LARGEST = 1e-3, 1e4  # of ratios, before their logarithm
 
@@ -38,17 +38,15 @@ def noise_correction(parameters: Mapping[str, Tensor], parts: PartStatistics) ->
     return network(parameters, rows, parameters["trust_part"][:, None]).view(x.shape[:-1])
 
 
-def unless_another(trust: Trust, kind: Tensor, parts: PartStatistics) -> Tensor:
-    """What `trust` says, and of tokens that hold another text that nothing of them is believed; kind [B, T]: see
-    `estimate`.
+def unless_another(trust: Trust, least: Tensor, parts: PartStatistics) -> Tensor:
+    """What `trust` says, and of tokens that hold another text that nothing of them is believed.
 
     What was read regresses on its prediction by 1, whatever noise was added to it, and by less where it is another
-    token's. One part hardly shows that, all of a token together do.
+    token's. One part hardly shows that, all of a token together do. least [B, T]: the regression of a token.
     """
     heard = (~parts.exact & ~parts.sound) * (1 - parts.lost)
     regression = (parts.regression * heard).sum(-1) / heard.sum(-1).clamp_min(SMALLEST)
-    other = regression < torch.tensor(ANOTHER, device=kind.device)[kind]
-    return torch.where(other[..., None], NOTHING, trust(parts))
+    return torch.where((regression < least)[..., None], NOTHING, trust(parts))
 
 
 def network(parameters: Mapping[str, Tensor], x: Tensor, embedding: Tensor) -> Tensor:

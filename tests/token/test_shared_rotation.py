@@ -11,6 +11,7 @@ from cachemedic.corruption.types import rotation
 from cachemedic.models.cache import stack_cache
 from cachemedic.token.parts import Parts
 from cachemedic.token.shared_rotation import undo_shared_rotation
+from cachemedic.token.vectors import TokenVectors
 
 PARTS, ROWS, LENGTH = Parts(layers=4, heads=3, width=8), 2, 60
 FIRST = 4  # tokens of which too little is known
@@ -121,6 +122,15 @@ def test_of_another_text_nothing_is_believed(cached):
     restored, estimated = (operator.repair(model, *bad, ids, positions, kept, way) for way in ("restore", "estimate"))
     for new, old in zip(estimated, restored, strict=True):
         torch.testing.assert_close(new[..., FIRST:, :], old[..., FIRST:, :], atol=1e-2, rtol=0.0)
+
+
+def test_without_ids_and_codes_no_token_is_another_one(cached):
+    name, model, ids, positions, keys, values = cached
+    operator = operator_of(name, None, with_ids=False)
+    vectors = TokenVectors(model, operator.layers)
+    in_training = operator.repair_with_prior(vectors, keys, values, None, positions)
+    for new, old in zip(operator.repair(model, keys, values, ids, positions), in_training, strict=True):
+        assert torch.equal(new, old)
 
 
 def test_a_cache_heals_from_a_rotation():
