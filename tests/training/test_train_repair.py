@@ -15,7 +15,7 @@ from cachemedic.core.severity_map import SeverityMap
 from cachemedic.corruption.apply import Mixture
 from cachemedic.data import text_source
 from cachemedic.defenses.defense import CachedTokens
-from cachemedic.token.token_repair import TokenRepair
+from cachemedic.studies.family_evaluation import TokenByToken
 from cachemedic.training.forward import read_cache, repaired
 from cachemedic.training.stored_repair import TINY_DAMAGE, measure_repair
 from cachemedic.training.trainer import Trainer
@@ -68,7 +68,7 @@ def test_students_read_what_a_repair_returns_and_it_is_measured_as_defined(
         for x, hit in zip(whole, (draw.keys, draw.values), strict=True):
             x[:, trainer.first :] = hit[seed]
         ids, valid = bank.ids[rows, : bank.prefix], torch.ones(config.batch, bank.prefix, dtype=torch.bool)
-        defense = TokenRepair(base.model, trainer.operator.select(run))
+        defense = TokenByToken(base.model, trainer.operator.select(run))
         kept = defense.write(CachedTokens.behind_padding(*clean, ids, valid))
         alone = defense.read(CachedTokens.behind_padding(*whole, ids, valid), kept)
         torch.testing.assert_close(read.keys[run], alone.k[:, trainer.first :], rtol=1e-3, atol=1e-3)

@@ -11,7 +11,7 @@ from tiny_training import CONFIG, log_lines, parameters
 
 from cachemedic.defenses.defense import CachedTokens
 from cachemedic.models.cache import unstack_cache
-from cachemedic.token.token_repair import TokenRepair
+from cachemedic.studies.family_evaluation import TokenByToken
 from cachemedic.training.forward import read_cache, repaired
 from cachemedic.training.objective import RepairObjective
 from cachemedic.training.trainer import Trainer
@@ -46,7 +46,7 @@ def test_it_sees_the_states_of_a_student_behind_the_repaired_cache(family, base,
         for run in (0, 3):
             rows, hit = draw.rows[run // 2], (draw.keys[run // 2], draw.values[run // 2])
             ids, valid = bank.ids[rows, : bank.prefix], torch.ones(CONFIG.batch, bank.prefix, dtype=torch.bool)
-            repair = TokenRepair(base.model, trainer.operator.select(run))
+            repair = TokenByToken(base.model, trainer.operator.select(run))
             kept = repair.write(CachedTokens.behind_padding(bank.keys[rows], bank.values[rows], ids, valid))
             read = repair.read(CachedTokens.behind_padding(*hit, ids, valid), kept)
             output = base.model(
@@ -146,7 +146,7 @@ def test_of_a_cache_in_few_bits_only_the_code_is_kept(family, base, bank, tmp_pa
     rows = torch.arange(4)
     ids, valid = bank.ids[rows, : bank.prefix], torch.ones(4, bank.prefix, dtype=torch.bool)
     stored = CachedTokens.behind_padding(bank.keys[rows], bank.values[rows], ids, valid)
-    lossy, usual = (TokenRepair(base.model, operator, lossy=lossy) for lossy in (True, False))
+    lossy, usual = (TokenByToken(base.model, operator, lossy=lossy) for lossy in (True, False))
     assert lossy.bytes_per_token == operator.bytes_per_token
     assert lossy.cache_bytes == 0
     kept = lossy.write(stored)
