@@ -207,19 +207,9 @@ class JointOperator(EstimatingOperator):
         """See `TokenOperator`; None for an operator that does not use ids."""
         return self.calibrated.prior(model, ids, positions) if self.config.options["with_ids"] else None
 
-    def repair(
-        self,
-        model: PreTrainedModel,
-        keys: Tensor,
-        values: Tensor,
-        ids: Tensor,
-        positions: Tensor,
-        kept: Kept | None = None,
-        way: str = "estimate",
-    ) -> tuple[Tensor, Tensor]:
-        """See `TokenOperator`. An estimate first undoes a rotation that tokens share, which training does not."""
-        prior, vectors = self.prior(model, ids, positions), TokenVectors(model, self.layers)
-        return self.repair_with_prior(vectors, keys, values, prior, positions, kept, way, in_use=True)
+    def repair_in_use(self, *read: Any) -> tuple[Tensor, Tensor]:
+        """See `TokenOperator`. An estimate first looks at what tokens share, which training does not."""
+        return self.repair_with_prior(*read, in_use=True)
 
     def repair_with_prior(
         self,

@@ -85,7 +85,11 @@ class TokenOperator(RepairOperator):
     ) -> Sides:
         """Keys and values [B, L, G, T, d] of all layers, those protected are repaired, by one of `OPERATOR_WAYS`."""
         prior = self.prior(model, ids, positions)
-        return self.repair_with_prior(TokenVectors(model, self.layers), keys, values, prior, positions, kept, way)
+        return self.repair_in_use(TokenVectors(model, self.layers), keys, values, prior, positions, kept, way)
+
+    def repair_in_use(self, *read: Any) -> Sides:
+        """`repair_with_prior`, for a family that repairs otherwise where it is used than in training."""
+        return self.repair_with_prior(*read)
 
     def repair_stored(
         self, model: PreTrainedModel, clean: Sides, found: Sides, ids: Tensor, index: Tensor, lossy: bool = False
