@@ -220,6 +220,7 @@ class JointOperator(EstimatingOperator):
         positions: Tensor,
         kept: Kept | None = None,
         way: str = "estimate",
+        *,
         in_use: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """See `TokenOperator`; in_use: see `estimate`. With what E kept, all that is as written keeps every bit."""
