@@ -1,12 +1,14 @@
 """The costs of a cache that can be repaired: every operation does its work and has its row."""
 
 import pytest
+import torch
 from joint_operators import operator_of
 from small_models import CONFIGS, VOCABULARY, model_of
 
 from cachemedic.models.load import Base
+from cachemedic.repair.operator import RepairOperator
 from cachemedic.studies.bench import whole_tokens
-from cachemedic.studies.bench.whole_tokens import DAMAGED, MEASURED_WAYS, repair_cost
+from cachemedic.studies.bench.whole_tokens import DAMAGED, MEASURED_WAYS, Setting, measured, repair_cost
 
 
 class Tokenizer:
@@ -33,3 +35,25 @@ def test_every_operation_has_its_row_and_its_bytes(monkeypatch, share):
     assert frame["fixed_bytes"].unique().tolist() == [operator.fixed_bytes]
     expected = 17 + 8 + 4 * 3 + operator.bytes_per_token  # id, position, erased, hashes and code
     assert frame["bytes_per_token"].unique().tolist() == [expected]
+
+
+@pytest.mark.parametrize("cores", ["one", "all"])
+def test_a_setting_is_measured_in_its_number_format_and_on_its_cores(monkeypatch, cores):
+    monkeypatch.setattr(whole_tokens, "STEPS", 1)
+    seen = set()
+
+    def cost(base, operator, lengths):
+        seen.add((base.model.dtype, torch.get_num_threads()))
+        return repair_cost(base, operator, lengths, rounds=1)
+
+    monkeypatch.setattr(whole_tokens, "repair_cost", cost)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        operator = RepairOperator.from_pretrained("E/embedded-llama")
+        frame = measured(Setting("embedded-llama", "E", (32,), torch.bfloat16, cores), operator)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == {(torch.bfloat16, 1 if cores == "one" else 2)}
+    assert frame[["dtype", "cores"]].drop_duplicates().to_numpy().tolist() == [["bfloat16", cores]]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -10,13 +12,12 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from cachemedic.models.load import Base
+from cachemedic.core.threads import one_thread
+from cachemedic.models.load import Base, load_base
 from cachemedic.studies.bench.timing import interleave, row, timed
 from cachemedic.token.cache import SketchCache
 from cachemedic.token.joint_operator import JointOperator
 
-BASES = {"embedded-gpt2": ("D", "E"), "embedded-llama": ("D", "E"), "smollm2-135m": ("E",)}  # and families
-LENGTHS = (448, 1024, 4096)  # the first is for bases of a short context
 DAMAGED = (0.01, 0.1, 1.0)  # shares of the tokens
 MEASURED_WAYS = ("restore", "estimate", "recompute")
 ROUNDS = 7
@@ -24,9 +25,38 @@ STEPS = 16  # decoding steps a round: one of them in a page of 16 writes the cod
 NOISE = 0.5  # of the damage, over the size of the numbers
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What is measured: a base in a number format, an operator of a family, caches of some lengths, on how many cores.
+
+    cores: "one", or "all" that torch takes by itself.
+    """
+
+    base: str
+    family: str
+    lengths: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    cores: str = "all"
+
+
+SETTINGS = (
+    *(Setting(base, family, (448,)) for base in ("embedded-gpt2", "embedded-llama") for family in ("D", "E")),
+    Setting("smollm2-135m", "E", (1024, 4096)),
+    Setting("smollm2-135m", "E", (1024,), torch.bfloat16, "one"),
+)
+
+
+def measured(setting: Setting, operator: JointOperator) -> pd.DataFrame:
+    """What `repair_cost` finds in a setting, with the columns dtype and cores."""
+    base = load_base(setting.base, dtype=setting.dtype)
+    with one_thread() if setting.cores == "one" else nullcontext():
+        found = repair_cost(base, operator, setting.lengths)
+    return found.assign(dtype=str(setting.dtype).removeprefix("torch."), cores=setting.cores)
+
+
 @torch.inference_mode()
 def repair_cost(
-    base: Base, operator: JointOperator, lengths: Sequence[int] = LENGTHS, rounds: int = ROUNDS, seed: int = 0
+    base: Base, operator: JointOperator, lengths: Sequence[int], rounds: int = ROUNDS, seed: int = 0
 ) -> pd.DataFrame:
     """One row for each operation, cache length (those that the context holds) and share of damaged tokens.
 
