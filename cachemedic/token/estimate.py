@@ -7,7 +7,8 @@ Under the joint model the numbers read deviate from those predicted (by the code
 all of it normal. The noise of each part of a token has a size of its own; numbers that are lost (zero, not finite, far
 off) say nothing. Rounds of estimating the noise from what c leaves unexplained, and of one step of conjugate gradients
 (Polak and Ribiere 1969) toward the most likely c, are followed by one weighted mean a number of what was read and what
-c says. Noise is estimated number by number as they are stored, keys rotated, because there it is independent.
+c says. Noise is estimated number by number as they are stored, keys rotated, because there it is independent. Numbers
+that were rounded have no noise but bounds: of them the means of normal variables within their bounds are taken.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cachemedic.token.parts import DeviationModel
+from cachemedic.token.rounded import within
 from cachemedic.token.scratch import Scratch
 from cachemedic.token.vectors import Angles
 
@@ -68,14 +70,16 @@ def estimate(
     rounds: int,
     trust: Trust | None = None,
     sound: Tensor | None = None,
+    rounded: Tensor | None = None,
     scratch: Scratch | None = None,
 ) -> Tensor:
     """The estimate [B, T, D] of tokens [B, T, D] from what was `read` and `predicted`, in float32.
 
     kind [B, T]: of each token's prediction, a row of `deviations`; predicted: with keys as before their rotation; read,
     and what is returned: as stored; angles: of the keys; rounds: 1 or more; trust: corrects the noise (None: the
-    algebra alone); sound [B, T, P]: parts known to be as they were written, which stay so; scratch: shared by calls
-    that follow each other. Matrix products run in the number format of `predicted`.
+    algebra alone); sound [B, T, P]: parts known to be as they were written, which stay so; rounded [B, T, P]: how far
+    numbers lie from those read, at most, 0 where that is not known; scratch: shared by calls that follow each other.
+    Matrix products run in the number format of `predicted`.
     """
     scratch = Scratch() if scratch is None else scratch
     parts, kinds, axes = deviations.parts, kind.unique(), deviations.axes.to(predicted.dtype)
@@ -83,7 +87,12 @@ def estimate(
     left, exact, rest = deviations.left[kind], deviations.exact[kind], parts.split(deviations.rest[kind])
     sound = torch.zeros_like(read[..., :1], dtype=torch.bool) if sound is None else sound
     stored = parts.rotate_(_copied(predicted, scratch("stored", predicted)), angles, 1, scratch)
-    first, present, count, expected = _deviation(deviations, kind, stored, read, sound, scratch)
+    known, bounded = sound, None  # parts without noise of an unknown size, and those of them that were rounded
+    if rounded is not None:
+        bounded = (rounded > 0) & ~exact
+        known = sound | bounded
+        half = (rounded[..., None] * parts.split(deviations.scale))[bounded]
+    first, present, count, expected = _deviation(deviations, kind, stored, read, known, scratch)
     d, c, spare = first, torch.zeros_like(left), scratch("spare", first)
     from_prediction = _power(first, spare) / count
     least = (from_prediction - 2 * expected).clamp_min(0)  # what the prediction alone makes certain
@@ -94,12 +103,18 @@ def estimate(
     direction = before = slope = torch.zeros_like(c)
     total_before = torch.zeros_like(c[..., 0])
     left_now = left @ deviations.mass / parts.width
+    own = None if bounded is None else floored.expand_as(d)[bounded]
     for number in range(rounds):
-        whole = torch.add(floored, noise.where(~sound, 0.0)[..., None], out=spare)
+        whole = torch.add(floored, noise.where(~known, 0.0)[..., None], out=spare)
         w = torch.div(usable, whole, out=scratch("weights", first))
+        pulled = torch.mul(w, d, out=spare)
+        if own is not None:
+            mean, spread = within(d[bounded], half, own)
+            pulled[bounded] = mean / own
+            w[bounded] = ((own - spread) / own.square()).clamp_min(TINY)
         weight = w.mean(-1)
         precision = left.reciprocal() + weight @ deviations.mass.T
-        pull = parts.rotate_(torch.mul(w, d, out=spare).flatten(-2), angles, -1, scratch)
+        pull = parts.rotate_(pulled.flatten(-2), angles, -1, scratch)
         pull = _as(axes.dtype, pull, scratch("narrow", pull, axes.dtype))
         gradient = (pull @ axes.T).float() - c / left
         ahead, total = gradient / precision, weight.sum(-1)
@@ -140,10 +155,13 @@ def estimate(
             if more is not None:
                 noise = (noise + FAINT * expected) * more
     variance = torch.add(rest, left_now[..., None], out=scratch("weights", first))
-    whole = torch.add(variance, noise.where(~sound, 0.0)[..., None], out=spare)
+    found = first - d  # what c says
+    if bounded is not None:
+        d[bounded] = within(d[bounded], half, variance[bounded])[0]
+    whole = torch.add(variance, noise.where(~known, 0.0)[..., None], out=spare)
     believed = torch.mul(torch.div(variance, whole, out=spare), present, out=spare)
     updated = (sound | ~exact).float()[..., None]  # what is predicted exactly stays as predicted
-    return (first - d).addcmul_(believed, d).mul_(updated).flatten(-2).div_(deviations.scale).add_(stored)
+    return found.addcmul_(believed, d).mul_(updated).flatten(-2).div_(deviations.scale).add_(stored)
 
 
 def _deviation(

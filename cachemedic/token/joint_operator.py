@@ -32,6 +32,7 @@ from cachemedic.token.joint_calibration import joint_of
 from cachemedic.token.joint_files import file_of, find_joint, shipped_joint
 from cachemedic.token.kept import Kept, Prediction, hashes_of, kept_sinks, with_sinks
 from cachemedic.token.parts import DeviationModel
+from cachemedic.token.rounded import half_steps
 from cachemedic.token.scratch import Scratch
 from cachemedic.token.shared_rotation import undo_shared_rotation
 from cachemedic.token.trust import BY_CODE, BY_IDS, initial_trust, noise_correction, unless_another
@@ -168,21 +169,23 @@ class JointOperator(EstimatingOperator):
         angles = vectors.rotation.angles(positions.to(x.device), torch.float32)
         read = parts.stack(keys, values)
         by_part = None if sound is None else sound[..., None].expand(*sound.shape, parts.heads).flatten(2)
+        rounded = half_steps(read, parts, by_part) if in_use else None
         in_use &= bool(prediction.prior is not None or prediction.coded.any())  # else all tokens are told the same
         least = torch.tensor([-torch.inf if prediction.prior is None else BY_IDS, BY_CODE], device=x.device)
         if in_use:
             stored = parts.rotate_(x.float().clone(), angles, 1)
-            read = undo_shared_rotation(read, stored, parts, positions, by_part)
+            if rounded is None:
+                read = undo_shared_rotation(read, stored, parts, positions, by_part)
         kind = prediction.coded.long() * FROM_CODE
         own = partial(noise_correction, {name: p.float() for name, p in self.named_parameters()})
         rounds, trust = self.config.options["rounds"], trust or own
         pieces, scratch = [], Scratch()
         for piece in torch.arange(read.shape[1], device=read.device).split(max(1, PIECE // len(read))):
             turned = None if angles is None else (angles[0][:, piece], angles[1][:, piece])
-            known_sound = None if by_part is None else by_part[:, piece]
+            known_sound, steps = (None if known is None else known[:, piece] for known in (by_part, rounded))
             of_piece = kind[:, piece], x[:, piece], read[:, piece], turned
             judge = partial(unless_another, trust, least[kind[:, piece]]) if in_use else trust
-            found = estimate(deviations, *of_piece, rounds, judge, known_sound, scratch)
+            found = estimate(deviations, *of_piece, rounds, judge, known_sound, steps, scratch)
             pieces.append(found.to(keys.dtype))
         found = with_first(joint, torch.cat(pieces, 1), read, prediction.prior, positions)
         sides = zip("kv", parts.unstack(found), (keys, values), strict=True)
