@@ -14,7 +14,7 @@ joint, joint_files the joint model of a token, and its file
 prior_fit, principal_axes  what it holds of the ids, and of what they leave
 joint_calibration, calibration_text  how it is measured, and on which text
 code               the code of a token under the joint model
-parts, estimate    what damaged tokens most likely held
+parts, rounded, estimate  what damaged tokens most likely held; of numbers that were rounded, within bounds
 shared_rotation    a rotation that many of them share, undone before
 trust              the network that says how much of a damaged token to believe
 first_token        the very first token, which the joint model leaves out

@@ -100,7 +100,7 @@ def readers_of(base: Base, source: TextSource, smoke: bool) -> dict[str, Defense
     calibration = calibration_of(base, 2 if smoke else 8, source)
     baselines = {name: DEFENSES[name](calibration) for name in BASELINES}
     found = pretrained.operators(base, source)
-    repairs: dict[str, Defense] = {"D": InCache(base.model, found["D"], "estimate")}
+    repairs: dict[str, Defense] = {"D, hashes": InCache(base.model, found["D"], "estimate")}
     repairs |= {f"E, {method}": InCache(base.model, found["E"], method) for method in ("restore", "estimate")}
     repairs["recompute"] = InCache(base.model, None, "recompute")
     repairs[f"auto, {BUDGET:.0%} of a prefill"] = InCache(base.model, found["E"], "auto", BUDGET)
