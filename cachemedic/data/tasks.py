@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from cachemedic.core.errors import check_given
 from cachemedic.data import text
 from cachemedic.data.task_data import Row, TaskData, assemble
 
@@ -32,6 +33,9 @@ def perplexity_task(
     Raises `ValueError` if the documents hold too few windows.
     """
     _check_positive(n=n, prefix=prefix, scored=scored)
+    check_given("the tokenizer", tokenizer, PreTrainedTokenizerBase)
+    if isinstance(documents, str):
+        raise TypeError("documents must be a list of strings, not one string")
     rng, start, total = np.random.default_rng([*seeds, 1]), _start(tokenizer), n * len(seeds)
     needed = prefix + scored + 1 - len(start)
     windows: list[list[int]] = []

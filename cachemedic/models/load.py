@@ -72,12 +72,15 @@ def load_base(
     and a number format that is not in `FORMATS`; `OSError` for damaged files or if SmolLM2 cannot be fetched.
     """
     check_format(dtype)
+    check_given("the base", name, (str, Path))
     check_given("device", device, (str, torch.device))
     check_given("severity_map", severity_map, (SeverityMap, NoneType))
     try:
-        torch.device(device)
+        kind = torch.device(device).type
     except RuntimeError as error:
         raise ValueError(f"unknown device {device!r}: give a name such as 'cpu', 'cuda' or 'cuda:0'") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r}: this machine, or its PyTorch, has no CUDA; allowed here: 'cpu'")
     name = source = str(name)
     check_base(name)
     if name in EMBEDDED:
@@ -100,8 +103,15 @@ def load_base(
 
 def check_base(name: str) -> None:
     """Raise `ValueError` for a name that cannot be one of a base; nothing is loaded."""
-    if name in NAMED or Path(name).exists():
+    if name in NAMED:
         return
+    path = Path(name)
+    if path.exists() and not (path / "config.json").is_file():
+        raise ValueError(f"{path} holds no model of transformers: it has no config.json")
+    if path.exists():
+        return
+    if path.is_absolute() or name.startswith("."):
+        raise ValueError(f"there is no folder {path}: name one that holds a model, or a base ({', '.join(NAMED)})")
     near = nearest(name, NAMED, likeness=0.8)
     if near or name.startswith("embedded-") or "\\" in name or name.count("/") > 1:
         raise nearest_valid("base", name, NAMED, "the name of a Hugging Face causal LM, or an existing local folder")

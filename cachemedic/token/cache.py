@@ -180,6 +180,7 @@ class SketchCache(RecordedCache):
         others: caches whose tokens may have come here (stale or swapped pages); tokens of this one are looked for
         anyway. Raises `ValueError` for an empty cache, and for `others` of another seed or format.
         """
+        self.numbers()  # layers of another shape are refused
         record = self.kept
         known = []
         check_given("others", others, (list, tuple, set, frozenset))
@@ -188,7 +189,8 @@ class SketchCache(RecordedCache):
             if other.seed != self.seed or not torch.equal(other.hasher.multipliers, self.hasher.multipliers):
                 raise ValueError("only caches of one model, number format and seed have hashes that can be compared")
             known.append(other.kept.hashes)
-        self.report = check(self.hasher, *self.numbers(), record.hashes, record.valid, known)
+        found = check(self.hasher, *self.numbers(), record.hashes, record.valid, known)
+        self.report = replace(found, erased=int((record.erased & (record.positions >= 0)).sum()))
         return self.report
 
     def repair(self, method: str = "auto", budget: float | None = None) -> RepairReport:
@@ -198,7 +200,13 @@ class SketchCache(RecordedCache):
             method: "recompute" (from the ids, exact), "restore" (from code and ids), "estimate" (from these and what is
                 left of the token), "erase" (attention does not read the token any more), or "auto": for each token the
                 way of least expected KL that the budget allows.
-            budget: the time that may be taken, as a share of a prefill of the cached text; None: any.
+            budget: the time that may be taken, as a share of a prefill of the cached text; None: any. What each way
+                takes is measured once in a process, before the first repair with a budget, for about as long as
+                a dozen passes over a few hundred tokens take, which does not count. Tokens that there is no time for
+                are erased, or left as they are where little of them is damaged or more than a quarter would go.
+
+        Tokens that were written while others were damaged are what the model made of these: no repair sees that, and
+        `expected_kl` of the report leaves it out. Without a budget tokens that were erased are computed again, too.
 
         Raises `ValueError` for an unknown method, one that the operator cannot serve, a negative budget, and a model
         in training mode.

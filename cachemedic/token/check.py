@@ -24,7 +24,7 @@ class CheckReport:
     read: tokens that attention reads; changed [B, T]: those that are not what was written, and tokens that it does not
     read, of padding or erased, if they are not finite, as it multiplies them by zero; parts
     [B, T, L, 2]: where, by layer, keys and values; kind_numbers [B, T]: of `KINDS`; origin [B, T, 2]: row and slot of
-    the token of this cache that was found in its place, -1 where there is none.
+    the token of this cache that was found in its place, -1 where there is none; erased: how many a repair erased.
     """
 
     read: int
@@ -32,6 +32,7 @@ class CheckReport:
     parts: Tensor
     kind_numbers: Tensor
     origin: Tensor = field(repr=False)
+    erased: int = 0
 
     def __bool__(self) -> bool:
         """Whether anything is damaged."""
@@ -64,7 +65,8 @@ class CheckReport:
 
     def __str__(self) -> str:
         if not self:
-            return f"all {self.read} tokens are as they were last written or repaired"
+            erased = f"; {self.erased} tokens are erased, and not read" if self.erased else ""
+            return f"all {self.read} tokens are as they were last written or repaired{erased}"
         return "\n".join(f"{name}: {text}" for name, text in self.lines())
 
     def _repr_html_(self) -> str:
@@ -76,6 +78,8 @@ class CheckReport:
     def lines(self) -> Iterable[tuple[str, str]]:
         """What is said of the damage, by name."""
         yield "damaged", f"{int(self.changed.sum())} of {self.read} tokens"
+        if self.erased:
+            yield "erased", f"{self.erased} tokens, which are not read"
         for row in self.changed.any(1).nonzero().squeeze(1).tolist():
             yield f"row {row}", f"tokens {ranges(self.changed[row].nonzero().squeeze(1).tolist())}"
         sides = self.parts.flatten(0, 2).any(0).tolist()

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -52,7 +54,9 @@ _measured: weakref.WeakKeyDictionary[Any, dict[int, CostModel]] = weakref.WeakKe
 
 
 def costs_of(model: PreTrainedModel, coder: Coder | None, ways: tuple[str, ...]) -> CostModel:
-    """Measured now, for about half a second of a small model's time, or known from before in this process."""
+    """Measured now, for about as long as twelve passes over a few hundred tokens take, or known from before in this
+    process.
+    """
     known = _measured.setdefault(model, {})
     key = 0 if coder is None else id(coder.operator)
     if key not in known or not set(ways) & {"restore", "estimate"} <= set(known[key].by_way):
@@ -66,22 +70,20 @@ def _measure(model: PreTrainedModel, coder: Coder | None, ways: tuple[str, ...])
     lengths = [min(length, context or length) for length in LENGTHS]
     ids = torch.arange(max(lengths), device=model.device)[None] % model.config.get_text_config(decoder=True).vocab_size
     seconds = [_time(partial(_prefill, model, ids[:, :n])) for n in lengths]
-    system = torch.tensor([[1.0, n, n * n / 2] for n in lengths], dtype=torch.double)
-    fit = torch.linalg.lstsq(system, torch.tensor(seconds, dtype=torch.double)[:, None]).solution.squeeze(1)
-    if (fit < 0).any():  # noise: a line through the longest pass
-        fit = torch.tensor([0.0, seconds[-1] / lengths[-1], 0.0], dtype=torch.double)
+    # over the seconds of each pass, as a short one matters as much, and never below zero: times are noisy
+    system = np.array([[1.0, n, n * n / 2] for n in lengths]) / np.array(seconds)[:, None]
+    fixed, a_token, a_pair = nnls(system, np.ones(len(lengths)))[0].tolist()
     by_way = {}
     if coder is not None:
         for way in ways:
             few, many = (_time(partial(_repair, coder, ids[:, :n], way)) for n in (lengths[0], lengths[-1]))
-            a_token = max(0.0, (many - few) / max(1, lengths[-1] - lengths[0]))
-            by_way[way] = (max(0.0, few - a_token * lengths[0]), a_token)
-    fixed, a_token, a_pair = fit.tolist()
+            slope = max(0.0, (many - few) / max(1, lengths[-1] - lengths[0]))
+            by_way[way] = (max(0.0, few - slope * lengths[0]), slope)
     return CostModel(fixed, a_token, a_pair, by_way)
 
 
 def _prefill(model: PreTrainedModel, ids: Tensor) -> None:
-    model.base_model(ids, past_key_values=DynamicCache(), use_cache=True)
+    model.base_model(ids, attention_mask=torch.ones_like(ids), past_key_values=DynamicCache(), use_cache=True)
 
 
 def _repair(coder: Coder, ids: Tensor, way: str) -> None:

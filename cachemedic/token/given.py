@@ -36,6 +36,8 @@ def tokens_given(
         raise ValueError(f"ids must be whole numbers (int64) from 0 to {last}, {type(model).__name__} has no others")
     ids = ids.to(model.device)
     valid = torch.ones_like(ids).bool() if attention_mask is None else attention_mask.to(model.device).bool()
+    if not valid.any():
+        raise ValueError("attention_mask calls every token padding: it must be 1 where a token was read")
     positions = (valid.cumsum(1) - 1).clamp_min(0) if position_ids is None else position_ids.to(model.device)
     return ids, valid, positions
 
@@ -56,5 +58,5 @@ def check_ids(model: PreTrainedModel, lowest: Any, ids: Tensor, positions: Tenso
         row, slot = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"{int(wrong.sum())} tokens that are not damaged do not follow from their ids and positions, first of them "
-            f"slot {slot} of row {row}: give the ids of this cache, and mark all damage"
+            f"slot {slot} of row {row}: give the ids of this cache, and say of all its damage that it is"
         )

@@ -77,6 +77,10 @@ class TokenHash:
     def sums(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
         """h, int64 [B, T, L', 2], of the keys and values [B, G, T, d] of some layers."""
         sides = [x for pair in zip(keys, values, strict=True) for x in pair]
+        if len(formats := {str(x.dtype) for x in sides}) > 1:  # some models write both under torch.autocast
+            raise ValueError(
+                f"a cache must hold numbers of one format, not {' and '.join(sorted(formats))}: cast the model"
+            )
         rows, _, tokens, _ = sides[0].shape
         size = max(1, GROUP // (rows * tokens))
         multipliers = self.multipliers.flatten().to(sides[0].device)

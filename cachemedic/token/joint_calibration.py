@@ -67,7 +67,10 @@ def fit_joint_model(
     count = min(WINDOWS, max(HELD_OUT, MEMORY // (2 * vectors.dim * (length - SINKS))))
     ids = windows(base, texts, count, length, seed)
     if len(ids) < 2:
-        raise ValueError(f"the texts make {len(ids)} window of {length} tokens; calibration takes 2 or more")
+        raise ValueError(
+            f"the texts make {len(ids)} window of {length} tokens; calibration takes 2 or more, and serves well from "
+            "some tens of thousands of tokens on"
+        )
     with workers() as pool:
         sensitivity = pool.submit(fisher_diagonal, base, vectors, texts, seed)
         z, lowest, first = _clean(pool, base, vectors, ids)

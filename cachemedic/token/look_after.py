@@ -37,7 +37,8 @@ def look_after(
     Raises:
         TypeError: for a cache without layers of keys and values.
         ValueError: for what `SketchCache` refuses, an empty cache, tensors of other shapes, and ids or positions that
-            are not those of the cache: its lowest layer follows from them.
+            are not those of the cache: its lowest layer follows from them. Damage that is there already cannot be
+            told from what was written: `check_cache` finds it, and `recompute` mends it before.
     """
     result = SketchCache(model, operator, seed=seed)
     check_cache_of(model, cache)

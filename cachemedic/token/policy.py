@@ -21,6 +21,7 @@ WAYS = ("sound", "recompute", "estimate", "restore", "erase", "leave")  # by wha
 WAY = {way: number for number, way in enumerate(WAYS)}
 METHODS = ("auto", "recompute", "restore", "estimate", "erase")
 MILD = 1 / 8  # of a token's keys and values: one with less damage, all of it finite, is worth more than none
+ERASED = 1 / 4  # of the tokens that are read: not to read more of them does more harm than to read what is finite
 
 
 class Policy:
@@ -39,14 +40,14 @@ class Policy:
             raise ValueError(f"the budget must be a share of a prefill, 0 or more, not {budget}")
         check_mode(cache.model)  # it may have changed since the cache was made
         self.method, self.budget = method, budget
+        self.model, self.coder = cache.model, cache.coder
+        self.expected_kl = {} if cache.operator is None else cache.operator.expected_kl
         self.length = len(cache.kept)
         self.tokens = int((cache.kept.positions >= 0).sum())  # of all rows
         self.ways = self._open_to(cache)
         if method != "auto" and method not in self.ways:
             raise ValueError(self.why_not[method])
-        self.costs: CostModel | None = None
-        if budget is not None:
-            self.costs = costs_of(cache.model, cache.coder, self.ways)
+        self.costs: CostModel | None = None  # measured where a budget has to be kept
 
     def _open_to(self, cache: RecordedCache) -> tuple[str, ...]:
         """The ways that can be taken."""
@@ -55,6 +56,12 @@ class Policy:
             check_can_recompute(cache.model, self.length)
         except ValueError as error:
             self.why_not["recompute"] = str(error)
+        stored, computed = cache.numbers()[0][0], cache.model
+        if stored.dtype != computed.dtype and not torch.is_autocast_enabled(stored.device.type):
+            self.why_not["recompute"] = (
+                f"the cache holds {stored.dtype}, but {type(computed).__name__} writes {computed.dtype}: repair it "
+                "under the torch.autocast that it was written under"
+            )
         if cache.coder is None:
             self.why_not["restore"] = self.why_not["estimate"] = (
                 "this cache has no operator that knows clean tokens: make it with SketchCache(model, operator)"
@@ -62,13 +69,21 @@ class Policy:
         return tuple(way for way in ("recompute", "estimate", "restore", "erase") if way not in self.why_not)
 
     def choose(self, report: CheckReport, record: TokenRecord) -> Tensor:
-        """The number in `WAYS` [B, T] of what is done with each token."""
+        """The number in `WAYS` [B, T] of what is done with each token.
+
+        Tokens that were erased are computed again where all can be.
+        """
         ways = torch.zeros_like(report.kind_numbers)
         ways[report.changed & ~record.valid] = WAY["erase"]
-        rows, slots = _by_worth(report.changed & record.valid, record.positions)
+        hit = report.changed & record.valid
+        if self.budget is None and self.method in ("auto", "recompute") and "recompute" in self.ways:
+            hit |= record.erased & (record.positions >= 0)
+        rows, slots = _by_worth(hit, record.positions)
         count = len(rows)
         if count == 0:
             return ways
+        if self.budget is not None:
+            self.costs = costs_of(self.model, self.coder, self.ways)
         of_each = torch.empty(count, dtype=torch.long, device=rows.device)
         if self.method != "auto":
             affordable = self._most(self.method, count)
@@ -88,12 +103,15 @@ class Policy:
         if second is not None:
             of_each[exact:] = WAY[second]
             return count
-        cheaper = [way for way in self.ways if way in ("estimate", "restore")]
-        if exact or not cheaper:
-            return exact
-        affordable = self._most(cheaper[-1], count)  # not all of them, by the quicker way
-        of_each[:affordable] = WAY[cheaper[-1]]
-        return affordable
+        most = {way: self._most(way, count) for way in self.ways if way != "erase"}  # not all of them, one way
+        way = max(most, key=lambda way: most[way] * self._gain(way), default="erase")
+        of_each[: most.get(way, 0)] = WAY[way]
+        return most.get(way, 0)
+
+    def _gain(self, way: str) -> float:
+        """Nats that repairing a token this way saves over erasing it, in units of one where that was not measured."""
+        erased = self.expected_kl.get("erase", 1.0)
+        return erased - self.expected_kl.get(way, 0.0)
 
     def _most(self, way: str, count: int, rest: str | None = None) -> int:
         """How many of `count` tokens can go this way where the others go the way of the `rest`."""
@@ -123,7 +141,12 @@ def _by_worth(changed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _without_time(report: CheckReport, rows: Tensor, slots: Tensor) -> Tensor:
-    """What is done with tokens [n] that there is no time for: the mildly damaged are left, all others erased."""
+    """What is done with tokens [n] that there is no time for.
+
+    The mildly damaged are left and others erased; where these would be too many, all are left that are finite.
+    """
     damaged = report.parts[rows, slots].flatten(1).float().mean(1)
     finite = report.kind_numbers[rows, slots] != NUMBER["not finite"]
-    return torch.where((damaged < MILD) & finite, WAY["leave"], WAY["erase"])
+    mild = (damaged < MILD) & finite
+    left = finite if int((~mild).sum()) > ERASED * report.read else mild
+    return torch.where(left, WAY["leave"], WAY["erase"])

@@ -55,7 +55,11 @@ class RecordedCache(HookedCache):
         return self.record
 
     def numbers(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The stored keys and the values [B, G, T, d] by layer, where the record is."""
+        """The stored keys and the values [B, G, T, d] by layer, where the record is.
+
+        Raises `ValueError` for layers of another number, shape or number format than were written.
+        """
+        self._check_layers()
         record = self.kept
         if self.offloading:  # the next layer may be on its way back
             torch.cuda.default_stream(record.ids.device).wait_stream(self.prefetch_stream)
@@ -63,3 +67,23 @@ class RecordedCache(HookedCache):
         length, device = len(record), record.ids.device
         keys = [layer.keys[:, :, :length].to(device) for layer in layers]
         return keys, [layer.values[:, :, :length].to(device) for layer in layers]
+
+    def _check_layers(self) -> None:
+        """Whether the layers are still tensors like those that were written: no hash is of any use otherwise."""
+        layers: list[Any] = self.layers
+        if self.record is None:
+            return
+        if len(layers) != self.shape.num_layers:
+            raise ValueError(f"this SketchCache holds {len(layers)} layers; its model has {self.shape.num_layers}")
+        rows, length = self.record.ids.shape
+        written, width = layers[0].dtype, self.shape.head_dim
+        for number, layer in enumerate(layers):
+            for side in ("keys", "values"):
+                x = getattr(layer, side)
+                found = [*x.shape[:2], x.shape[-1]] if isinstance(x, Tensor) and x.dim() == 4 else None
+                if found != [rows, self.shape.num_kv_heads, width] or x.dtype != written or x.shape[2] < length:
+                    what = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+                    raise ValueError(
+                        f"the {side} of layer {number} of this SketchCache must be {written} [{rows}, "
+                        f"{self.shape.num_kv_heads}, {length}, {width}], as they were written, not {what}"
+                    )

@@ -16,7 +16,7 @@ SAID = {
     "estimate": "estimated from what code and ids tell, and from what was left",
     "restore": "restored from what code and ids tell",
     "erase": "erased: attention does not read them any more",
-    "leave": "left as they are: little of them is damaged",
+    "leave": "left as they are: little is damaged, or too many to be erased",
 }
 
 
@@ -60,8 +60,10 @@ class RepairReport:
     def _lines(self) -> Iterable[tuple[str, str]]:
         if not self.found:
             yield "", str(self.found)
-            return
-        yield from self.found.lines()
+            if not self.ways:
+                return
+        else:
+            yield from self.found.lines()
         for way in self.ways:
             tokens = self.way_numbers == WAYS.index(way)
             exact = f", {self.verified} of them bit for bit as written" if way == "recompute" else ""

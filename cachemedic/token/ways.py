@@ -14,6 +14,7 @@ from cachemedic.token.hashes import believed
 from cachemedic.token.joint import SINKS
 from cachemedic.token.policy import WAY, Policy
 from cachemedic.token.recompute import clear, recompute_tokens
+from cachemedic.token.record import TokenRecord
 from cachemedic.token.recorded_cache import RecordedCache
 from cachemedic.token.repair_report import RepairReport
 
@@ -29,11 +30,14 @@ def carry_out(cache: RecordedCache, report: CheckReport, policy: Policy) -> Repa
     for way in ("restore", "estimate"):
         for rows, slots in _pieces(ways == WAY[way]):
             _rewrite(cache, way, rows, slots, report.parts)
-    erased = ways == WAY["erase"]
+    erased, damaged = ways == WAY["erase"], ways == WAY["recompute"]
     clear(_layers(cache), erased)  # attention multiplies them by zero, and what is not finite would be left
-    cache.record = record = replace(record, erased=record.erased | erased)
-    if (damaged := ways == WAY["recompute"]).any():
+    back = record.erased & damaged
+    cache.record = record = replace(record, erased=record.erased & ~back | erased)
+    if damaged.any():
         recompute_tokens(cache.model, _layers(cache), record.ids, damaged, record.valid, record.positions.clamp_min(0))
+    if back.any():
+        cache.record = record = _coded_again(cache, back.any(0))
     partly = _partly_covered(cache, ways, report.parts)
     changed = (ways != WAY["sound"]) & (ways != WAY["leave"]) & ~partly
     verified = 0
@@ -53,6 +57,18 @@ def carry_out(cache: RecordedCache, report: CheckReport, policy: Policy) -> Repa
         expected_share=None if policy.costs is None else policy.share(taken),
         not_recomputed=policy.why_not.get("recompute"),
     )
+
+
+def _coded_again(cache: RecordedCache, tokens: Tensor) -> TokenRecord:
+    """The record of a cache, of which `tokens`, bool [T], are there again: a code may be of when they were not."""
+    record = cache.kept
+    slots = tokens[: record.codes.shape[1]].nonzero().squeeze(1)
+    if cache.coder is None or not cache.coder.bytes_per_token or not len(slots):
+        return record
+    first, last = int(slots[0]), int(slots[-1]) + 1
+    codes = record.codes.clone()
+    codes[:, first:last] = cache.coder.encode(*cache.numbers(), record, slice(first, last))
+    return replace(record, codes=codes)
 
 
 def _partly_covered(cache: RecordedCache, ways: Tensor, parts: Tensor) -> Tensor:

@@ -123,6 +123,7 @@ def test_cut_off_weights_are_refused(weights):
         ("smollm-135m", "did you mean 'smollm2-135m'"),
         ("embedded-bert", "unknown base 'embedded-bert'"),
         ("no/such/folder", "unknown base 'no/such/folder'"),
+        ("/no/such/folder", "there is no folder /no/such/folder"),
     ],
 )
 def test_an_unknown_name_is_refused_without_a_download(name, hint, monkeypatch):
@@ -144,7 +145,7 @@ def test_a_misspelt_name_of_the_hub_is_refused_at_once_where_the_hub_is_out_of_r
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is not embedded .* and could not be loaded as a local folder"):
+    with pytest.raises(ValueError, match="holds no model of transformers: it has no config.json"):
         load_base(tmp_path)
 
 
@@ -240,3 +241,12 @@ def test_other_architectures_have_no_circuit():
         new_model("bert")
     with pytest.raises(TypeError, match="no induction circuit for Linear"):
         add_induction_circuit(torch.nn.Linear(2, 2), torch.Generator())
+
+
+def test_what_is_no_name_and_a_device_that_is_not_there_are_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(TypeError, match="the base must be a str or Path, not a NoneType"):
+        load_base(None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device 'cuda': this machine, or its PyTorch, has no CUDA"):
+        load_base("embedded-gpt2", device="cuda")

@@ -292,3 +292,48 @@ def test_a_pass_that_failed_leaves_nothing_behind():
     assert torch.equal(cache.record.ids, ids)
     assert PAD not in cache.record.ids
     assert not cache.check()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda layers: setattr(layers[1], "keys", layers[1].keys[:, :1]),
+            r"the keys of layer 1 .* not torch.float32 \[",
+        ),
+        (
+            lambda layers: setattr(layers[0], "values", layers[0].values.bfloat16()),
+            r"values of layer 0 .* torch.bfloat16",
+        ),
+        (lambda layers: setattr(layers[1], "keys", layers[1].keys.repeat(2, 1, 1, 1)), r"must be torch.float32 \[3, "),
+        (lambda layers: setattr(layers[2], "values", layers[2].values[:, :, :4]), "values of layer 2"),
+        (lambda layers: setattr(layers[1], "keys", None), "not a NoneType"),
+        (lambda layers: layers.pop(), "holds 2 layers; its model has 3"),
+    ],
+)
+def test_layers_of_another_shape_than_was_written_are_refused_in_one_sentence(change, message):
+    _, cache, _, _ = filled(length=12)
+    change(cache.layers)
+    for act in (cache.check, lambda: cache.repair("erase")):
+        with pytest.raises(ValueError, match=message):
+            act()
+
+
+def test_a_cache_written_under_autocast_is_computed_again_under_autocast_only():
+    model = model_of("gpt2")
+    ids = torch.randint(1, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(0))
+    cache = SketchCache(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids, past_key_values=cache)
+    shift(cache, 0, [4])
+    with pytest.raises(ValueError, match="under the torch.autocast that it was written under"):
+        cache.repair("recompute")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cache.repair("recompute").verified == 1
+
+
+def test_keys_and_values_of_two_number_formats_are_refused():
+    model = model_of("llama")  # whose rotary embedding computes in single precision
+    ids = torch.randint(1, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="numbers of one format, not torch.bf"):
+        model(ids, past_key_values=SketchCache(model))

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from checked_caches import filled, shift
+from checked_caches import filled, numbers, shift
+from joint_operators import operator_of
 from small_models import VOCABULARY, model_of
 
 from cachemedic.token.cache import SketchCache
@@ -56,7 +57,7 @@ def test_what_is_not_a_number_is_read_no_more_once_it_is_erased(name):
     assert found.tokens == [(0, 4), (1, padding)]
     assert set(found.kinds) == {"not finite"}
     shift(cache, 1, [8], by=5.0)
-    assert cache.repair("recompute").ways == {"recompute": 1, "erase": 2}
+    assert cache.repair("recompute", budget=100.0).ways == {"recompute": 1, "erase": 2}
     assert not cache.check()
     new, seen = torch.full((3, 1), 5), torch.cat([mask, torch.ones(3, 1).long()], 1)
     position_ids = mask.sum(1, keepdim=True)
@@ -64,3 +65,26 @@ def test_what_is_not_a_number_is_read_no_more_once_it_is_erased(name):
     seen[0, 4] = 0
     expected = model(new, attention_mask=seen, position_ids=position_ids, past_key_values=clean).logits
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("share", ["no operator", 0.1])
+def test_erased_tokens_are_said_and_can_be_computed_again(share):
+    model = model_of("llama")
+    ids = torch.randint(1, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
+    cache = SketchCache(model, None if share == "no operator" else operator_of("llama", share))
+    model(ids, past_key_values=cache)
+    before, codes = numbers(cache), cache.record.codes
+    for layer in cache.layers:
+        layer.keys[:, :, 5:] = 0.0
+    cache.repair("erase")
+    assert str(cache.check()).endswith(
+        "10 tokens are as they were last written or repaired; 70 tokens are erased, and not read"
+    )
+    shift(cache, 0, [1])
+    assert "70 tokens, which are not read" in str(cache.check())
+    report = cache.repair()
+    assert report.ways == {"recompute": 71}
+    for found, expected in zip(numbers(cache), before, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert str(cache.check()) == "all 80 tokens are as they were last written or repaired"
+    assert torch.equal(cache.record.codes, codes)

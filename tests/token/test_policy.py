@@ -25,6 +25,7 @@ def fixed_costs(cache, **by_way):
         (3.9 / 40, {"recompute": 3, "restore": 3}),
         (0.7 / 40, {"restore": 6}),
         (0.35 / 40, {"restore": 3, "erase": 3}),
+        (0.15 / 40, {"restore": 1, "erase": 5}),
         (0.0, {"erase": 6}),
     ],
 )
@@ -96,7 +97,35 @@ def test_mildly_damaged_tokens_are_left(monkeypatch):
     assert report.way(0, 20) == "leave"
     assert "left as they are" in str(report)
     assert cache.check().tokens == [(0, 20)]  # still said
-    assert cache.repair().ways == {"recompute": 1}
+    assert cache.repair().ways == {"recompute": 2}
+
+
+def test_more_tokens_than_a_quarter_are_left_and_not_erased_unless_they_are_not_finite():
+    model, cache, _, mask = filled(length=LENGTH)
+    read = mask[0].nonzero().squeeze(1).tolist()
+    for row in range(len(mask)):
+        shift(cache, row, mask[row].nonzero().squeeze(1).tolist())
+    cache.layers[1].keys[0, 0, read[5], 3] = torch.nan
+    report = cache.repair(budget=0)
+    assert report.ways == {"erase": 1, "leave": int(mask.sum()) - 1}
+    assert report.way(0, read[5]) == "erase"
+
+
+@pytest.mark.parametrize(
+    ("restored", "ways"),
+    [(0.1, {"restore": 3, "erase": 3}), (1.9, {"recompute": 1, "erase": 5})],
+)
+def test_the_way_that_saves_most_in_the_time_is_taken_where_there_is_not_time_for_all(monkeypatch, restored, ways):
+    _, cache, _ = damaged(restore=restored, erase=2.0)
+    monkeypatch.setattr(policy, "costs_of", fixed_costs(cache, restore=0.3, estimate=9.0))
+    total = int((cache.record.positions >= 0).sum())
+    assert cache.repair(budget=1.0 / total).ways == ways
+
+
+def test_nothing_is_measured_where_nothing_is_damaged(monkeypatch):
+    _, cache, _, _ = filled(length=LENGTH)
+    monkeypatch.setattr(policy, "costs_of", None)
+    assert not cache.repair(budget=0.1).found
 
 
 def test_costs_are_measured_once_and_make_sense():

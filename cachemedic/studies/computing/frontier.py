@@ -28,6 +28,7 @@ from cachemedic.studies.family_evaluation import bytes_per_token
 from cachemedic.studies.run import Run
 from cachemedic.studies.summaries import in_order, means_over_seeds
 from cachemedic.token.cache import SketchCache
+from cachemedic.token.costs import costs_of
 from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.policy import Policy
 
@@ -75,7 +76,8 @@ class InCache(Defense):
     def write(self, clean: CachedTokens) -> SketchCache:
         cache = SketchCache(self.model, self.operator)
         cache.adopt(unstack_cache(clean.k.clone(), clean.v.clone()), clean.ids, clean.positions)
-        Policy(cache, self.method, self.budget)  # measures, once, what each way takes here
+        if self.budget is not None:
+            costs_of(cache.model, cache.coder, Policy(cache, self.method, self.budget).ways)  # measured once, before
         return cache
 
     @torch.inference_mode()
