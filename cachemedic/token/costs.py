@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 import weakref
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from cachemedic.token.hashes import Hashes
 from cachemedic.token.record import TokenRecord
 
 LENGTHS = (16, 64, 256)  # tokens of the passes that are measured
-ROUNDS = 3  # of which the median counts
+ROUNDS, SECONDS = 3, 0.1  # of each, at least: of all rounds the quickest counts, as others were disturbed
 
 
 @dataclass(frozen=True)
@@ -108,14 +107,14 @@ def _repair(coder: Coder, ids: Tensor, way: str) -> None:
 
 
 def _time(act: Callable[[], Any]) -> float:
-    """The median seconds of some rounds, after one that does not count."""
+    """The least seconds of some rounds, after one that does not count."""
     act()
-    found = []
-    for _ in range(ROUNDS):
+    found: list[float] = []
+    while len(found) < ROUNDS or sum(found) < SECONDS:
         start = _now()
         act()
         found.append(_now() - start)
-    return statistics.median(found)
+    return min(found)
 
 
 def _now() -> float:
