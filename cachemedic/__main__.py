@@ -91,6 +91,7 @@ def repair(
 ) -> None:
     """Repair a saved cache and say what was done with each token."""
     cache = _load(folder, base, operator, dtype)
+    (to or folder).mkdir(parents=True, exist_ok=True)  # a folder that cannot be is refused before anything is repaired
     report = cache.repair(method, budget)
     cache.save(to or folder)
     print(report)
@@ -120,9 +121,9 @@ def calibrate(
     """Make an operator of family D or E for a model, from text of the kinds that it is going to read."""
     options: dict[str, Any] = {} if share is None else {"share": _share(share)}
     kinds = _kinds(texts) if texts else None
-    to.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is refused before the long work
     lm = cachemedic.load_base(base, dtype=_dtype(dtype))
     operator = cachemedic.RepairOperator.create(family.value, lm.config, layers="all", **options)
+    to.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is refused before the long work
     cachemedic.calibrate(operator, lm, kinds).save_pretrained(to)
     print(f"saved: RepairOperator.from_pretrained({str(to)!r})")
 
