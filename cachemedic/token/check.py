@@ -21,18 +21,23 @@ SHOWN = 8  # ranges of tokens that a report spells out
 class CheckReport:
     """What a check found in B rows of T cached tokens.
 
-    read: tokens that attention reads; changed [B, T]: those that are not what was written, and tokens that it does not
-    read, of padding or erased, if they are not finite, as it multiplies them by zero; parts
-    [B, T, L, 2]: where, by layer, keys and values; kind_numbers [B, T]: of `KINDS`; origin [B, T, 2]: row and slot of
-    the token of this cache that was found in its place, -1 where there is none; erased: how many a repair erased.
+    valid [B, T]: tokens that attention reads; changed [B, T]: those that are not what was written, and tokens that it
+    does not read, of padding or erased, if they are not finite, as it multiplies them by zero; parts [B, T, L, 2]:
+    where, by layer, keys and values; kind_numbers [B, T]: of `KINDS`; origin [B, T, 2]: row and slot of the token of
+    this cache that was found in its place, -1 where there is none; erased: how many a repair erased.
     """
 
-    read: int
+    valid: Tensor
     changed: Tensor
     parts: Tensor
     kind_numbers: Tensor
     origin: Tensor = field(repr=False)
     erased: int = 0
+
+    @property
+    def read(self) -> int:
+        """How many tokens attention reads."""
+        return int(self.valid.sum())
 
     def __bool__(self) -> bool:
         """Whether anything is damaged."""
@@ -51,7 +56,8 @@ class CheckReport:
     @property
     def whole_layers(self) -> list[int]:
         """The layers of which no checked token is as it was written."""
-        return (self.parts.any(3).sum((0, 1)) == self.read).nonzero().squeeze(1).tolist() if self.read else []
+        hit = self.parts.any(3) | ~self.valid[..., None]
+        return hit.all(0).all(0).nonzero().squeeze(1).tolist() if self.read else []
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -128,7 +134,7 @@ def check(
         kinds[changed] = kinds_of(hasher, (keys, values), changed, parts, valid & ~changed, written)
         _find_layouts(hasher, (keys, values), written, parts, changed, kinds)
         _find_tokens(now, written, changed, others, kinds, origin)
-    return CheckReport(int(valid.sum()), changed, parts, kinds, origin)
+    return CheckReport(valid, changed, parts, kinds, origin)
 
 
 def _finite(keys: list[Tensor], values: list[Tensor], tokens: Tensor) -> Tensor:

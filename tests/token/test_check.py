@@ -157,3 +157,18 @@ def test_padding_and_sound_tokens_are_not_reported():
 
 def test_every_kind_has_a_test():
     assert {*DAMAGE, "sound", "another layout"} == set(KINDS)
+
+
+def test_damaged_padding_makes_no_layer_whole():
+    _, cache, _, mask = filled(length=12)
+    padding = (mask == 0).nonzero()
+    assert len(padding)
+    for row, slot in padding.tolist():
+        cache.layers[1].keys[row, :, slot] = torch.nan
+    tokens = mask.nonzero()[: -len(padding)]
+    for row, slot in tokens.tolist():
+        shift(cache, row, [slot], layers=[1])
+    assert cache.check().whole_layers == []
+    for row, slot in mask.nonzero()[-len(padding) :].tolist():
+        shift(cache, row, [slot], layers=[1])
+    assert cache.check().whole_layers == [1]
