@@ -189,8 +189,9 @@ def test_reviews_of_a_folder(tmp_path) -> None:
         load_reviews(tmp_path, "test")
 
 
-def test_text_by_the_name_of_a_hub_data_set(monkeypatch) -> None:
+def test_text_by_the_name_of_a_hub_data_set(monkeypatch, tmp_path) -> None:
     datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("CACHEMEDIC_CACHE", str(tmp_path))  # where nothing lies by these names
     asked = []
 
     def load_dataset(*name, split):
