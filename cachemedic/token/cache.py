@@ -180,8 +180,7 @@ class SketchCache(RecordedCache):
         others: caches whose tokens may have come here (stale or swapped pages); tokens of this one are looked for
         anyway. Raises `ValueError` for an empty cache, and for `others` of another seed or format.
         """
-        self.numbers()  # layers of another shape are refused
-        record = self.kept
+        numbers, record = self.numbers(), self.kept
         known = []
         check_given("others", others, (list, tuple, set, frozenset))
         for other in others:
@@ -189,7 +188,7 @@ class SketchCache(RecordedCache):
             if other.seed != self.seed or not torch.equal(other.hasher.multipliers, self.hasher.multipliers):
                 raise ValueError("only caches of one model, number format and seed have hashes that can be compared")
             known.append(other.kept.hashes)
-        found = check(self.hasher, *self.numbers(), record.hashes, record.valid, known)
+        found = check(self.hasher, *numbers, record.hashes, record.valid, known)
         self.report = replace(found, erased=int((record.erased & (record.positions >= 0)).sum()))
         return self.report
 
