@@ -1,8 +1,8 @@
 """Sweeps on operators that respond (notebook 21): contraction, rank, target and place for A without its term, D and E.
 
 Every family has a standard condition, from which the others differ in one thing. That of A has no contraction term;
-that of D and E is how they ship. Rank, target and place of D and E are compared as their trust network is fitted to
-known faults, before the objective: the condition "fitted only" says what the objective adds.
+that of D and E is how they ship. The condition "fitted only" of D and E is their trust network as it is fitted to known
+faults, before the objective: it says what the objective adds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cachemedic.training.objective import RepairObjective
 FAMILIES = ("A", "D", "E")
 STANDARD, FITTED = "standard", "fitted only"
 STEPS = {"A": 200, "D": 60, "E": 60}
-PLACE_STEPS = 100  # of A
+PLACE_STEPS = 100  # at most
 # Weight and threshold of the contraction term, beside those of the standard condition.
 OF_FOLDED = ((0.1, 0.95), (0.5, 0.8), (0.5, 0.9), (0.5, 0.95), (1.0, 0.95))
 OF_STORED = ((0.0, 0.0), (0.1, 0.0), (0.5, 0.0), (1.0, 0.0), (0.5, 0.8), (1.0, 0.8))
@@ -60,12 +60,12 @@ def contraction_conditions(run: Run, base: Base, family: str) -> dict[str, Train
 
 
 def size_conditions(run: Run, base: Base, family: str) -> dict[str, TrainConfig]:
-    """Other ranks and targets, and first what they are compared with."""
+    """Other ranks and targets, and of D and E what they are before the objective."""
     common = standard(run, base, family)
-    name, common = (STANDARD, common) if family == "A" else (FITTED, untrained(common))
     ranks = {f"rank {rank}": replace(common, rank=rank) for rank in (RANKS[:1] if run.smoke else RANKS)}
     targets = TARGETS[:1] if run.smoke else TARGETS
-    return {name: common} | ranks | {f"{target} only": replace(common, apply_to=target) for target in targets}
+    fitted = {} if family == "A" else {FITTED: untrained(common)}
+    return fitted | ranks | {f"{target} only": replace(common, apply_to=target) for target in targets}
 
 
 def blocks(run: Run, base: Base) -> dict[str, tuple[int, ...]]:
@@ -78,7 +78,7 @@ def blocks(run: Run, base: Base) -> dict[str, tuple[int, ...]]:
 def place_conditions(run: Run, base: Base, family: str) -> dict[str, TrainConfig]:
     """An operator for each block, which alone is hit."""
     common = standard(run, base, family)
-    common = replace(common, steps=min(common.steps, PLACE_STEPS)) if family == "A" else untrained(common)
+    common = replace(common, steps=min(common.steps, PLACE_STEPS))
     return {
         name: replace(common, layers=layers, corrupted_layers="protected") for name, layers in blocks(run, base).items()
     }
@@ -109,7 +109,7 @@ def place_grid(run: Run, base: Base, name: str, compared: Mapping[str, Defense],
 
 
 def compared_with_standard(rows: pd.DataFrame) -> pd.DataFrame:
-    """`summary` of the grid of a base, with the KL spared of mild faults and the paired advantage over a reference."""
+    """`summary` of the grid of a base, with the KL spared of mild faults and the paired advantage over the standard."""
     overall = summary(rows)
     mild = summary(rows[rows.severity <= MILD]) if (rows.severity == MILD).any() else overall
     columns = ["kl_recovery", "kl_recovery_low", "kl_recovery_high"]
@@ -117,10 +117,9 @@ def compared_with_standard(rows: pd.DataFrame) -> pd.DataFrame:
     gains = []
     for reader in overall.reader[overall.reader != "none"]:
         family, condition = reader.split(", ", 1)
-        fitted = family != "A" and condition.startswith(("rank", *TARGETS))
-        against = f"{family}, {FITTED if fitted else STANDARD}"
+        against = f"{family}, {STANDARD}"
         gain = advantage(rows[rows.reader.isin({"none", reader, against})], against)
-        gains.append(gain[gain.reader == reader].assign(family=family, condition=condition, reference=against))
+        gains.append(gain[gain.reader == reader].assign(family=family, condition=condition))
     return overall.merge(pd.concat(gains).drop(columns=["task", "n_seeds"]), on="reader")
 
 
