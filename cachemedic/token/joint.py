@@ -198,8 +198,8 @@ class JointModel:
     def reconstruct(self, c: Tensor, prior: Prior | None = None) -> Tensor:
         """Vectors x [B, T, D] of their first n coordinates c [B, T, n]; with a prior their lowest layer is exact."""
         z = self.expand(c)
-        if prior is not None:
-            z = z + self.expand_prior(prior).to(z.dtype)
+        if prior is not None:  # added where z lies: a sum of its own would cost as much as the product
+            z.flatten(0, -2).addmm_(prior.features.flatten(0, -2).to(z.dtype), self.prior_out.to(z.dtype))
         x = torch.addcdiv(self.mean.to(z.dtype), z, self.scale.to(z.dtype), out=None if z.requires_grad else z)
         if prior is not None and self.lowest_is_exact:
             x[..., : prior.lowest.shape[-1]] = prior.lowest

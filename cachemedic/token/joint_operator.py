@@ -172,15 +172,13 @@ class JointOperator(EstimatingOperator):
         rounded = half_steps(read, parts, by_part) if in_use else None
         in_use &= bool(prediction.prior is not None or prediction.coded.any())  # else all tokens are told the same
         least = torch.tensor([-torch.inf if prediction.prior is None else BY_IDS, BY_CODE], device=x.device)
-        if in_use:
-            stored = parts.rotate_(x.float().clone(), angles, 1)
-            if rounded is None:
-                read = undo_shared_rotation(read, stored, parts, positions, by_part)
+        if in_use and rounded is None:
+            read = undo_shared_rotation(read, x, angles, parts, positions, by_part)
         kind = prediction.coded.long() * FROM_CODE
         own = partial(noise_correction, {name: p.float() for name, p in self.named_parameters()})
         rounds, trust = self.config.options["rounds"], trust or own
-        pieces, scratch = [], Scratch()
-        for piece in torch.arange(read.shape[1], device=read.device).split(max(1, PIECE // len(read))):
+        pieces, scratch, size = [], Scratch(), max(1, PIECE // len(read))
+        for piece in (slice(start, start + size) for start in range(0, read.shape[1], size)):
             turned = None if angles is None else (angles[0][:, piece], angles[1][:, piece])
             known_sound, steps = (None if known is None else known[:, piece] for known in (by_part, rounded))
             of_piece = kind[:, piece], x[:, piece], read[:, piece], turned

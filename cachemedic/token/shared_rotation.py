@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cachemedic.token.joint import SINKS
 from cachemedic.token.parts import Parts
+from cachemedic.token.vectors import Angles
 
 FITTED = 128  # tokens of a row, at most, that R is fitted to
 ROUNDS = 4  # of R and of what it hit
@@ -25,41 +26,60 @@ HIT = 0.1  # of the parts of tokens, at least: one finds a rotation for any few 
 
 
 def undo_shared_rotation(
-    read: Tensor, predicted: Tensor, parts: Parts, positions: Tensor, sound: Tensor | None = None
+    read: Tensor,
+    predicted: Tensor,
+    angles: Angles | None,
+    parts: Parts,
+    positions: Tensor,
+    sound: Tensor | None = None,
 ) -> Tensor:
     """What was `read` of tokens [B, T, D], without the rotation that many of a row share, if there is one.
 
-    predicted [B, T, D]: what they are expected to hold; both as they are stored. positions [B, T], -1 for padding;
-    sound [B, T, P]: parts known to be as they were written, which stay so.
+    predicted [B, T, D]: what they are expected to hold, with keys as before the rotation by their `angles`; read: as
+    stored. positions [B, T], -1 for padding; sound [B, T, P]: parts known to be as they were written, which stay so.
     """
     length, inner = read.shape[1], (positions >= SINKS)[:, None, :, None]
     free = torch.ones_like(inner) if sound is None else _by_side(sound, parts, 1)[..., 0] == 0
     some = torch.arange(min(length, FITTED), device=read.device) * length // min(length, FITTED)
-    x, near = (_by_side(side[:, some], parts) for side in (read, predicted))
-    power, expected = (side.square().sum(-1) for side in (x, near))
+    x, near = _by_side(read[:, some], parts), _by_side(_stored(predicted, angles, parts, some), parts)
+    power, expected, alike = _dot(x, x), _dot(near, near), _dot(x, near)
     usable = (power > LEAST * expected) & (power < MOST * expected) & (free & inner)[:, :, some]
-    before = (x - near).square().sum(-1)
     tokens, chosen = usable.any(3, keepdim=True), usable.any(2, keepdim=True)
     for _ in range(ROUNDS):
         rotation = _nearest_rotation(x, near, usable & tokens & chosen)
-        after = (x @ rotation[:, :, None] - near).square().sum(-1)
-        gained = (before - after) * usable
+        turned_alike = _dot(x @ rotation[:, :, None], near)
+        gained = (turned_alike - alike) * usable  # half of what the squared distance loses: no power changes
         tokens, chosen = (gained * chosen).sum(3, keepdim=True) > 0, (gained * tokens).sum(2, keepdim=True) > 0
     hit = usable & tokens & chosen
-    old, new, size, own = ((side * hit).sum((2, 3), keepdim=True) for side in (before, after, expected, power))
-    along = (own + size - new) / 2  # of what was turned back, on its prediction
-    count = hit.sum((2, 3), keepdim=True)
-    known = (new < EXPLAINED * old) & (along > SLOPE * size)
+    along, before, size, own = (_over(side, hit) for side in (turned_alike, alike, expected, power))
+    count = _over(torch.ones_like(power), hit)
+    known = (own + size - 2 * along < EXPLAINED * (own + size - 2 * before)) & (along > SLOPE * size)
     known &= (count >= EVIDENCE * parts.width) & (count >= HIT * usable.sum((2, 3), keepdim=True))
     if not known.any():
         return read
-    x, near = _by_side(read, parts), _by_side(predicted, parts)
+    x, near = _by_side(read, parts), _by_side(_stored(predicted, angles, parts, slice(None)), parts)
     turned = x @ rotation[:, :, None]
-    gained = (x - near).square().sum(-1) - (turned - near).square().sum(-1)
+    gained = _dot(turned, near) - _dot(x, near)
     tokens = (gained * (chosen & free)).sum(3, keepdim=True) > 0
     most = (tokens & inner).sum(2, keepdim=True) * 2 > inner.sum(2, keepdim=True)
     undone = torch.where(inner, tokens, most) & chosen & known & free  # of the first tokens too little is known
     return _together(torch.where(undone[..., None], turned, x), parts).to(read.dtype)
+
+
+def _stored(predicted: Tensor, angles: Angles | None, parts: Parts, tokens: Tensor | slice) -> Tensor:
+    """Some tokens [B, T', D] of a prediction in float32, as they are stored."""
+    of_tokens = None if angles is None else (angles[0][:, tokens], angles[1][:, tokens])
+    return parts.rotate_(predicted[:, tokens].to(torch.float32, copy=True), of_tokens, 1)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """The inner product of each part [..., d]."""
+    return (x * y).sum(-1)
+
+
+def _over(x: Tensor, hit: Tensor) -> Tensor:
+    """The sum of x [B, 2, T, P] over the parts that are hit, [B, 2, 1, 1]."""
+    return (x * hit).sum((2, 3), keepdim=True)
 
 
 def _by_side(x: Tensor, parts: Parts, width: int | None = None) -> Tensor:

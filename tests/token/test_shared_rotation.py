@@ -39,7 +39,7 @@ def clean(predicted):
 
 def test_a_shared_rotation_is_undone(predicted, clean):
     bad = torch.stack([turned(clean, 0.5, 7)[0], turned(clean, 0.9, 8)[1]])  # of each row another one
-    found = undo_shared_rotation(bad, predicted, PARTS, POSITIONS)
+    found = undo_shared_rotation(bad, predicted, None, PARTS, POSITIONS)
     assert (found - clean).square().mean() < 0.02 * (bad - clean).square().mean()
 
 
@@ -49,7 +49,7 @@ def test_what_it_did_not_hit_keeps_every_bit(predicted, clean, hit_tokens, hit_p
     hit = torch.rand(ROWS, LENGTH, 1, generator=generator) < hit_tokens
     hit = hit & (torch.rand(ROWS, 1, PARTS.count, generator=generator) < hit_parts)
     bad = torch.where(hit[..., None], PARTS.split(turned(clean)), PARTS.split(clean)).flatten(-2)
-    found = PARTS.split(undo_shared_rotation(bad, predicted, PARTS, POSITIONS))
+    found = PARTS.split(undo_shared_rotation(bad, predicted, None, PARTS, POSITIONS))
     error, before = ((x - PARTS.split(clean))[:, FIRST:].square() for x in (found, PARTS.split(bad)))
     assert error.sum() < 0.05 * before.sum()
     untouched = (~hit.any(2)[:, :, None] | ~hit.any(1)[:, None])[:, FIRST:]
@@ -60,7 +60,7 @@ def test_what_is_sound_keeps_every_bit(predicted, clean):
     sound = torch.rand(ROWS, LENGTH, PARTS.count, generator=torch.Generator().manual_seed(3)) < 0.3
     bad = PARTS.split(turned(clean)).clone()
     bad[sound] = PARTS.split(clean)[sound]
-    found = PARTS.split(undo_shared_rotation(bad.flatten(-2), predicted, PARTS, POSITIONS, sound))
+    found = PARTS.split(undo_shared_rotation(bad.flatten(-2), predicted, None, PARTS, POSITIONS, sound))
     assert torch.equal(found[sound], bad[sound])
     error, before = ((x - PARTS.split(clean))[:, FIRST:].square().sum() for x in (found, bad))
     assert error < 0.05 * before
@@ -78,13 +78,13 @@ def test_other_damage_is_left_as_it_was_read(predicted, clean):
         "not finite": torch.full_like(clean, torch.nan),
     }
     for name, bad in damaged.items():
-        assert undo_shared_rotation(bad, predicted, PARTS, POSITIONS) is bad, name
+        assert undo_shared_rotation(bad, predicted, None, PARTS, POSITIONS) is bad, name
 
 
 def test_few_tokens_show_no_rotation(predicted, clean):
     few = slice(10, 13)
     bad = turned(clean)[:, few]
-    assert undo_shared_rotation(bad, predicted[:, few], PARTS, POSITIONS[:, few]) is bad
+    assert undo_shared_rotation(bad, predicted[:, few], None, PARTS, POSITIONS[:, few]) is bad
 
 
 @pytest.fixture(params=["llama", "gpt2"])

@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from cachemedic.core.threads import one_thread
+from cachemedic.data.text import documentation
 from cachemedic.models.load import Base, load_base
 from cachemedic.studies.bench.timing import interleave, row, timed
 from cachemedic.token.cache import SketchCache
+from cachemedic.token.calibration_text import windows
 from cachemedic.token.joint_operator import JointOperator
 
 DAMAGED = (0.01, 0.1, 1.0)  # shares of the tokens
@@ -60,6 +62,7 @@ def repair_cost(
 ) -> pd.DataFrame:
     """One row for each operation, cache length (those that the context holds) and share of damaged tokens.
 
+    The cached tokens are those of documentation (its test split): how long an estimate takes depends on what it finds.
     "write" is what a prefill takes longer than a plain one; "check" looks at a cache without damage; the others check
     and repair. Columns base, operator (its family), operation, positions, damaged, milliseconds, reference, its
     milliseconds, ratio with a 95% interval (medians over rounds), rounds, bytes_per_token (all that is kept beside a
@@ -68,7 +71,7 @@ def repair_cost(
     model, found = base.model, []
     for length in (length for length in lengths if length + STEPS * (rounds + 1) <= base.context):
         generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(len(base.tokenizer), (1, length), generator=generator).to(model.device)
+        ids = windows(base, documentation("test"), 1, length, seed).to(model.device)
         found += _at_length(model, operator, ids, rounds, generator)
     bytes_of = SketchCache(model, operator)
     per_token = 2 * bytes_of.shape.num_layers * bytes_of.shape.num_kv_heads * bytes_of.shape.head_dim
