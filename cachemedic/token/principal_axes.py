@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cachemedic.core.progress import tqdm
-from cachemedic.core.threads import add_up
+from cachemedic.core.threads import add_up, give_back
 from cachemedic.token.prior_fit import BLOCK, COLUMNS, PART
 
 OVERSAMPLED, ITERATIONS = 48, 2
@@ -29,15 +29,17 @@ def principal_axes(pool: Executor, z: Tensor, rows: Tensor, count: int, seed: in
     basis = torch.randn(z.shape[1], width, generator=generator)
     for _ in tqdm(range(ITERATIONS), desc="principal axes"):
         basis = torch.linalg.qr(_spread(pool, z, rows, basis)).Q
+        give_back()
 
     def gram(block: Tensor) -> Tensor:
         found = torch.cat([z[part].float() @ basis for part in block.split(PART)])
         return found.T @ found
 
     turn = torch.linalg.eigh(add_up(pool.map(gram, rows.split(BLOCK)))).eigenvectors.flip(1)[:, :count]
+    give_back()
     axes = (basis @ turn).T
     sign = axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # an axis has no direction of its own
-    return (axes * sign).bfloat16().contiguous()
+    return axes.mul_(sign).bfloat16().contiguous()
 
 
 def _spread(pool: Executor, z: Tensor, rows: Tensor, basis: Tensor) -> Tensor:
