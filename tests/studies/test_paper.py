@@ -22,7 +22,7 @@ TEXT = "\n".join([(PAPER / "main.tex").read_text(), *SECTIONS.values()])
 DEFINITIONS = {"pretrained", "method", "token_aware", "operators", "bounds", "threat_model", "objective", "setup"}
 NAMES = ("GPT-2", "WikiText-2", "SST-2", "SmolLM2")
 OWN_MACROS = {"Kh", "Vh", "Kc", "Vc", "T", "F", "R", "E", "KL"}
-LATEX_MACROS = {"Omega", "Lambda", "Phi", "Psi", "Delta", "Bigl", "Bigr"}
+LATEX_MACROS = {"Omega", "Gamma", "Theta", "Phi", "Psi", "Delta", "Bigl", "Bigr"}
 
 
 def used_macros(text: str) -> set[str]:
