@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from cachemedic.models.load import check_format
 from cachemedic.token.dense import takes_positions
+from cachemedic.token.first_token import check_weights
 from cachemedic.token.joint import RECENT, Prior
 from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.kept import Prediction
@@ -25,12 +26,13 @@ Sides = tuple[Tensor, Tensor]
 
 def check_operator(model: PreTrainedModel, operator: object) -> None:
     """Raises `TypeError` for an operator of another family than D and E, `ValueError` for one that was not calibrated
-    or is made for another model, and for a model of a number format that `load_base` does not serve.
+    or is made for another model (see `check_weights`), and for a model of a number format that `load_base` does not
+    serve.
     """
     joint = joint_operator(operator)
     joint.check_model(model.config)
     check_format(model.dtype)
-    _ = joint.calibrated
+    check_weights(model, joint.calibrated)
 
 
 def joint_operator(operator: object) -> JointOperator:
