@@ -17,7 +17,7 @@ code               the code of a token under the joint model
 parts, rounded, estimate  what damaged tokens most likely held; of numbers that were rounded, within bounds
 shared_rotation    a rotation that many of them share, undone before
 trust              the network that says how much of a damaged token to believe
-first_token        the very first token, which the joint model leaves out; whether a model has the weights of calibration
+first_token        the very first token, which the joint model leaves out, and what it tells of weights
 kept               what family E keeps of the tokens of a cache
 token_repair, token_recompute  operators that repair stored tokens, recomputation from ids or kept states: as defenses
 trust_fit          the first training of the trust network, and what that asks of a family
