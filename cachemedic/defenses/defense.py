@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,6 +37,10 @@ class CachedTokens:
     def behind_padding(cls, k: Tensor, v: Tensor, ids: Tensor, valid: Tensor) -> CachedTokens:
         """Tokens that are counted from the first `valid` one of each row; valid, bool [B, T], is False for padding."""
         return cls(k, v, ids, (valid.long().cumsum(1) - 1).masked_fill(~valid, -1))
+
+    def to(self, device: torch.device) -> CachedTokens:
+        """The same on a device."""
+        return replace(self, **{name: x.to(device) for name, x in vars(self).items() if x is not None})
 
     @property
     def valid(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -34,3 +35,9 @@ def check_mode(model: PreTrainedModel) -> None:
             raise ValueError(
                 f"{part} is in training mode, where dropout makes every pass another one: call model.eval()"
             )
+
+
+def check_device(of_operator: torch.device, found: torch.device, where: str) -> None:
+    """Raise `ValueError` unless an operator is on the device `found`; where: what else is there."""
+    if found != of_operator:
+        raise ValueError(f"the operator is on {of_operator}, {where} on {found}: move one of them")

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from cachemedic.models.attention import attention_modules
 from cachemedic.models.load import check_format
-from cachemedic.models.usable import check_is_model, check_mode
+from cachemedic.models.usable import check_device, check_is_model, check_mode
 from cachemedic.repair.attention import Attention, AttentionRepair, Gates
 
 EAGER = "eager"
@@ -190,10 +190,7 @@ def _check(model: PreTrainedModel, operator: AttentionRepair) -> list[Any]:
             raise ValueError(
                 f"layer {module.layer_idx} of {type(model).__name__} is offloaded: load the model onto one device whole"
             )
-        if found != operator.device:
-            raise ValueError(
-                f"the operator is on {operator.device}, layer {module.layer_idx} on {found}: move one of them"
-            )
+        check_device(operator.device, found, f"layer {module.layer_idx}")
     return modules
 
 

@@ -60,9 +60,9 @@ def operators(base: Base, source: TextSource) -> dict[str, JointOperator]:
     joint = None
     for family in ("D", "E"):
         if not (folder / family / "config.json").is_file():
-            operator = RepairOperator.create(family, base.config, layers="all")
+            operator = RepairOperator.create(family, base.config, layers="all").to(base.model.device)
             calibrate(operator, base, source_texts(base, source), joint).save_pretrained(folder / family)
-        found[family] = joint_operator(RepairOperator.from_pretrained(folder / family))
+        found[family] = joint_operator(RepairOperator.from_pretrained(folder / family).to(base.model.device))
         joint = found[family].calibrated
     return found
 

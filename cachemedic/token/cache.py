@@ -40,8 +40,8 @@ class SketchCache(RecordedCache):
         print(cache.check())
         print(cache.repair(budget=0.1))
 
-    Ids, positions and hashes of all tokens are kept, and with an operator of family E the codes of complete pages of
-    16 tokens and the numbers of the first four positions; all of it away from the keys and values, which it is there to
+    Ids, positions and hashes of all tokens are kept, with an operator the numbers of the first four positions, and with
+    family E the codes of complete pages of 16 tokens; all of it away from the keys and values, which it is there to
     check and to repair. It follows the tokens through beam search, cropping and the selection of rows. Forward
     pre-hooks on the model, which go with the last of its caches, tell it the ids.
 
@@ -187,7 +187,7 @@ class SketchCache(RecordedCache):
             check_given("each of others", other, SketchCache)
             if other.seed != self.seed or not torch.equal(other.hasher.multipliers, self.hasher.multipliers):
                 raise ValueError("only caches of one model, number format and seed have hashes that can be compared")
-            known.append(other.kept.hashes)
+            known.append(other.kept.hashes.whole[other.kept.valid])
         found = check(self.hasher, *numbers, record.hashes, record.valid, known)
         self.report = replace(found, erased=int((record.erased & (record.positions >= 0)).sum()))
         return self.report

@@ -114,11 +114,12 @@ def check(
     values: list[Tensor],
     written: Hashes,
     valid: Tensor,
-    others: Iterable[Hashes] = (),
+    others: Iterable[Tensor] = (),
 ) -> CheckReport:
     """Compares the keys and values [B, G, T, d] of all layers with the hashes that were `written`.
 
-    valid [B, T]: tokens that attention reads; others: hashes of other caches whose tokens may have come here.
+    valid [B, T]: tokens that attention reads; others: the hashes [N] of whole tokens that may have come here from
+    elsewhere.
     """
     sums = hasher.sums(keys, values)
     now = hasher.finish(sums)
@@ -132,8 +133,8 @@ def check(
     origin = torch.full((*changed.shape, 2), -1, device=changed.device)
     if changed.any():
         kinds[changed] = kinds_of(hasher, (keys, values), changed, parts, valid & ~changed, written)
-        _find_layouts(hasher, (keys, values), written, parts, changed, kinds)
-        _find_tokens(now, written, changed, others, kinds, origin)
+        _find_layouts(hasher, (keys, values), written, parts, changed, valid, kinds)
+        _find_tokens(now, written, changed, valid, others, kinds, origin)
     return CheckReport(valid, changed, parts, kinds, origin)
 
 
@@ -147,10 +148,10 @@ def _finite(keys: list[Tensor], values: list[Tensor], tokens: Tensor) -> Tensor:
 
 
 def _find_layouts(
-    hasher: TokenHash, sides: Any, written: Hashes, parts: Tensor, changed: Tensor, kinds: Tensor
+    hasher: TokenHash, sides: Any, written: Hashes, parts: Tensor, changed: Tensor, valid: Tensor, kinds: Tensor
 ) -> None:
     """Marks tokens whose changed layers all hold the right numbers in another layout."""
-    often = parts.flatten(0, 1).float().mean(0) > 0.5  # a layout is that of all tokens
+    often = parts[valid].float().mean(0) > 0.5  # a layout is that of all tokens
     possible = changed & ~(parts & ~often).flatten(2).any(2)
     for layer, side in often.nonzero().tolist():
         if not possible.any():
@@ -160,17 +161,24 @@ def _find_layouts(
 
 
 def _find_tokens(
-    now: Hashes, written: Hashes, changed: Tensor, others: Iterable[Hashes], kinds: Tensor, origin: Tensor
+    now: Hashes,
+    written: Hashes,
+    changed: Tensor,
+    valid: Tensor,
+    others: Iterable[Tensor],
+    kinds: Tensor,
+    origin: Tensor,
 ) -> None:
-    """Marks tokens that are what was written for another one, and where that one belongs."""
-    length = written.whole.shape[1]
-    known, order = written.whole.flatten().sort()
+    """Marks tokens that are what was written for another one that is read, and where that one belongs."""
     looked_for = now.whole[changed]
+    from_other = torch.zeros_like(looked_for, dtype=torch.bool)
+    for other in others:
+        from_other |= torch.isin(looked_for, other)
+    kinds[changed] = torch.where(from_other, NUMBER["another token"], kinds[changed])
+    if not valid.any():
+        return
+    known, order = written.whole[valid].sort()
     place = torch.searchsorted(known, looked_for).clamp_max(len(known) - 1)
     here = known[place] == looked_for
-    from_other = torch.zeros_like(here)
-    for other in others:
-        from_other |= torch.isin(looked_for, other.whole)
-    kinds[changed] = torch.where(here | from_other, NUMBER["another token"], kinds[changed])
-    found = torch.stack([order[place] // length, order[place] % length], -1)
-    origin[changed] = torch.where(here[:, None], found, -1)
+    kinds[changed] = torch.where(here, NUMBER["another token"], kinds[changed])
+    origin[changed] = torch.where(here[:, None], valid.nonzero()[order[place]], -1)

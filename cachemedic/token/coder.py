@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachemedic.models.load import check_format
+from cachemedic.models.usable import check_device
 from cachemedic.token.dense import takes_positions
 from cachemedic.token.first_token import check_weights
 from cachemedic.token.joint import RECENT, Prior
@@ -27,11 +28,14 @@ Sides = tuple[Tensor, Tensor]
 def check_operator(model: PreTrainedModel, operator: object) -> None:
     """Raises `TypeError` for an operator of another family than D and E, `ValueError` for one that was not calibrated
     or is made for another model (see `check_weights`), and for a model of a number format that `load_base` does not
-    serve.
+    serve; for an operator of several runs, or on another device than the model.
     """
     joint = joint_operator(operator)
+    if joint.runs > 1:
+        raise ValueError(f"this operator holds {joint.runs} runs: give one of them, such as operator.select(0)")
     joint.check_model(model.config)
     check_format(model.dtype)
+    check_device(joint.device, model.device, type(model).__name__)
     check_weights(model, joint.calibrated)
 
 

@@ -49,15 +49,15 @@ class CostModel:
         return fixed + tokens * a_token
 
 
-_measured: weakref.WeakKeyDictionary[Any, dict[int, CostModel]] = weakref.WeakKeyDictionary()
+_measured: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, CostModel]] = weakref.WeakKeyDictionary()
 
 
 def costs_of(model: PreTrainedModel, coder: Coder | None, ways: tuple[str, ...]) -> CostModel:
     """Measured now, for about as long as twelve passes over a few hundred tokens take, or known from before in this
     process.
     """
-    known = _measured.setdefault(model, {})
-    key = 0 if coder is None else id(coder.operator)
+    known = _measured.setdefault(model, weakref.WeakKeyDictionary())
+    key: Any = model if coder is None else coder.operator
     if key not in known or not set(ways) & {"restore", "estimate"} <= set(known[key].by_way):
         known[key] = _measure(model, coder, tuple(way for way in ways if way in ("restore", "estimate")))
     return known[key]

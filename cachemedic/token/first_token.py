@@ -46,7 +46,8 @@ def check_weights(model: PreTrainedModel, joint: JointModel) -> None:
 def _likely_first(model: PreTrainedModel) -> Iterator[Tensor]:
     """All ids of the vocabulary, those that mark the beginning or the end of a text before all others."""
     config = model.config.get_text_config()
-    marks = [x for x in (config.bos_token_id, config.eos_token_id) if isinstance(x, int)]
+    named = (getattr(config, name, None) for name in ("bos_token_id", "eos_token_id"))
+    marks = [mark for mark in named if isinstance(mark, int) and 0 <= mark < config.vocab_size]
     if marks:
         yield torch.tensor(marks, device=model.device)
     yield from torch.arange(config.vocab_size, device=model.device).split(SEARCHED)

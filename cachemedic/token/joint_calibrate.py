@@ -19,7 +19,7 @@ from cachemedic.corruption.apply import corrupt
 from cachemedic.corruption.spec import CorruptionSpec, draw_event
 from cachemedic.models.cache import stack_cache, unstack_cache
 from cachemedic.models.load import Base, check_format
-from cachemedic.models.usable import check_is_model, check_mode
+from cachemedic.models.usable import check_device, check_is_model, check_mode
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.token.calibration_text import Texts, default_texts, held_out, windows
 from cachemedic.token.code import SHARES
@@ -48,7 +48,7 @@ def calibrate(
     printed. It computes on one thread, so that the result is the same for any number of them. Warns if the operator
     protects a part of the layers only: the others keep their damage.
     Raises `TypeError` for an operator of another family and for what is no base; `ValueError` for an operator of
-    another model, for a base in training mode, wrapped, or that rotates its keys in a way that is not served, and for
+    another model or on another device, for a base in training mode, wrapped, or that rotates its keys in a way that is not served, and for
     too little text.
     """
     operator = joint_operator(operator)
@@ -58,6 +58,7 @@ def calibrate(
         check_given("joint", joint, JointModel)
     check_is_model(base.model)
     operator.check_model(base.model.config)
+    check_device(operator.device, base.model.device, base.name)
     check_mode(base.model)
     seed = seed_number(seed)
     if operator.runs > 1:
@@ -74,7 +75,8 @@ def calibrate(
     _checked_on(base, unseen, seed)  # too little text is refused before the long work
     joint = fit_joint_model(base, measured_on, operator.layers, seed=seed) if joint is None else joint
     operator.set_joint(joint)
-    fit_trust(operator, base.model, windows(base, measured_on, FITTED, PREFIX, seed + 3), seed=seed)
+    length = min(PREFIX, base.context)
+    fit_trust(operator, base.model, windows(base, measured_on, FITTED, length, seed + 3), seed=seed)
     operator.set_joint(joint, expected_kl(operator, base, unseen, seed), alarms(operator, base, unseen, seed))
     return operator
 

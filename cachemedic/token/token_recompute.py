@@ -47,12 +47,12 @@ class TokenRecompute(Defense):
     @torch.no_grad()
     def read(self, damaged: CachedTokens, kept: Any) -> CachedTokens:
         """The cache with every changed token computed again; padding stays as it is."""
-        changed = (_hashes(damaged) != kept) & damaged.valid
-        cache = unstack_cache(damaged.k, damaged.v)
-        positions = damaged.positions.clamp_min(0)
-        recompute_tokens(self.model, list(cache.layers), damaged.ids, changed, damaged.valid, positions)
+        here = damaged.to(self.model.device)
+        changed = (_hashes(here) != kept.to(here.k.device)) & here.valid
+        cache = unstack_cache(here.k, here.v)
+        recompute_tokens(self.model, list(cache.layers), here.ids, changed, here.valid, here.positions.clamp_min(0))
         k, v = stack_cache(cache)
-        return replace(damaged, k=k, v=v)
+        return replace(here, k=k, v=v).to(damaged.k.device)
 
 
 @dataclass(frozen=True, eq=False)

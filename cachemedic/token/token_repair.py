@@ -156,11 +156,13 @@ class TokenRepair(Defense):
     @torch.no_grad()
     def write(self, clean: CachedTokens) -> Kept | None:
         """Codes, hashes and the first positions; None for D."""
+        clean = clean.to(self.model.device)
         written = clean.k, clean.v, clean.ids, clean.positions
         return self.operator.write_tokens(self.model, *written, lossy=self.lossy)
 
     @torch.no_grad()
     def read(self, damaged: CachedTokens, kept: Kept | None) -> CachedTokens:
         """The repaired cache."""
-        k, v = self.operator.repair(self.model, damaged.k, damaged.v, damaged.ids, damaged.positions, kept, self.way)
-        return replace(damaged, k=k, v=v)
+        here = damaged.to(self.model.device)
+        k, v = self.operator.repair(self.model, here.k, here.v, here.ids, here.positions, kept, self.way)
+        return replace(here, k=k, v=v).to(damaged.k.device)

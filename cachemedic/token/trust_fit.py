@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from cachemedic.core.errors import nearest_valid
 from cachemedic.corruption.apply import corrupt
 from cachemedic.corruption.spec import CorruptionEvent, CorruptionSpec, draw_event
 from cachemedic.models.cache import stack_cache
@@ -79,7 +80,13 @@ def fit_trust(
     types: Sequence[str] = tuple(RANGES),
     seed: int = 0,
 ) -> None:
-    """Trains the trust network of all runs on windows of text ids [N, T] under faults of these types, N at least 2."""
+    """Trains the trust network of all runs on windows of text ids [N, T] under faults of these types, N at least 2.
+
+    Raises `ValueError` for a type that it has no range of strengths for.
+    """
+    for kind in types:
+        if kind not in RANGES:
+            raise nearest_valid("type of fault that a trust network can be fitted to", kind, RANGES)
     generator = torch.Generator().manual_seed(seed)
     ids = ids[:, :PREFIX].to(model.device)
     truth, count = _Truth(operator, model, ids), SAMPLES // (len(types) * DRAWS)
@@ -165,7 +172,7 @@ class _Truth:
         wanted = ~statistics.exact & (positions >= SINKS)[..., None]
         if sound is not None:
             wanted &= ~sound[..., None].expand(*sound.shape, deviations.parts.heads).flatten(2)
-        place = torch.arange(deviations.parts.count).expand(wanted.shape)
+        place = torch.arange(deviations.parts.count, device=wanted.device).expand(wanted.shape)
         chosen = wanted.flatten().nonzero().squeeze(1)
         chosen = chosen[torch.randperm(len(chosen), generator=generator)[:count]]
         found = features(statistics), place, products / deviations.power, statistics.noise, statistics.variance

@@ -37,7 +37,7 @@ def carry_out(cache: RecordedCache, report: CheckReport, policy: Policy) -> Repa
     if damaged.any():
         recompute_tokens(cache.model, _layers(cache), record.ids, damaged, record.valid, record.positions.clamp_min(0))
     if back.any():
-        cache.record = record = _coded_again(cache, back.any(0))
+        cache.record = record = _coded_again(cache, back)
     partly = _partly_covered(cache, ways, report.parts)
     changed = (ways != WAY["sound"]) & (ways != WAY["leave"]) & ~partly
     verified = 0
@@ -60,14 +60,16 @@ def carry_out(cache: RecordedCache, report: CheckReport, policy: Policy) -> Repa
 
 
 def _coded_again(cache: RecordedCache, tokens: Tensor) -> TokenRecord:
-    """The record of a cache, of which `tokens`, bool [T], are there again: a code may be of when they were not."""
+    """The record of a cache, of which `tokens`, bool [B, T], are there again: a code may be of when they were not."""
     record = cache.kept
-    slots = tokens[: record.codes.shape[1]].nonzero().squeeze(1)
+    tokens = tokens[:, : record.codes.shape[1]]
+    slots = tokens.any(0).nonzero().squeeze(1)
     if cache.coder is None or not cache.coder.bytes_per_token or not len(slots):
         return record
     first, last = int(slots[0]), int(slots[-1]) + 1
     codes = record.codes.clone()
-    codes[:, first:last] = cache.coder.encode(*cache.numbers(), record, slice(first, last))
+    new = cache.coder.encode(*cache.numbers(), record, slice(first, last))
+    codes[:, first:last] = torch.where(tokens[:, first:last, None], new, codes[:, first:last])
     return replace(record, codes=codes)
 
 
@@ -122,8 +124,9 @@ def _rewrite(cache: RecordedCache, way: str, rows: Tensor, slots: Tensor, parts:
 def _largest(layers: list[Any], rows: Tensor, slots: Tensor) -> Tensor:
     """The largest magnitude of the keys and values of tokens, [N, L, 2]."""
     sides = [(layer.keys, layer.values) for layer in layers]
-    found = [torch.stack([x[rows, :, slots].abs().amax((1, 2)) for x in pair], -1) for pair in sides]
-    return torch.stack(found, 1)
+    at = rows.to(sides[0][0].device), slice(None), slots.to(sides[0][0].device)
+    found = [torch.stack([x[at].abs().amax((1, 2)) for x in pair], -1) for pair in sides]
+    return torch.stack(found, 1).to(rows.device)
 
 
 def _put(stored: Tensor, rows: Tensor, slots: Tensor, new: Tensor) -> None:

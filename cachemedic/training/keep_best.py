@@ -36,4 +36,6 @@ class KeepBest:
         return {"loss": self.loss, "parameters": self.parameters}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.loss, self.parameters = state["loss"], dict(state["parameters"])
+        self.loss = state["loss"]
+        for name, p in state["parameters"].items():
+            self.parameters[name] = p.to(self.parameters[name].device)

@@ -76,7 +76,7 @@ class Trainer:
         self.valence = shipped_valence(base) if valence is None and config.needs_valence else valence
         self.bank = open_bank(base, config.bank) if bank is None else bank
         self.best: KeepBest | None = None
-        faults = tuple(config.mixture.weights) if config.repairs else ()
+        faults = tuple(kind for kind, weight in config.mixture.weights.items() if weight) if config.repairs else ()
         self.operator.prepare(base, config.bank.source, self.bank.ids[:FITTED], faults, statistics)
         self.first = config.first_layer
         self.quantiser, self.strength = self._quantiser(), self._strength()

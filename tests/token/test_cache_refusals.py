@@ -6,9 +6,11 @@ import pickle
 import pytest
 import torch
 from checked_caches import filled, shift
+from joint_operators import joint_of
 from small_models import VOCABULARY, model_of, padded_batch
 from transformers import DynamicCache, EncoderDecoderCache
 
+from cachemedic.repair.operator import RepairOperator
 from cachemedic.token.cache import SketchCache
 
 
@@ -105,3 +107,10 @@ def test_keys_and_values_of_two_number_formats_are_refused():
     ids = torch.randint(1, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="numbers of one format, not torch.bf"):
         model(ids, past_key_values=SketchCache(model))
+
+
+def test_an_operator_of_several_runs_is_refused():
+    operator = RepairOperator.create("E", model_of("llama").config, layers="all", runs=2)
+    operator.set_joint(joint_of("llama"))
+    with pytest.raises(ValueError, match="holds 2 runs: give one of them"):
+        SketchCache(model_of("llama"), operator)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from checked_caches import filled, shift
+from checked_caches import filled, shift, write
+from small_models import VOCABULARY, model_of
 
 from cachemedic.token.cache import SketchCache
 from cachemedic.token.damage_kinds import KINDS
@@ -172,3 +173,32 @@ def test_damaged_padding_makes_no_layer_whole():
     for row, slot in mask.nonzero()[-len(padding) :].tolist():
         shift(cache, row, [slot], layers=[1])
     assert cache.check().whole_layers == [1]
+
+
+def test_zeros_are_zeros_where_others_were_erased():
+    _, cache, _, _ = filled()
+    shift(cache, 0, [5])
+    cache.repair("erase")
+    for stored in both(cache):
+        stored[0, :, 8] = 0
+    assert cache.check().kinds == {"zeros": 1}
+
+
+def test_padding_does_not_hide_another_layout():
+    model = model_of("llama")
+    ids = torch.randint(1, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(40) >= 24).long().expand(2, -1)
+    cache = SketchCache(model)
+    write(model, cache, ids * mask, mask, [40])
+    keys = cache.layers[1].keys
+    keys.copy_(keys.transpose(1, 2).reshape(keys.shape))  # written as [T, G, d], read as [G, T, d]
+    assert set(cache.check().kinds) == {"another layout"}
+
+
+def test_a_cache_of_padding_alone_can_be_checked():
+    _, cache, _, _ = filled()
+    for row in range(3):
+        shift(cache, row, list(range(12)))
+    cache.repair("erase")
+    cache.layers[0].keys[0, :, 3] = torch.nan
+    assert cache.check().kinds == {"not finite": 1}

@@ -88,3 +88,17 @@ def test_erased_tokens_are_said_and_can_be_computed_again(share):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert str(cache.check()) == "all 80 tokens are as they were last written or repaired"
     assert torch.equal(cache.record.codes, codes)
+
+
+def test_codes_of_tokens_that_were_only_estimated_stay():
+    model = model_of("llama")
+    ids = torch.randint(1, VOCABULARY, (1, 48), generator=torch.Generator().manual_seed(0))
+    cache = SketchCache(model, operator_of("llama", 0.1))
+    model(ids, past_key_values=cache)
+    codes = cache.record.codes
+    shift(cache, 0, list(range(16, 24)), by=0.3)
+    cache.repair("estimate")
+    shift(cache, 0, [8, 30])
+    cache.repair("erase")
+    assert cache.repair().ways == {"recompute": 2}
+    assert torch.equal(cache.record.codes[:, 16:24], codes[:, 16:24])

@@ -38,3 +38,11 @@ def test_another_number_format_is_not_another_training(dtype):
 
 def test_texts_that_began_with_different_tokens_tell_nothing():
     check_weights(model_of("llama", seed=1), joint_of("llama"))
+
+
+@pytest.mark.parametrize("marks", [(VOCABULARY, VOCABULARY + 7), (None, None)])
+def test_marks_of_a_text_that_the_vocabulary_lacks_are_no_tokens(marks):
+    """As a GPT-2 of a small vocabulary has them."""
+    model = model_of("gpt2")
+    model.config.bos_token_id, model.config.eos_token_id = marks
+    check_weights(model, knowing_its_first("gpt2", 5).calibrated)

@@ -41,9 +41,9 @@ def operators(base: Base) -> dict[str, JointOperator]:
     """E by what it was calibrated on."""
     texts, found = default_texts(base), dict[str, JointOperator]()
     for kind in ALONE:
-        operator = RepairOperator.create("E", base.config, layers="all")
+        operator = RepairOperator.create("E", base.config, layers="all").to(base.model.device)
         found[kind] = calibrate(operator, base, {kind: texts[kind]})
-    shipped = RepairOperator.from_pretrained(f"E/{base.name}")
+    shipped = RepairOperator.from_pretrained(f"E/{base.name}").to(base.model.device)
     assert isinstance(shipped, JointOperator)
     return found | {ALL: shipped}
 

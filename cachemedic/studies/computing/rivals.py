@@ -115,7 +115,7 @@ def codes(base: Base, source: TextSource) -> dict[str, JointOperator]:
 
 
 def _with_code(base: Base, usual: JointOperator, **options: Any) -> JointOperator:
-    operator = RepairOperator.create("E", base.config, layers="all", **options)
+    operator = RepairOperator.create("E", base.config, layers="all", **options).to(base.model.device)
     assert isinstance(operator, JointOperator)
     operator.set_joint(usual.calibrated)
     return operator
