@@ -48,8 +48,8 @@ def calibrate(
     printed. It computes on one thread, so that the result is the same for any number of them. Warns if the operator
     protects a part of the layers only: the others keep their damage.
     Raises `TypeError` for an operator of another family and for what is no base; `ValueError` for an operator of
-    another model or on another device, for a base in training mode, wrapped, or that rotates its keys in a way that is not served, and for
-    too little text.
+    another model or on another device, for a base in training mode, wrapped, or that rotates its keys in a way that is
+    not served, and for too little text.
     """
     operator = joint_operator(operator)
     if not isinstance(base, Base):
