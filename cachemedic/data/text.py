@@ -86,7 +86,7 @@ def _version(package: str) -> str:
 
 
 @cache
-def documentation(split: str, progress: bool = True) -> tuple[str, ...]:
+def documentation(split: str) -> tuple[str, ...]:
     """The docstrings of one split, in a fixed order (by package, file and position).
 
     Parsed once per package version and kept under `CACHE_DIR`. Raises `ValueError` for an unknown split.
@@ -95,7 +95,7 @@ def documentation(split: str, progress: bool = True) -> tuple[str, ...]:
         raise ValueError(f"unknown documentation split {split!r}; allowed: {', '.join(DOCUMENTATION_SPLITS)}")
     documents: list[str] = []
     packages = DOCUMENTATION_SPLITS[split]
-    for package in tqdm(packages, desc=f"documentation text ({split})", disable=not progress or None):
+    for package in tqdm(packages, desc=f"documentation text ({split})", disable=None):
         stored = CACHE_DIR / "text" / f"{package}-{_version(package)}.text"
         if not stored.exists():
             write_hashed(stored, END_OF_TEXT.join(_docstrings(package)).encode())

@@ -15,7 +15,7 @@ from cachemedic.defenses.heuristics import blind_defenses, oracles
 from cachemedic.evaluation.experiments import calibration_of, run_grid, standard_tasks
 from cachemedic.evaluation.statistics import best_heuristic
 from cachemedic.models.load import Base
-from cachemedic.studies.family_evaluation import bytes_per_token
+from cachemedic.studies.family_evaluation import HEURISTICS, bytes_per_token
 from cachemedic.studies.summaries import robustness
 from cachemedic.studies.sweeps import block, standard_config
 from cachemedic.training.config import TrainConfig
@@ -23,7 +23,6 @@ from cachemedic.training.config import TrainConfig
 EXAMPLES = {"perplexity": 8, "sentiment": 12, "needle": 4}  # per seed
 SMOKE_EXAMPLES = dict.fromkeys(EXAMPLES, 2)
 BLOCK_SIZE = 4  # layers of the protected block
-BLOCK_DEFENCES = ("none", "clip_renormalise", "range_restriction")  # those of the protected block
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def measure(
     standard, protected = settings(base)
     repairs = {"operator A": linear[standard], **token_aware}
     undefended = {"none": blind["none"]}
-    clipping = {name: blind[name] for name in BLOCK_DEFENCES}
+    clipping = {name: blind[name] for name in HEURISTICS}
     cases: list[tuple[str, Mapping[str, TaskData], Mapping[str, Defense], Sequence[float]]] = [
         (standard, words, {**blind, **repairs}, severities),
         (standard, tasks, {**undefended, heuristic: blind[heuristic], **repairs}, severities[-3:]),

@@ -31,11 +31,12 @@ def carry_out(cache: RecordedCache, report: CheckReport, policy: Policy) -> Repa
         for rows, slots in _pieces(ways == WAY[way]):
             _rewrite(cache, way, rows, slots, report.parts)
     erased, damaged = ways == WAY["erase"], ways == WAY["recompute"]
-    clear(_layers(cache), erased)  # attention multiplies them by zero, and what is not finite would be left
+    layers: list[Any] = cache.layers
+    clear(layers, erased)  # attention multiplies them by zero, and what is not finite would be left
     back = record.erased & damaged
     cache.record = record = replace(record, erased=record.erased & ~back | erased)
     if damaged.any():
-        recompute_tokens(cache.model, _layers(cache), record.ids, damaged, record.valid, record.positions.clamp_min(0))
+        recompute_tokens(cache.model, layers, record.ids, damaged, record.valid, record.positions.clamp_min(0))
     if back.any():
         cache.record = record = _coded_again(cache, back)
     partly = _partly_covered(cache, ways, report.parts)
@@ -90,7 +91,8 @@ def _pieces(tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 def _rewrite(cache: RecordedCache, way: str, rows: Tensor, slots: Tensor, parts: Tensor) -> None:
     """Puts what the operator says in the place of damaged `parts` [B, T, L, 2] of tokens (rows[i], slots[i])."""
-    coder, record, layers = cache.coder, cache.kept, _layers(cache)
+    coder, record = cache.coder, cache.kept
+    layers: list[Any] = cache.layers
     assert coder is not None  # the policy saw to it
     agree = ~parts[rows, slots]
     some = agree.flatten(1).any(1)
@@ -132,10 +134,6 @@ def _largest(layers: list[Any], rows: Tensor, slots: Tensor) -> Tensor:
 def _put(stored: Tensor, rows: Tensor, slots: Tensor, new: Tensor) -> None:
     """Writes tokens `new` [N, G, d] where they belong in `stored` [B, G, T, d]."""
     stored[rows.to(stored.device), :, slots.to(stored.device)] = new.to(stored)
-
-
-def _layers(cache: RecordedCache) -> list[Any]:
-    return cache.layers
 
 
 def _expected_kl(cache: RecordedCache, taken: dict[str, int]) -> float | None:

@@ -15,7 +15,7 @@ from cachemedic.core.progress import tqdm
 from cachemedic.corruption.spec import CorruptionSpec
 from cachemedic.data.task_data import TaskData
 from cachemedic.data.text_source import TextSource
-from cachemedic.defenses.defense import Around, CachedTokens, Defense
+from cachemedic.defenses.defense import Around, CachedTokens, Defense, cache_bytes_per_token
 from cachemedic.defenses.heuristics import NoDefense
 from cachemedic.defenses.registry import DEFENSES
 from cachemedic.evaluation.decoding import CleanBank, clean_pass
@@ -23,12 +23,14 @@ from cachemedic.evaluation.evaluate import evaluate
 from cachemedic.evaluation.experiments import calibration_of, kept_frame
 from cachemedic.models.cache import stack_cache, unstack_cache
 from cachemedic.models.load import Base, load_base
+from cachemedic.models.shape import ModelShape
 from cachemedic.studies import pretrained
 from cachemedic.studies.family_evaluation import bytes_per_token
 from cachemedic.studies.run import Run
 from cachemedic.studies.summaries import in_order, means_over_seeds
 from cachemedic.token.cache import SketchCache
 from cachemedic.token.costs import costs_of
+from cachemedic.token.joint import SINKS
 from cachemedic.token.joint_operator import JointOperator
 from cachemedic.token.policy import Policy
 
@@ -67,6 +69,11 @@ class InCache(Defense):
     @property
     def bytes_per_token(self) -> float:
         return SketchCache(self.model, self.operator).bytes_per_token
+
+    @property
+    def cache_bytes(self) -> int:
+        whole = cache_bytes_per_token(ModelShape.of(self.model.config))
+        return 0 if self.operator is None else SINKS * whole
 
     @property
     def fixed_bytes(self) -> int:

@@ -85,7 +85,7 @@ def train_head(base: Base, seed: int = 0) -> tuple[ValenceHead, dict[str, float]
     Scores: accuracy of the valence at the end of a review (n_test reviews), correlation of the strength with the
     share by which one polarity outweighs the other, and the mean strength of reviews and of documentation.
     """
-    hidden, targets, _ = _examples(base, "train", "train", seed)
+    hidden, targets, _ = _examples(base, "train", seed)
     head = ValenceHead(hidden.shape[-1], torch.Generator().manual_seed(seed))
     head.mean.copy_(hidden.mean(0))
     head.std.copy_(hidden.std(0).clamp_min(1e-6))
@@ -97,7 +97,7 @@ def train_head(base: Base, seed: int = 0) -> tuple[ValenceHead, dict[str, float]
         loss.backward()
         optimizer.step()
     head.requires_grad_(False)
-    hidden, targets, whole = _examples(base, "test", "test", seed)
+    hidden, targets, whole = _examples(base, "test", seed)
     scores, neutral = head(hidden), targets[:, 1] == 0
     right = (scores[whole, 0] > 0.5) == (targets[whole, 0] > 0.5)
     strengths = np.corrcoef(scores[whole, 1], targets[whole, 1])[0, 1]
@@ -110,12 +110,12 @@ def train_head(base: Base, seed: int = 0) -> tuple[ValenceHead, dict[str, float]
     }
 
 
-def _examples(base: Base, split: str, stream: str, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _examples(base: Base, split: str, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states [N, width], targets [N, 2], and which of them are ends of whole reviews [N].
 
     Of each review the end and two tokens of its second half; of documentation, as many windows' ends as reviews.
     """
-    rng = np.random.default_rng([seed, *b"valence", *stream.encode()])
+    rng = np.random.default_rng([seed, *b"valence", *split.encode()])
     texts: list[str] = []
     targets: list[tuple[float, float]] = []
     for _ in range(REVIEWS[split]):
