@@ -32,7 +32,7 @@ def test_every_setting_has_its_readers(measured):
     everywhere = {"none", "operator A", "operator E", measured.heuristic}
     assert everywhere < readers["standard", "perplexity"]
     assert readers["standard", "sentiment"] == everywhere
-    assert readers["protected block", "perplexity"] == {*main_study.BLOCK_DEFENCES, "operator A"}
+    assert readers["protected block", "perplexity"] == {*main_study.HEURISTICS, "operator A"}
     assert not {"operator A", "operator E"} & readers["standard, mask known", "perplexity"]
     assert set(measured.kept["reader"]) > everywhere
 
