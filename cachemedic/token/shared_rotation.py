@@ -42,8 +42,10 @@ def undo_shared_rotation(
     free = torch.ones_like(inner) if sound is None else _by_side(sound, parts, 1)[..., 0] == 0
     some = torch.arange(min(length, FITTED), device=read.device) * length // min(length, FITTED)
     x, near = _by_side(read[:, some], parts), _by_side(_stored(predicted, angles, parts, some), parts)
-    power, expected, alike = _dot(x, x), _dot(near, near), _dot(x, near)
+    power, expected = _dot(x, x), _dot(near, near)
     usable = (power > LEAST * expected) & (power < MOST * expected) & (free & inner)[:, :, some]
+    x.mul_(usable[..., None])  # the power of a huge number is not finite, and would be that of every sum
+    power, alike = power.where(usable, 0.0), _dot(x, near)
     tokens, chosen = usable.any(3, keepdim=True), usable.any(2, keepdim=True)
     for _ in range(ROUNDS):
         rotation = _nearest_rotation(x, near, usable & tokens & chosen)
