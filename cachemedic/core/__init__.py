@@ -8,6 +8,7 @@ tensors     tensors in such a file
 errors      errors for names that do not exist
 hub         whether the Hugging Face hub can answer
 integers    whole numbers of any kind, as plain ones
+keys_values  what most of this package passes on: two tensors of one shape
 quantise    uniform quantisation: numbers as they are read back from few bits
 progress    progress bars
 registry    things by name, to which any module can add its own

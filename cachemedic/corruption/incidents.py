@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from cachemedic.core.keys_values import KeysValues
 from cachemedic.core.registry import Registry
 from cachemedic.corruption.apply import corrupt
 from cachemedic.corruption.spec import CorruptionSpec, draw_event
@@ -24,7 +25,6 @@ LAYER_SHARE = 0.5  # of the layers are read with a wrong scale
 WRONG_SCALE = 2.0  # over the right one
 FP8 = torch.float8_e4m3fn
 
-KeysValues = tuple[Tensor, Tensor]
 Turn = Callable[[Tensor, int], Tensor]
 
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachemedic.core.errors import nearest_valid
+from cachemedic.core.keys_values import KeysValues
 from cachemedic.defenses import ecc, golay
 from cachemedic.defenses.clean_ranges import plausible
 from cachemedic.defenses.defense import WORD_BITS, CachedTokens, Defense, cache_bytes_per_token
 from cachemedic.defenses.ecc import from_words, stored_words
-from cachemedic.defenses.shadows import KeysValues
 from cachemedic.models.shape import ModelShape
 
 CHECK_BIT_PLACES = ("protected", "in_page")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from cachemedic.core.keys_values import KeysValues
 from cachemedic.core.quantise import cache_bits, extremes, quantise_cache
 from cachemedic.defenses.clean_ranges import is_first, plausible
 from cachemedic.defenses.defense import WORD_BITS, CachedTokens, Defense, cache_bytes_per_token
@@ -17,8 +18,6 @@ from cachemedic.defenses.ecc import CHECKSUM_BITS, token_checksums
 from cachemedic.models.shape import ModelShape
 
 GROUP = 32  # values that share a scale and a zero point, where nothing else is said
-
-KeysValues = tuple[torch.Tensor, torch.Tensor]  # keys and values
 
 
 @dataclass(frozen=True)

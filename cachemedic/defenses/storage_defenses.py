@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from cachemedic.core.keys_values import KeysValues
 from cachemedic.defenses.defense import Around, CachedTokens, Defense
 from cachemedic.defenses.heuristics import RangeRestriction
 from cachemedic.defenses.memory_codes import GolayEcc, SecdedEcc
 from cachemedic.defenses.registry import DEFENSES, Calibration, register_defense
-from cachemedic.defenses.shadows import Checksummed, GroupQuantisedShadow, KeysValues, LowRankShadow, directions
+from cachemedic.defenses.shadows import Checksummed, GroupQuantisedShadow, LowRankShadow, directions
 
 SHADOW_BITS = (1, 2, 4)
 LOW_RANK_SHARES = {"low_rank_shadow": 1 / 8, "low_rank_shadow_6pct": 1 / 16, "low_rank_shadow_3pct": 1 / 32}

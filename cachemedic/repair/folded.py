@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from cachemedic.core.integers import LONGEST, whole_number
+from cachemedic.core.keys_values import KeysValues
 from cachemedic.repair.attention import Attention, Gates
 from cachemedic.repair.config import OperatorConfig
 from cachemedic.repair.gram import Gram, layer_terms
 from cachemedic.repair.inward_clamp import InwardClamp
 from cachemedic.repair.operator import RepairOperator
 from cachemedic.repair.registry import register_family
-from cachemedic.repair.trainable import Sides
 
 
 class FoldedOperator(RepairOperator):
@@ -83,7 +83,7 @@ class FoldedOperator(RepairOperator):
         output, weights = attention(self.fold_query(layer, query, gates), key, value)
         return self.fold_output(layer, output.transpose(1, 2), gates).transpose(1, 2), weights, gates
 
-    def repair_terms(self, layer: int, clean: Sides, found: Sides, gates: Gates) -> dict[str, Tensor]:
+    def repair_terms(self, layer: int, clean: KeysValues, found: KeysValues, gates: Gates) -> dict[str, Tensor]:
         """See `Trainable.repair_terms`; in Gram space, where no repaired cache is formed."""
         keys, values = (Gram.of(sound, hit) for sound, hit in zip(clean, found, strict=True))
         damage = (keys.found + values.found).repeat_interleave(self.runs // len(found[0]), 0)

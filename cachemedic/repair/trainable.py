@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cachemedic.core.keys_values import KeysValues
 from cachemedic.data.text_source import TextSource
 from cachemedic.defenses.defense import Defense
 from cachemedic.models.load import Base
 from cachemedic.repair.attention import Gates
-
-Sides = tuple[Tensor, Tensor]  # keys and values
 
 
 class Trainable(Defense):
@@ -35,8 +34,14 @@ class Trainable(Defense):
         """
 
     def repair_stored(
-        self, model: PreTrainedModel, clean: Sides, found: Sides, ids: Tensor, index: Tensor, lossy: bool = False
-    ) -> Sides:
+        self,
+        model: PreTrainedModel,
+        clean: KeysValues,
+        found: KeysValues,
+        ids: Tensor,
+        index: Tensor,
+        lossy: bool = False,
+    ) -> KeysValues:
         """The caches that the runs read in place of those they have `found`, [R*B, L, G, T, d], with a gradient.
 
         clean [N, L, G, T, d]: what was written of texts ids [N, T]; index [R*B]: the text of each row; lossy: caches
@@ -44,7 +49,7 @@ class Trainable(Defense):
         """
         return found
 
-    def repair_terms(self, layer: int, clean: Sides, found: Sides, gates: Gates) -> dict[str, Tensor]:
+    def repair_terms(self, layer: int, clean: KeysValues, found: KeysValues, gates: Gates) -> dict[str, Tensor]:
         """What is measured of repair inside attention in one layer, [R, B] each; of no damage as it stands.
 
         `identity`, `rho`, `rho_k`, `rho_v`, see `cachemedic.core.divergence` (NaN: there is none), and `found`: the

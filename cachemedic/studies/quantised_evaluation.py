@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from cachemedic.core.keys_values import KeysValues
 from cachemedic.core.quantise import SCALE_BITS, UniformLevels, quantise_cache
 from cachemedic.data.task_data import TaskData, score
 from cachemedic.defenses.defense import cache_bytes_per_token
@@ -23,8 +24,6 @@ from cachemedic.training.valence.quantiser import KVQuantiser
 from cachemedic.training.valence.rollouts import observing
 
 FULL_BITS = 16  # of a number of the usual cache
-
-KeysValues = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cachemedic.core.keys_values import KeysValues
 from cachemedic.models.load import check_format
 from cachemedic.models.usable import check_device
 from cachemedic.token.dense import takes_positions
@@ -21,8 +22,6 @@ from cachemedic.token.token_repair import wrong_family
 from cachemedic.token.vectors import TokenVectors
 
 CODED = 1024  # tokens a row whose vectors are held at once
-
-Sides = tuple[Tensor, Tensor]
 
 
 def check_operator(model: PreTrainedModel, operator: object) -> None:
@@ -104,7 +103,7 @@ class Coder:
         prior = self.joint.prior_of(lowest).tokens(slice(tokens.start - start, None))
         return self.code.encode_standardised(z, prior)
 
-    def restore(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> Iterator[Sides]:
+    def restore(self, record: TokenRecord, rows: Tensor, slots: Tensor) -> Iterator[KeysValues]:
         """Keys and values [N, G, d] as stored of the tokens (rows[i], slots[i]), from code and ids alone, by layer."""
         prediction = self._predict(record, rows, slots)
         x = self.joint.reconstruct(prediction.c, prediction.prior)
@@ -113,7 +112,7 @@ class Coder:
 
     def estimate(
         self, record: TokenRecord, rows: Tensor, slots: Tensor, keys: Tensor, values: Tensor, sound: Tensor
-    ) -> Iterator[Sides]:
+    ) -> Iterator[KeysValues]:
         """The same from what is left of the tokens, keys and values [N, L', G, d], as well.
 
         sound [N, L', 2]: which of them are known to be as they were written.

@@ -33,10 +33,12 @@ COMPARED = 512  # keys or values of a layer that are looked at: a check takes ab
 PROBED = 16  # tokens that are tried in another layout before all of them are
 KNOWN = 64  # sound tokens that are compared with
 
-Sides = tuple[Sequence[Tensor], Sequence[Tensor]]
+ByLayer = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
-def kinds_of(hasher: TokenHash, sides: Sides, damaged: Tensor, parts: Tensor, sound: Tensor, written: Hashes) -> Tensor:
+def kinds_of(
+    hasher: TokenHash, sides: ByLayer, damaged: Tensor, parts: Tensor, sound: Tensor, written: Hashes
+) -> Tensor:
     """The number in `KINDS` [n] of the n `damaged` tokens, bool [B, T], from the most to the least certain sign.
 
     sides: keys and values [B, G, T, d] of all layers as stored; parts [B, T, L, 2]: which of them are not what was
@@ -87,7 +89,7 @@ def _some_places(changed: Tensor, count: int) -> Tensor:
     return changed.byte().argsort(dim=1, descending=True, stable=True).gather(1, index)
 
 
-def _numbers_at(sides: Sides, rows: Tensor, slots: Tensor, places: Tensor, sound: Tensor) -> tuple[Tensor, Tensor]:
+def _numbers_at(sides: ByLayer, rows: Tensor, slots: Tensor, places: Tensor, sound: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers [n, P, G, d] of tokens at `places` [n, P], which count keys and values of each layer in turn, and the
     largest magnitude [n, P, G, d] of each channel in some of the `sound` tokens, infinite if there are none.
     """
@@ -106,7 +108,7 @@ def _numbers_at(sides: Sides, rows: Tensor, slots: Tensor, places: Tensor, sound
     return numbers, largest
 
 
-def _finite(sides: Sides, changed: list[bool], rows: Tensor, slots: Tensor) -> Tensor:
+def _finite(sides: ByLayer, changed: list[bool], rows: Tensor, slots: Tensor) -> Tensor:
     """Which tokens [n] hold finite numbers only, in the places [2 L] that changed in any of them."""
     found = torch.ones_like(rows, dtype=torch.bool)
     for place in (place for place, hit in enumerate(changed) if hit):

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachemedic.core.errors import nearest_valid
+from cachemedic.core.keys_values import KeysValues
 from cachemedic.defenses.defense import CachedTokens, Defense, cache_bytes_per_token
 from cachemedic.models.load import check_format
 from cachemedic.repair.attention import Attention, Gates
 from cachemedic.repair.operator import RepairOperator
-from cachemedic.repair.trainable import Sides
 from cachemedic.token.hashes import HASH_BYTES, PART_BYTES
 from cachemedic.token.joint import SINKS
 from cachemedic.token.kept import Kept
@@ -70,7 +70,7 @@ class TokenOperator(RepairOperator):
         positions: Tensor,
         kept: Any = None,
         way: str = "estimate",
-    ) -> Sides:
+    ) -> KeysValues:
         """`repair`, where `prior` is known and `vectors` are those of the model and the protected layers."""
 
     def repair(
@@ -82,18 +82,24 @@ class TokenOperator(RepairOperator):
         positions: Tensor,
         kept: Any = None,
         way: str = "estimate",
-    ) -> Sides:
+    ) -> KeysValues:
         """Keys and values [B, L, G, T, d] of all layers, those protected are repaired, by one of `OPERATOR_WAYS`."""
         prior = self.prior(model, ids, positions)
         return self.repair_in_use(TokenVectors(model, self.layers), keys, values, prior, positions, kept, way)
 
-    def repair_in_use(self, *read: Any) -> Sides:
+    def repair_in_use(self, *read: Any) -> KeysValues:
         """`repair_with_prior`, for a family that repairs otherwise where it is used than in training."""
         return self.repair_with_prior(*read)
 
     def repair_stored(
-        self, model: PreTrainedModel, clean: Sides, found: Sides, ids: Tensor, index: Tensor, lossy: bool = False
-    ) -> Sides:
+        self,
+        model: PreTrainedModel,
+        clean: KeysValues,
+        found: KeysValues,
+        ids: Tensor,
+        index: Tensor,
+        lossy: bool = False,
+    ) -> KeysValues:
         """See `Trainable`: what the ids tell, and what was kept, are those of the clean cache."""
         positions = torch.arange(ids.shape[1], device=found[0].device).expand(len(ids), -1)
         vectors = TokenVectors(model, self.layers)
