@@ -84,6 +84,17 @@ def test_a_number_may_move_within_a_part_of_its_interval(kl: float, verdict: str
     assert compare.compare_tables("another", old, old.assign(kl=kl)).verdict == verdict
 
 
+def test_a_number_that_is_missing_in_both_agrees_where_another_moves_a_little() -> None:
+    old, new = (pd.DataFrame({"kl": [0.5, None], "gap": [gap, None]}) for gap in (0.25, 0.25 + 1e-9))
+    assert compare.compare_tables("grid", old, new).verdict == WITHIN
+
+
+def test_what_was_trained_to_destruction_may_move_further() -> None:
+    old, new = (pd.DataFrame({"ratio": [1.0, ratio]}) for ratio in (0.8, 0.82))
+    assert compare.compare_tables("grid", old, new).verdict == DIFFERS
+    assert compare.compare_tables("gate_valence", old, new).verdict == WITHIN
+
+
 def test_times_are_not_compared(checkout: Path) -> None:
     put(checkout, "cost", {"ms": [2.5]}, times="not the same bytes twice")
     assert compared(checkout)["cost"].verdict == TIMES
